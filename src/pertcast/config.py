@@ -1,0 +1,406 @@
+"""Every knob: one frozen, validated section per stage; TOML in, TOML out; unknown keys are errors.
+
+An experiment file is a superset of the ``starter.toml`` that cell-load and ``state tx train`` read: ``[datasets]``,
+``[training]``, ``[zeroshot]`` and ``[fewshot]`` keep their meaning, the other sections are ours.
+Relative paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from pertcast.errors import ConfigError, Problem
+from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN, Season, season
+
+__all__ = [
+    "ColumnsConfig",
+    "Experiment",
+    "FeaturesConfig",
+    "FewshotConfig",
+    "GenerateConfig",
+    "LossConfig",
+    "ModelConfig",
+    "PrepareConfig",
+    "SubmissionConfig",
+    "TrainConfig",
+    "load_experiment",
+]
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
+    base = (info.context or {}).get("base", Path())
+    return (base / path.expanduser()).absolute()
+
+
+InputPath = Annotated[Path, AfterValidator(_beside_the_file)]
+
+
+class Section(BaseModel):
+    """A section of the experiment file: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class FewshotConfig(Section):
+    """Perturbations of one ``dataset.cell_type`` that are held out; the others train."""
+
+    val: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+
+class ColumnsConfig(Section):
+    """Where obs says what: the perturbation, the control label in it, the cell type (context), the batch.
+
+    `context` names the one context of data that has no cell-type column.
+    """
+
+    pert: str = PERT_COLUMN
+    control: str = CONTROL_LABEL
+    cell_type: str | None = None
+    context: str | None = None
+    batch: str | None = None
+
+
+class PrepareConfig(Section):
+    """The training store: scale, normalisation, genes, and what is held out beside the split of the file.
+
+    `target_sum` is the total that each cell is normalised to before log1p: "median" of the training cells, or a number.
+    `val_controls` and `test_controls` are shares of each context's control cells; `holdout_cells` is the share of each
+    training perturbation's cells that validate (seen perturbations, unseen cells).
+    """
+
+    scale: Literal["auto", "counts", "log1p"] = "auto"
+    target_sum: PositiveFloat | Literal["median"] = "median"
+    num_hvgs: PositiveInt = 2000
+    missing_genes: Literal["error", "zero"] = "error"
+    val_controls: Share = 0.1
+    test_controls: Share = 0.1
+    holdout_cells: Share = 0.0
+    seed: int = 0
+
+
+class FeaturesConfig(Section):
+    """Perturbation features: ``onehot``, ``coexpression``, or ``file`` (.pt dict, .npz, .parquet, .csv).
+
+    `missing` says what a target without a feature gets; anything but "error" is counted in every report.
+    """
+
+    kind: Literal["onehot", "coexpression", "file"] = "onehot"
+    path: InputPath | None = None
+    missing: Literal["error", "mean", "nearest"] = "error"
+    num_loadings: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _path_goes_with_file(self) -> FeaturesConfig:
+        if (self.kind == "file") != (self.path is not None):
+            raise ValueError('`path` goes with `kind = "file"`, and only with it; set both or neither')
+        return self
+
+
+class ModelConfig(Section):
+    """The State Transition network: a preset, and what differs from it.
+
+    `input` is what control cells are read as: ``genes``, ``hvg``, or ``obsm:NAME`` (an embedding, with a decoder to
+    genes). `output` is ``genes`` (all of the gene list) or ``hvg``.
+    """
+
+    preset: Literal["tiny", "state_sm", "state"] = "state_sm"
+    input: str = "genes"
+    output: Literal["genes", "hvg"] = "genes"
+    set_size: PositiveInt | None = None
+    hidden: PositiveInt | None = None
+    layers: PositiveInt | None = None
+    heads: PositiveInt | None = None
+    feedforward: PositiveInt | None = None
+    encoder_layers: PositiveInt | None = None
+    decoder_layers: PositiveInt | None = None
+    dropout: Share = 0.1
+    residual: bool = True
+    batch_embedding: bool = False
+    context_embedding: bool = False
+
+    @field_validator("input")
+    @classmethod
+    def _known_input(cls, value: str) -> str:
+        if value not in ("genes", "hvg") and not re.fullmatch(r"obsm:.+", value):
+            raise ValueError("expected 'genes', 'hvg' or 'obsm:NAME'")
+        return value
+
+
+class LossConfig(Section):
+    """Weights of the terms of the loss; 0 switches a term off. `decoder` applies where the input is an embedding."""
+
+    energy: Annotated[float, Field(ge=0)] = 1.0
+    decoder: Annotated[float, Field(ge=0)] = 1.0
+
+
+class TrainConfig(Section):
+    """The training loop. A step is `sets_per_step` sets times `accumulate`; `patience` counts validations, 0 = never stop early.
+
+    `match` says which controls a perturbed cell may be paired with: those of its ``batch`` where it is known, or any
+    of its ``context``.
+    """
+
+    seed: int = 0
+    steps: PositiveInt = 40_000
+    sets_per_step: PositiveInt = 8
+    accumulate: PositiveInt = 1
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    learning_rate: PositiveFloat = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    clip: Annotated[float, Field(ge=0)] = 10.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    accelerator: str = "auto"
+    devices: PositiveInt = 1
+    match: Literal["batch", "context"] = "batch"
+    control_sets: bool = True
+    val_every: PositiveInt = 2000
+    max_val_sets: PositiveInt = 256
+    checkpoint_every: PositiveInt = 2000
+    patience: Annotated[int, Field(ge=0)] = 0
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+
+class GenerateConfig(Section):
+    """How cells are made. `controls_from` are the splits whose control cells a set may be made of.
+
+    `other_genes` says where genes come from that the model does not predict (``output = "hvg"``); "control" copies
+    them from the control cell that each cell is made from, and is counted in every report.
+    """
+
+    seed: int = 0
+    scale: Literal["log1p"] = "log1p"
+    controls_from: Literal["train", "all"] = "train"
+    other_genes: Literal["error", "control"] = "error"
+    sets_per_step: PositiveInt = 8
+
+
+class SubmissionConfig(Section):
+    """What goes out: the season, its files, the control cells, and rules overridden by name in `rules`.
+
+    `controls` are copied from the training cells or predicted by the model; `num_controls` of them, or
+    `control_share` of the cap.
+    """
+
+    season: str = "vcc2025"
+    genes: InputPath | None = None
+    targets: InputPath | None = None
+    context: str | None = None
+    controls: Literal["copied", "predicted"] = "copied"
+    num_controls: PositiveInt | None = None
+    control_share: Share = 0.05
+    rules: dict[str, int | str] = {}
+
+    @model_validator(mode="after")
+    def _known_season(self) -> SubmissionConfig:
+        try:
+            season(self.season, self.rules)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def resolve(self) -> Season:
+        """Return the season with the overridden rules."""
+        return season(self.season, self.rules)
+
+
+class Experiment(Section):
+    """A whole experiment file, resolved: paths are absolute, defaults are filled in."""
+
+    datasets: dict[str, str]
+    training: dict[str, Literal["train"]] = {}
+    zeroshot: dict[str, Literal["train", "val", "test"]] = {}
+    fewshot: dict[str, FewshotConfig] = {}
+    columns: ColumnsConfig = ColumnsConfig()
+    prepare: PrepareConfig = PrepareConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    generate: GenerateConfig = GenerateConfig()
+    submission: SubmissionConfig = SubmissionConfig()
+
+    @field_validator("datasets")
+    @classmethod
+    def _patterns_beside_the_file(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        base = (info.context or {}).get("base", Path())
+        if not value:
+            raise ValueError('expected at least one dataset, as `name = "folder, file or pattern"`')
+        return {name: str((base / Path(pattern).expanduser()).absolute()) for name, pattern in value.items()}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the resolved configuration as JSON values, as manifests store it."""
+        result: dict[str, Any] = self.model_dump(mode="json")
+        return result
+
+    def cross_problems(self, place: str) -> list[Problem]:
+        """Return what no section can see alone: names that must be datasets, labels that are no target, lost files."""
+        problems = []
+        known = ", ".join(self.datasets)
+        for name in self.training:
+            if name not in self.datasets:
+                problems.append(
+                    Problem(
+                        f"{place}, [training] {name}",
+                        f"no such dataset; [datasets] has {known}",
+                        "use one of these names",
+                    )
+                )
+        for table in ("zeroshot", "fewshot"):
+            for key in getattr(self, table):
+                if key.partition(".")[0] not in self.datasets or not key.partition(".")[2]:
+                    problems.append(
+                        Problem(
+                            f'{place}, [{table}] "{key}"',
+                            f'expected "dataset.cell_type" with a dataset of [datasets] ({known})',
+                            "write it so",
+                        )
+                    )
+        for key in self.zeroshot.keys() & self.fewshot.keys():
+            problems.append(
+                Problem(f'{place}, "{key}"', "stands in [zeroshot] and in [fewshot]", "leave it in one of them")
+            )
+        for key, held in self.fewshot.items():
+            if self.columns.control in (*held.val, *held.test):
+                problems.append(
+                    Problem(
+                        f'{place}, [fewshot."{key}"]',
+                        f"the control label {self.columns.control!r} cannot be held out",
+                        "remove it; prepare.val_controls holds out control cells",
+                    )
+                )
+        for section, key, path in self._input_paths():
+            if not path.is_file():
+                problems.append(
+                    Problem(
+                        f"{place}, [{section}] {key}",
+                        f"no such file: {path}",
+                        "mend the path (it is relative to the experiment file)",
+                    )
+                )
+        return problems
+
+    def _input_paths(self) -> Iterator[tuple[str, str, Path]]:
+        named = (
+            ("features", "path", self.features.path),
+            ("submission", "genes", self.submission.genes),
+            ("submission", "targets", self.submission.targets),
+        )
+        yield from ((section, key, path) for section, key, path in named if path is not None)
+
+
+def _set_key(tree: dict[str, Any], assignment: str) -> Problem | None:
+    """Apply one ``a.b=value``; the value is TOML, or a plain string where it is not."""
+    key, equals, text = assignment.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        return Problem(f"--set {assignment}", "expected section.key=value", "for example --set train.steps=100")
+    try:
+        value: Any = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            return Problem(f"--set {assignment}", f"{part!r} is no section", "name a key of a section, as train.steps")
+    node[parts[-1]] = value
+    return None
+
+
+def _place(path: Path, text: str, location: Sequence[str | int]) -> str:
+    """Return ``file:line, [section] key`` for a place in the tree; the line where it can be found in the text."""
+    parts = [str(part) for part in location]
+    section, key = (parts[0], ".".join(parts[1:])) if parts else ("", "")
+    line_number, inside = None, False
+    for number, line in enumerate(text.splitlines(), start=1):
+        header = re.match(r"\s*\[([^\]]+)\]", line)
+        if header:
+            inside = header[1].split(".")[0].strip("\" '") == section
+            line_number = number if inside and line_number is None else line_number
+        elif inside and len(parts) > 1 and re.match(rf"""\s*["']?{re.escape(parts[-1])}["']?\s*=""", line):
+            line_number = number
+            break
+    at = f":{line_number}" if line_number else ""
+    return f"{path}{at}, [{section}] {key}".rstrip()
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    model: type[BaseModel] = Experiment
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return list(FewshotConfig.model_fields) if location[0] == "fewshot" else []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _as_problem(path: Path, text: str, error: Mapping[str, Any]) -> Problem:
+    location = error["loc"]
+    place = _place(
+        path, text, [part for part in location if part not in ("constrained-float", "literal['median']", "float")]
+    )
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location)
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return Problem(place, f"unknown key {location[-1]!r}", remedy)
+    message = error["msg"].removeprefix("Value error, ")
+    got = "" if error["type"] in ("missing", "value_error") else f", got {error['input']!r}"
+    remedy = "add it" if error["type"] == "missing" else "mend the value"
+    return Problem(place, f"{message[:1].lower()}{message[1:]}{got}", remedy)
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file, apply ``a.b=value`` overrides, and return it resolved.
+
+    Raises
+    ------
+    ConfigError
+        With every problem at once: each unknown key, wrong type, unknown name and missing file, with its place.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such experiment file; give the path of a TOML file, as recipes/demo.toml"
+        ) from None
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected a TOML text file ({error}); give the path of an experiment file") from None
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}; mend the file there") from None
+    problems = [problem for problem in (_set_key(tree, item) for item in overrides) if problem]
+    try:
+        as_json = json.dumps(tree, default=str)
+        experiment = Experiment.model_validate_json(as_json, context={"base": path.absolute().parent})
+    except ValidationError as error:
+        problems += [_as_problem(path, text, item) for item in error.errors()]
+    else:
+        problems += experiment.cross_problems(str(path))
+    if problems:
+        raise ConfigError(f"{path}: {len(problems)} problem(s) in the experiment", problems=problems)
+    return experiment

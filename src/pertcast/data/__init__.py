@@ -1,0 +1,1 @@
+"""What goes in: experiment, store, cell sets, perturbation features."""

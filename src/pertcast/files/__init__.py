@@ -1,0 +1,1 @@
+"""What lies on disk: h5ad, the two scales of expression, manifests and atomic writes."""

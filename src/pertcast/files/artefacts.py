@@ -1,0 +1,241 @@
+"""What a stage writes: whole or not at all, and with a manifest that says what it was made from.
+
+Invariants: a final name never bears a half-written file; a manifest lists the hash of every file of its artefact, the
+hashes of its inputs, the resolved configuration and the versions; a folder is replaced as one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pertcast.errors import CheckpointError, DataError, Problem
+
+__all__ = [
+    "MANIFEST",
+    "Manifest",
+    "any_content",
+    "atomic_dir",
+    "atomic_file",
+    "hash_file",
+    "manifest_path",
+    "read_json",
+    "read_manifest",
+    "remove_leftovers",
+    "verify_artefact",
+    "write_json",
+    "write_manifest",
+]
+
+MANIFEST = "manifest.json"
+_PARTIAL = ".partial-"
+_PACKAGES = ("pertcast", "numpy", "scipy", "anndata", "h5py", "torch")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artefact is and what it was made from.
+
+    Attributes
+    ----------
+    kind
+        ``store``, ``run``, ``parts``, ``prediction`` or ``submission``.
+    inputs
+        Name → sha256 of what it was made from (files, or other artefacts by the hash of their manifest).
+    config
+        The resolved configuration of the stage, as JSON values.
+    files
+        Relative path → sha256 of every file of the artefact but the manifest itself.
+    facts
+        What a later stage or a reader wants to know (counts, scale, target sum), as JSON values.
+    notes
+        Sentences that every report of this artefact repeats.
+    versions
+        Package → version.
+    """
+
+    kind: str
+    inputs: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _PACKAGES})
+
+    def matches(self, *, inputs: Mapping[str, str], config: Mapping[str, Any]) -> bool:
+        """Return whether the artefact was made from just these inputs with just this configuration."""
+        return dict(inputs) == self.inputs and _plain(config) == self.config
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as it reads back from JSON."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def hash_file(path: Path, *, chunk_bytes: int = 1 << 22) -> str:
+    """Return the sha256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(chunk_bytes):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _partial_name(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}{_PARTIAL}{uuid.uuid4().hex[:8]}")
+
+
+def remove_leftovers(destination: Path) -> list[Path]:
+    """Remove what dead runs left beside a destination under temporary names; return what was removed."""
+    removed = []
+    if destination.parent.is_dir():
+        for path in destination.parent.glob(f".{destination.name}{_PARTIAL}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+@contextmanager
+def atomic_file(destination: Path) -> Iterator[Path]:
+    """Give a temporary name beside `destination`; sync and rename at the end, remove it if anything fails.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "a.txt"
+    >>> with atomic_file(target) as temporary:
+    ...     _ = temporary.write_text("whole")
+    >>> target.read_text()
+    'whole'
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _partial_name(destination)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, destination)
+        _sync(destination.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_dir(destination: Path) -> Iterator[Path]:
+    """Give an empty temporary folder beside `destination`; it takes that name at the end, replacing what was there.
+
+    Raises
+    ------
+    DataError
+        If `destination` is there and is not an artefact's folder (it has no manifest), so nothing of the user's is lost.
+    """
+    if destination.exists() and not (destination / MANIFEST).is_file() and any_content(destination):
+        raise DataError(
+            f"{destination}: it is there already and no pertcast artefact; give another --out, or remove it first"
+        )
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _partial_name(destination)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            _sync(path)
+        old = _partial_name(destination)
+        if destination.exists():
+            os.replace(destination, old)
+        os.replace(temporary, destination)
+        _sync(destination.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def any_content(path: Path) -> bool:
+    """Return whether a path is a file, or a folder with anything in it."""
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, keys sorted, so that equal values are equal bytes."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is not there or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; is this the folder that pertcast wrote?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); make the artefact again") from None
+
+
+def manifest_path(artefact: Path) -> Path:
+    """Return where the manifest of an artefact lies: inside a folder, beside a file."""
+    return artefact / MANIFEST if artefact.is_dir() else artefact.with_name(f"{artefact.name}.{MANIFEST}")
+
+
+def write_manifest(artefact: Path, manifest: Manifest) -> None:
+    """Write the manifest, with the hashes of all files of the artefact unless it lists them already."""
+    files = manifest.files or {
+        str(path.relative_to(artefact if artefact.is_dir() else artefact.parent)): hash_file(path)
+        for path in (sorted(artefact.rglob("*")) if artefact.is_dir() else [artefact])
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(manifest_path(artefact), {**asdict(manifest), "files": files})
+
+
+def read_manifest(artefact: Path, *, kind: str | None = None) -> Manifest:
+    """Read the manifest of an artefact.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, it is broken, or it is of another kind than asked for.
+    """
+    path = manifest_path(artefact)
+    raw = read_json(path)
+    try:
+        manifest = Manifest(**{**raw, "notes": tuple(raw["notes"])})
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a manifest of pertcast ({error}); make the artefact again") from None
+    if kind is not None and manifest.kind != kind:
+        raise CheckpointError(f"{artefact}: expected a {kind}, got a {manifest.kind}; give the folder of a {kind}")
+    return manifest
+
+
+def verify_artefact(artefact: Path) -> list[Problem]:
+    """Return every file of an artefact that is missing or differs from its manifest."""
+    manifest = read_manifest(artefact)
+    base = artefact if artefact.is_dir() else artefact.parent
+    problems = []
+    for name, expected in manifest.files.items():
+        path = base / name
+        if not path.is_file():
+            problems.append(Problem(str(path), "listed in the manifest, but not there", "make the artefact again"))
+        elif hash_file(path) != expected:
+            problems.append(Problem(str(path), "its content is not what the manifest says", "make the artefact again"))
+    return problems

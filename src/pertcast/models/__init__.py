@@ -1,0 +1,1 @@
+"""What learns: the State Transition network, its losses and its checkpoints."""

@@ -1,0 +1,45 @@
+"""How long work tells that it moves: stages call this, the command line draws it, nobody prints.
+
+A stage takes ``progress: Progress = SILENT``; it opens a task, advances it, and notes what a user should read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+__all__ = ["SILENT", "Advance", "Progress"]
+
+
+class Advance(Protocol):
+    """Moves a task on by `amount` of its units; `detail` is a short text beside the bar."""
+
+    def __call__(self, amount: int, detail: str = "") -> None: ...  # noqa: D102
+
+
+class Progress(Protocol):
+    """Where stages report to."""
+
+    def task(self, label: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Advance]:
+        """Open a task of `total` units ("cells", "steps", "B"), of which `done` are done already."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Tell the user something that they should know and that is no error."""
+        ...
+
+
+class _Silent:
+    @contextmanager
+    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+        def advance(amount: int, detail: str = "") -> None:
+            """Do nothing."""
+
+        yield advance
+
+    def note(self, text: str) -> None:
+        """Do nothing."""
+
+
+SILENT: Progress = _Silent()

@@ -1,0 +1,1 @@
+"""Pure array functions: no file, no configuration, no global state."""

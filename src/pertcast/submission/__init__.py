@@ -1,0 +1,1 @@
+"""What goes out: budget, controls, assembly, check and pack."""
