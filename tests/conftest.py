@@ -13,6 +13,7 @@ import pytest
 from scipy import sparse
 
 Builder = Callable[..., Path]
+SMALL_GENES = tuple(f"G{number}" for number in range(20))
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +28,7 @@ def shared_data() -> Path:
 def write_small_h5ad(
     path: Path,
     *,
-    genes: Sequence[str] = tuple(f"G{i}" for i in range(20)),
+    genes: Sequence[str] = SMALL_GENES,
     perts: Sequence[str] = ("non-targeting", "G1", "G2", "G3"),
     contexts: Sequence[str] = ("H1",),
     batches: Sequence[str] = ("b1", "b2"),
@@ -36,9 +37,9 @@ def write_small_h5ad(
     scale: str = "counts",
     seed: int = 0,
 ) -> Path:
-    """Write Poisson counts (or their log1p at 1e4) with every context x pert x batch group; G1..G3 knock down their own gene."""
+    """Write Poisson counts (or their log1p) of every context x pert x batch group; G1..G3 lose their own gene."""
     rng = np.random.default_rng(seed)
-    rows = [(c, p, b) for c in contexts for p in perts for b in batches for _ in range(cells_per_group)]
+    rows = [(c, p, b) for c in contexts for p in perts for b in batches for _cell in range(cells_per_group)]
     obs = pd.DataFrame(rows, columns=["cell_type", "target_gene", "batch"]).astype("category")
     obs.index = [f"cell{i}" for i in range(len(rows))]
     rate = np.tile(rng.gamma(2.0, 10.0, size=len(genes)), (len(rows), 1))
@@ -48,7 +49,7 @@ def write_small_h5ad(
     counts = rng.poisson(rate).astype(np.float32)
     if scale == "log1p":
         counts = np.log1p(counts * (1e4 / counts.sum(1, keepdims=True))).astype(np.float32)
-    matrix = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": np.asarray}[layout](counts)
+    matrix = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": np.array}[layout](counts)  # type: ignore[operator]
     ad.AnnData(matrix, obs=obs, var=pd.DataFrame(index=list(genes))).write_h5ad(path)
     return path
 

@@ -32,11 +32,8 @@ class Progress(Protocol):
 
 class _Silent:
     @contextmanager
-    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-        def advance(amount: int, detail: str = "") -> None:
-            """Do nothing."""
-
-        yield advance
+    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:  # noqa: ARG002
+        yield lambda amount, detail="": None  # noqa: ARG005
 
     def note(self, text: str) -> None:
         """Do nothing."""

@@ -130,7 +130,7 @@ def atomic_file(destination: Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
-        os.replace(temporary, destination)
+        temporary.replace(destination)
         _sync(destination.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -143,7 +143,7 @@ def atomic_dir(destination: Path) -> Iterator[Path]:
     Raises
     ------
     DataError
-        If `destination` is there and is not an artefact's folder (it has no manifest), so nothing of the user's is lost.
+        If `destination` is there and is no artefact's folder (it has no manifest): nothing of the user's is lost.
     """
     if destination.exists() and not (destination / MANIFEST).is_file() and any_content(destination):
         raise DataError(
@@ -158,8 +158,8 @@ def atomic_dir(destination: Path) -> Iterator[Path]:
             _sync(path)
         old = _partial_name(destination)
         if destination.exists():
-            os.replace(destination, old)
-        os.replace(temporary, destination)
+            destination.replace(old)
+        temporary.replace(destination)
         _sync(destination.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:

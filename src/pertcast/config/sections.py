@@ -1,4 +1,4 @@
-"""Every knob: one frozen, validated section per stage; TOML in, TOML out; unknown keys are errors.
+"""Every knob: one frozen, validated section per stage; unknown keys are errors.
 
 An experiment file is a superset of the ``starter.toml`` that cell-load and ``state tx train`` read: ``[datasets]``,
 ``[training]``, ``[zeroshot]`` and ``[fewshot]`` keep their meaning, the other sections are ours.
@@ -7,11 +7,8 @@ Relative paths are relative to the file.
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +19,6 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -42,15 +38,19 @@ __all__ = [
     "PrepareConfig",
     "SubmissionConfig",
     "TrainConfig",
-    "load_experiment",
 ]
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
-    base = (info.context or {}).get("base", Path())
-    return (base / path.expanduser()).absolute()
+    return (_base(info) / path.expanduser()).absolute()
+
+
+def _base(info: ValidationInfo) -> Path:
+    """Return the folder that relative paths are relative to: the experiment file's, or the working folder."""
+    base: Path = (info.context or {}).get("base", Path())
+    return base
 
 
 InputPath = Annotated[Path, AfterValidator(_beside_the_file)]
@@ -156,7 +156,7 @@ class LossConfig(Section):
 
 
 class TrainConfig(Section):
-    """The training loop. A step is `sets_per_step` sets times `accumulate`; `patience` counts validations, 0 = never stop early.
+    """The training loop: a step is `sets_per_step` sets times `accumulate`; `patience` counts validations, 0 = no end.
 
     `match` says which controls a perturbed cell may be paired with: those of its ``batch`` where it is known, or any
     of its ``context``.
@@ -245,7 +245,7 @@ class Experiment(Section):
     @field_validator("datasets")
     @classmethod
     def _patterns_beside_the_file(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
-        base = (info.context or {}).get("base", Path())
+        base = _base(info)
         if not value:
             raise ValueError('expected at least one dataset, as `name = "folder, file or pattern"`')
         return {name: str((base / Path(pattern).expanduser()).absolute()) for name, pattern in value.items()}
@@ -309,98 +309,3 @@ class Experiment(Section):
             ("submission", "targets", self.submission.targets),
         )
         yield from ((section, key, path) for section, key, path in named if path is not None)
-
-
-def _set_key(tree: dict[str, Any], assignment: str) -> Problem | None:
-    """Apply one ``a.b=value``; the value is TOML, or a plain string where it is not."""
-    key, equals, text = assignment.partition("=")
-    parts = [part.strip() for part in key.split(".")]
-    if not equals or not all(parts):
-        return Problem(f"--set {assignment}", "expected section.key=value", "for example --set train.steps=100")
-    try:
-        value: Any = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    node = tree
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            return Problem(f"--set {assignment}", f"{part!r} is no section", "name a key of a section, as train.steps")
-    node[parts[-1]] = value
-    return None
-
-
-def _place(path: Path, text: str, location: Sequence[str | int]) -> str:
-    """Return ``file:line, [section] key`` for a place in the tree; the line where it can be found in the text."""
-    parts = [str(part) for part in location]
-    section, key = (parts[0], ".".join(parts[1:])) if parts else ("", "")
-    line_number, inside = None, False
-    for number, line in enumerate(text.splitlines(), start=1):
-        header = re.match(r"\s*\[([^\]]+)\]", line)
-        if header:
-            inside = header[1].split(".")[0].strip("\" '") == section
-            line_number = number if inside and line_number is None else line_number
-        elif inside and len(parts) > 1 and re.match(rf"""\s*["']?{re.escape(parts[-1])}["']?\s*=""", line):
-            line_number = number
-            break
-    at = f":{line_number}" if line_number else ""
-    return f"{path}{at}, [{section}] {key}".rstrip()
-
-
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    model: type[BaseModel] = Experiment
-    for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return list(FewshotConfig.model_fields) if location[0] == "fewshot" else []
-        model = field.annotation
-    return list(model.model_fields)
-
-
-def _as_problem(path: Path, text: str, error: Mapping[str, Any]) -> Problem:
-    location = error["loc"]
-    place = _place(
-        path, text, [part for part in location if part not in ("constrained-float", "literal['median']", "float")]
-    )
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(location)
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return Problem(place, f"unknown key {location[-1]!r}", remedy)
-    message = error["msg"].removeprefix("Value error, ")
-    got = "" if error["type"] in ("missing", "value_error") else f", got {error['input']!r}"
-    remedy = "add it" if error["type"] == "missing" else "mend the value"
-    return Problem(place, f"{message[:1].lower()}{message[1:]}{got}", remedy)
-
-
-def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment file, apply ``a.b=value`` overrides, and return it resolved.
-
-    Raises
-    ------
-    ConfigError
-        With every problem at once: each unknown key, wrong type, unknown name and missing file, with its place.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such experiment file; give the path of a TOML file, as recipes/demo.toml"
-        ) from None
-    except (IsADirectoryError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected a TOML text file ({error}); give the path of an experiment file") from None
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}; mend the file there") from None
-    problems = [problem for problem in (_set_key(tree, item) for item in overrides) if problem]
-    try:
-        as_json = json.dumps(tree, default=str)
-        experiment = Experiment.model_validate_json(as_json, context={"base": path.absolute().parent})
-    except ValidationError as error:
-        problems += [_as_problem(path, text, item) for item in error.errors()]
-    else:
-        problems += experiment.cross_problems(str(path))
-    if problems:
-        raise ConfigError(f"{path}: {len(problems)} problem(s) in the experiment", problems=problems)
-    return experiment

@@ -1,0 +1,123 @@
+"""Reads an experiment file: TOML and ``--set`` overrides in, one resolved experiment or every problem out."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from pertcast.config.sections import Experiment, FewshotConfig
+from pertcast.errors import ConfigError, Problem
+
+__all__ = ["load_experiment"]
+
+
+def _set_key(tree: dict[str, Any], assignment: str) -> Problem | None:
+    """Apply one ``a.b=value``; the value is TOML, or a plain string where it is not."""
+    key, equals, text = assignment.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        return Problem(f"--set {assignment}", "expected section.key=value", "for example --set train.steps=100")
+    try:
+        value: Any = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            return Problem(f"--set {assignment}", f"{part!r} is no section", "name a key of a section, as train.steps")
+    node[parts[-1]] = value
+    return None
+
+
+def _place(path: Path, text: str, location: Sequence[str | int]) -> str:
+    """Return ``file:line, [section] key`` for a place in the tree; the line where it can be found in the text."""
+    parts = [str(part) for part in location]
+    section, key = (parts[0], ".".join(parts[1:])) if parts else ("", "")
+    line_number, inside = None, False
+    for number, line in enumerate(text.splitlines(), start=1):
+        header = re.match(r"\s*\[([^\]]+)\]", line)
+        if header:
+            inside = header[1].split(".")[0].strip("\" '") == section
+            line_number = number if inside and line_number is None else line_number
+        elif inside and len(parts) > 1 and re.match(rf"""\s*["']?{re.escape(parts[-1])}["']?\s*=""", line):
+            line_number = number
+            break
+    at = f":{line_number}" if line_number else ""
+    return f"{path}{at}, [{section}] {key}".rstrip()
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    model: type[BaseModel] = Experiment
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return list(FewshotConfig.model_fields) if location[0] == "fewshot" else []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _as_problems(path: Path, text: str, errors: Sequence[ErrorDetails]) -> list[Problem]:
+    """Return one problem for each place; the branches of a union that all failed become one sentence."""
+    places: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
+    for error in errors:
+        location = tuple(
+            part for part in error["loc"] if not re.match(r"(literal\[|constrained-|float$|int$|str$)", str(part))
+        )
+        places.setdefault(location, []).append(error)
+    return [_as_problem(_place(path, text, location), location, group) for location, group in places.items()]
+
+
+def _as_problem(place: str, location: Sequence[str | int], errors: Sequence[ErrorDetails]) -> Problem:
+    first = errors[0]
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location)
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return Problem(place, f"unknown key {location[-1]!r}", remedy)
+    message = " or ".join(error["msg"].removeprefix("Value error, ") for error in errors)
+    message = message[:1].lower() + message[1:].replace(" or Input should be", " or")
+    if first["type"] in ("missing", "value_error"):
+        return Problem(place, message, "add it" if first["type"] == "missing" else "")
+    return Problem(place, f"{message}, got {first['input']!r}", "mend the value")
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file, apply ``a.b=value`` overrides, and return it resolved.
+
+    Raises
+    ------
+    ConfigError
+        With every problem at once: each unknown key, wrong type, unknown name and missing file, with its place.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such experiment file; give the path of a TOML file, as recipes/demo.toml"
+        ) from None
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected a TOML text file ({error}); give the path of an experiment file") from None
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}; mend the file there") from None
+    problems = [problem for problem in (_set_key(tree, item) for item in overrides) if problem]
+    try:
+        as_json = json.dumps(tree, default=str)
+        experiment = Experiment.model_validate_json(as_json, context={"base": path.absolute().parent})
+    except ValidationError as error:
+        problems += _as_problems(path, text, error.errors())
+    else:
+        problems += experiment.cross_problems(str(path))
+    if problems:
+        raise ConfigError(f"{path}: {len(problems)} problem(s) in the experiment", problems=problems)
+    return experiment
