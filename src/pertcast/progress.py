@@ -5,7 +5,7 @@ A stage takes ``progress: Progress = SILENT``; it opens a task, advances it, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -29,6 +29,10 @@ class Progress(Protocol):
         """Tell the user something that they should know and that is no error."""
         ...
 
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Show a table: a plan before work starts, or what came out of it."""
+        ...
+
 
 class _Silent:
     @contextmanager
@@ -36,6 +40,9 @@ class _Silent:
         yield lambda amount, detail="": None  # noqa: ARG005
 
     def note(self, text: str) -> None:
+        """Do nothing."""
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Do nothing."""
 
 

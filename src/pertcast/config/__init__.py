@@ -1,6 +1,6 @@
 """Every knob: one frozen, validated section per stage; TOML in, TOML out; unknown keys are errors."""
 
-from pertcast.config.load import load_experiment
+from pertcast.config.load import load_experiment, rebuild_experiment
 from pertcast.config.sections import (
     ColumnsConfig,
     Experiment,
@@ -26,4 +26,5 @@ __all__ = [
     "SubmissionConfig",
     "TrainConfig",
     "load_experiment",
+    "rebuild_experiment",
 ]

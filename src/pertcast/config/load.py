@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pydantic_core import ErrorDetails
 from pertcast.config.sections import Experiment, FewshotConfig
 from pertcast.errors import ConfigError, Problem
 
-__all__ = ["load_experiment"]
+__all__ = ["load_experiment", "rebuild_experiment"]
 
 
 def _set_key(tree: dict[str, Any], assignment: str) -> Problem | None:
@@ -110,6 +111,21 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}; mend the file there") from None
+    return _resolve(tree, overrides, path=path, text=text)
+
+
+def rebuild_experiment(tree: Mapping[str, Any], overrides: Sequence[str] = (), *, place: Path) -> Experiment:
+    """Return the experiment that an artefact stores as JSON, with ``a.b=value`` overrides; `place` is named in errors.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`load_experiment`; a file that has moved since is named with its section and key.
+    """
+    return _resolve(copy.deepcopy(dict(tree)), overrides, path=place, text="")
+
+
+def _resolve(tree: dict[str, Any], overrides: Sequence[str], *, path: Path, text: str) -> Experiment:
     problems = [problem for problem in (_set_key(tree, item) for item in overrides) if problem]
     try:
         as_json = json.dumps(tree, default=str)

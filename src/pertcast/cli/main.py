@@ -1,0 +1,79 @@
+"""The program ``pertcast``: finds the command, turns errors into one line and an exit code.
+
+0: done. 1: the input is wrong or a check failed. 2: wrong usage. 130: interrupted, with what is finished kept.
+Commands are imported when they are called, so that ``pertcast --help`` never waits for torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from pertcast import __version__
+from pertcast.errors import PertcastError
+
+__all__ = ["COMMANDS", "build_app", "main"]
+
+COMMANDS = {
+    "demo": "The whole path on the real cells in the package: minutes on two cores.",
+    "run": "Every stage of an experiment, resumable; what is there and still true is reused.",
+    "prepare": "Experiment file and h5ad files in, a training store out.",
+    "train": "Train STATE on a store; goes on where it stopped.",
+    "generate": "Make exactly the wanted cells of each target, one part file a target.",
+    "assemble": "Join the parts into one prediction.h5ad.",
+    "check": "Name every problem of a prediction, with its place and remedy.",
+    "pack": "Check a prediction and pack it as the season's .vcc archive.",
+    "unpack": "Take the h5ad out of a .vcc archive.",
+    "verify": "Tell whether an artefact is whole and still what its manifest says.",
+}
+
+
+def build_app(asked: str | None = None) -> App:
+    """Return the program; the command that is `asked` shows its whole docstring, the others one line."""
+    app = App(
+        name="pertcast",
+        help="Forecast how single cells respond to gene perturbations, and pack a valid challenge submission.\n\n"
+        "The path: prepare, train, generate, assemble, check, pack; `pertcast run` does them all.\n\n"
+        "Example: `pertcast demo`",
+        version=__version__,
+        result_action="return_value",
+    )
+    for name, summary in COMMANDS.items():
+        app.command(f"pertcast.cli.{name}:command", name=name, help=None if name == asked else summary)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program with these arguments (default: those of the process) and exit with its code."""
+    sys.exit(_run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _run(arguments: list[str]) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    warnings.simplefilter("ignore")
+    try:
+        code = build_app(next(iter(arguments), None))(arguments or ["--help"], exit_on_error=False, print_error=True)
+    except CycloptsError:
+        return 2
+    except PertcastError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what is finished is kept: give the same command again to go on", 130)
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(f"{where}{error.strerror}; free some space or give another --out, then try again", 1)
+        raise
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"pertcast: {message}", file=sys.stderr)
+    return code

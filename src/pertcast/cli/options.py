@@ -1,0 +1,50 @@
+"""Options that several commands share, each with its help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+__all__ = ["GenesOption", "SeasonOption", "SetOption", "TargetsOption", "parse_rules"]
+
+SetOption = Annotated[
+    list[str] | None,
+    Parameter(
+        name="--set", negative="", help="Change one key of the experiment: --set train.steps=100. May be repeated."
+    ),
+]
+RulesOption = Annotated[
+    list[str] | None,
+    Parameter(
+        name="--set",
+        negative="",
+        help="Override one rule of the season by name: --set num_genes=1000. May be repeated.",
+    ),
+]
+SeasonOption = Annotated[str, Parameter(name="--season", help="Which season's rules: vcc2025 or vcc2026.")]
+GenesOption = Annotated[Path, Parameter(name="--genes", help="The season's gene_names.csv.")]
+TargetsOption = Annotated[Path | None, Parameter(name="--targets", help="The season's target list, pert_counts.csv.")]
+
+
+def parse_rules(assignments: list[str] | None) -> dict[str, int | str]:
+    """Return ``["num_genes=1000"]`` as ``{"num_genes": 1000}``.
+
+    Raises
+    ------
+    ConfigError
+        If one is not ``name=value``.
+    """
+    from pertcast.errors import ConfigError, Problem
+
+    rules: dict[str, int | str] = {}
+    problems = []
+    for assignment in assignments or []:
+        name, equals, value = (part.strip() for part in assignment.partition("="))
+        if not (name and equals and value):
+            problems.append(Problem(f"--set {assignment}", "expected rule=value", "for example --set num_genes=1000"))
+        rules[name] = int(value) if value.lstrip("-").isdigit() else value
+    if problems:
+        raise ConfigError(problems=problems)
+    return rules
