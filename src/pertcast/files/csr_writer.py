@@ -34,15 +34,15 @@ class _Column:
         self._flushed = 0
         self._dataset: Any = None
 
+    @property
+    def room(self) -> int:
+        return _CHUNK_VALUES - self._filled
+
     def append(self, values: np.ndarray) -> None:
-        start = 0
-        while start < len(values):
-            part = values[start : start + _CHUNK_VALUES - self._filled]
-            self._chunk[self._filled : self._filled + len(part)] = part
-            self._filled += len(part)
-            start += len(part)
-            if self._filled == _CHUNK_VALUES:
-                self._flush()
+        self._chunk[self._filled : self._filled + len(values)] = values
+        self._filled += len(values)
+        if not self.room:
+            self._flush()
 
     def _flush(self) -> None:
         if self._dataset is None:
@@ -139,8 +139,13 @@ class CsrWriter:
         if not kept.all():
             before = np.concatenate([[0], np.cumsum(kept)])
             data, indices, indptr = data[kept], indices[kept], before[indptr]
-        self._data.append(data)
-        self._indices.append(indices)
+        start = 0
+        while start < len(data):
+            # both columns reach the end of a chunk together, so that chunks lie in the file in one order
+            part = slice(start, start + self._data.room)
+            start = min(part.stop, len(data))
+            self._data.append(data[part])
+            self._indices.append(indices[part])
         self._indptr.append(indptr[1:] - indptr[0] + self._values_done)
         self._values_done += len(data)
         self._rows_done += block.shape[0]
