@@ -1,0 +1,125 @@
+"""The whole path on the real cells in the package, and what came out of it beside held-out cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+from numpy.typing import NDArray
+
+from pertcast.data.store import Split, Store
+from pertcast.progress import SILENT, Progress
+from pertcast.run import Outcome, run_experiment
+from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN
+from pertcast.stats.effects import compare_effects, knockdown
+from pertcast.submission.pack import unpack
+
+__all__ = ["HEADER", "DemoOutcome", "TargetRow", "run_demo"]
+
+HEADER = (
+    "target",
+    "cells",
+    "own gene left: held out",
+    "predicted",
+    "effect size: held out",
+    "predicted",
+    "correlation",
+)
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """One target: its predicted cells, beside the cells that training has not seen.
+
+    `own_*` is the share of the target gene's expression that is left (NaN where the gene is not measured);
+    sizes are L2 norms of the mean effect over all genes, on the log1p scale.
+    """
+
+    target: str
+    num_cells: int
+    own_held_out: float
+    own_predicted: float
+    size_held_out: float
+    size_predicted: float
+    correlation: float
+
+    def cells(self) -> list[str]:
+        """Return the row as text."""
+        own = ["–" if np.isnan(value) else f"{value:.0%}" for value in (self.own_held_out, self.own_predicted)]
+        rest = [f"{self.size_held_out:.2f}", f"{self.size_predicted:.2f}", f"{self.correlation:.2f}"]
+        return [self.target, f"{self.num_cells:,}", *own, *rest]
+
+
+@dataclass(frozen=True)
+class DemoOutcome:
+    """What the demo made, and its table; `identical` says whether unpacking gave the packed prediction back."""
+
+    outcome: Outcome
+    rows: tuple[TargetRow, ...]
+    unpacked: Path
+    identical: bool
+
+
+def run_demo(out: Path, *, overrides: Sequence[str] = (), progress: Progress = SILENT) -> DemoOutcome:
+    """Train, generate, assemble, check, pack and unpack on the shipped H1 cells.
+
+    Parameters
+    ----------
+    out
+        The folder of all artefacts.
+    overrides
+        ``section.key=value`` on top of the demo's experiment.
+    """
+    with as_file(files("pertcast") / "assets") as assets:
+        outcome = run_experiment(assets / "demo.toml", out, overrides=overrides, progress=progress)
+    unpacked = unpack(outcome.archive, out / "unpacked.h5ad")
+    prediction = ad.read_h5ad(unpacked)
+    return DemoOutcome(
+        outcome, tuple(_rows(Store.open(outcome.store), prediction)), unpacked, _same(prediction, outcome.prediction)
+    )
+
+
+def _same(unpacked: ad.AnnData, path: Path) -> bool:
+    packed = ad.read_h5ad(path)
+    return (
+        unpacked.shape == packed.shape
+        and (unpacked.X != packed.X).nnz == 0
+        and list(unpacked.var_names) == list(packed.var_names)
+        and list(unpacked.obs[PERT_COLUMN]) == list(packed.obs[PERT_COLUMN])
+    )
+
+
+def _rows(store: Store, prediction: ad.AnnData) -> list[TargetRow]:
+    labels = prediction.obs[PERT_COLUMN].to_numpy()
+    genes = list(store.genes)
+    held_control = _held_out_mean(store, store.control)
+    predicted_control = _mean(prediction, labels == CONTROL_LABEL)
+    rows = []
+    for target in dict.fromkeys(label for label in labels if label != CONTROL_LABEL):
+        held, predicted = _held_out_mean(store, target), _mean(prediction, labels == target)
+        agreement = compare_effects(predicted - predicted_control, held - held_control)
+        own = genes.index(target) if target in genes else None
+        left = (
+            (knockdown(held[own], held_control[own]), knockdown(predicted[own], predicted_control[own]))
+            if own is not None
+            else (float("nan"), float("nan"))
+        )
+        sizes = agreement.measured_size, agreement.predicted_size
+        rows.append(TargetRow(target, int((labels == target).sum()), *left, *sizes, agreement.correlation))
+    return rows
+
+
+def _mean(prediction: ad.AnnData, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    mean: NDArray[np.float64] = np.asarray(prediction.X[mask].mean(axis=0), dtype=np.float64).ravel()
+    return mean
+
+
+def _held_out_mean(store: Store, label: str) -> NDArray[np.float64]:
+    """Return mean log1p of the cells of a label that training has not seen."""
+    rows = store.rows(split=Split.VAL, pert=store.perts.index(label))
+    mean: NDArray[np.float64] = store.log1p(rows).mean(axis=0, dtype=np.float64)
+    return mean

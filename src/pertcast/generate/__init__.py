@@ -1,0 +1,170 @@
+"""A run and a target list in, one part file a target out: exactly the planned cells, each made from a control cell.
+
+Invariants: every set has the length that the model knows, the last one is filled and its surplus dropped; controls are
+of the target's context; a part depends on the seed, its context and its target alone, never on the other targets.
+A part that is there and right is not made again; whatever stops the stage, no half-written part bears its name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from pertcast.config import Experiment, rebuild_experiment
+from pertcast.data.features import PertFeatures, load_features, open_features
+from pertcast.data.store import Store
+from pertcast.errors import CheckpointError, DataError
+from pertcast.files.artefacts import (
+    MANIFEST,
+    Manifest,
+    any_content,
+    atomic_file,
+    hash_file,
+    manifest_path,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from pertcast.generate.parts import PartMaker
+from pertcast.generate.plan import Part, Plan, plan_parts
+from pertcast.models.checkpoint import Run, open_run
+from pertcast.progress import SILENT, Progress
+
+__all__ = ["Part", "Plan", "generate", "plan_parts"]
+
+logger = logging.getLogger(__name__)
+
+
+def generate(
+    run_path: Path,
+    out: Path,
+    *,
+    experiment: Experiment | None = None,
+    store_path: Path | None = None,
+    overrides: Sequence[str] = (),
+    progress: Progress = SILENT,
+) -> Path:
+    """Make the wanted number of cells for each target.
+
+    Parameters
+    ----------
+    run_path
+        A folder that :func:`pertcast.train.train` wrote.
+    out
+        The folder of parts; parts in it that are right are kept.
+    experiment
+        Whose ``[generate]`` and ``[submission]`` apply; default: those that the run was trained with.
+    store_path
+        Where the store lies, if it has moved since training.
+    overrides
+        ``section.key=value`` on top of the experiment that the run was trained with.
+
+    Returns
+    -------
+    `out`, with one ``context/target.h5ad`` each (log1p, float32, CSR), ``plan.json``, ``genes.csv`` and a manifest.
+
+    Raises
+    ------
+    PertcastError
+        If the run, the store, the targets or the features do not fit one another.
+    """
+    run = open_run(run_path)
+    trained = rebuild_experiment(run.experiment, overrides, place=run_path / "run.json")
+    asked = experiment or trained
+    experiment = trained.model_copy(update={"generate": asked.generate, "submission": asked.submission})
+    store = _open_store(run, run_path, store_path)
+    plan = plan_parts(store, experiment)
+    features = _features(run_path, experiment, store, plan)
+    _show(plan, features, progress)
+    if any_content(out) and not (out / "plan.json").is_file():
+        raise DataError(f"{out}: it is there already and holds no parts; give another --out, or remove it first")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MANIFEST).unlink(missing_ok=True)
+    write_json(out / "plan.json", _plan_json(plan, experiment))
+    maker = PartMaker(run, store, experiment, features, hash_file(run_path / "weights.safetensors"))
+    todo = [part for part in plan.parts if not maker.is_right(out, part)]
+    total = sum(part.num_cells for part in plan.parts)
+    done = total - sum(part.num_cells for part in todo)
+    with progress.task("generate", total, "cells", done=done) as advance:
+        for part in todo:
+            maker.make(out, part)
+            advance(part.num_cells, detail=part.target)
+    _finish(out, plan, experiment, run, maker)
+    return out
+
+
+def _open_store(run: Run, run_path: Path, store_path: Path | None) -> Store:
+    store = Store.open(store_path or run.store_path)
+    if store.fingerprint != run.store_fingerprint:
+        raise CheckpointError(
+            f"{store.path}: not the store that {run_path} was trained on (its manifest differs); "
+            "give that store with --store, or train again"
+        )
+    return store
+
+
+def _features(run_path: Path, experiment: Experiment, store: Store, plan: Plan) -> PertFeatures:
+    """Return features of every target: those that the run keeps, or the file's where the run has not seen a target."""
+    labels = [
+        plan.season.control_label if part.target == plan.season.control_label else part.target for part in plan.parts
+    ]
+    kept = open_features(run_path / "features")
+    if set(labels) - {plan.season.control_label} <= set(kept.names):
+        return kept
+    return load_features(experiment.features, store, targets=tuple(dict.fromkeys(labels)))
+
+
+def _show(plan: Plan, features: PertFeatures, progress: Progress) -> None:
+    rows = [[row.target, f"{row.asked:,}", f"{row.gets:,}"] for row in plan.budget.rows]
+    copied = any(part.copied for part in plan.parts)
+    if plan.budget.num_controls:
+        how = "copied" if copied else "predicted"
+        rows.append([f"{plan.season.control_label} ({how})", "", f"{plan.budget.num_controls:,}"])
+    rows.append(["all", "", f"{plan.budget.total:,} of at most {plan.budget.cap:,}"])
+    progress.table("The plan", ["target", "cells asked for", "cells"], rows)
+    for note in plan.notes:
+        progress.note(note)
+    filled = {part.target: features.filled[part.target] for part in plan.parts if part.target in features.filled}
+    if filled:
+        some = ", ".join(f"{target} ({how})" for target, how in list(filled.items())[:5])
+        progress.note(f"{len(filled)} target(s) without a feature of their own, filled as asked for: {some}")
+
+
+def _plan_json(plan: Plan, experiment: Experiment) -> dict[str, object]:
+    season = plan.season
+    return {
+        "season": season.name,
+        "rules": dict(experiment.submission.rules),
+        "pert_column": season.pert_column,
+        "control_label": season.control_label,
+        "context_column": season.context_column,
+        "scale": experiment.generate.scale,
+        "alpha": str(plan.budget.alpha_fraction),
+        "num_controls": plan.budget.num_controls,
+        "notes": list(plan.notes),
+        "parts": [
+            {"file": part.file, "target": part.target, "context": part.context, "num_cells": part.num_cells}
+            for part in plan.parts
+        ],
+    }
+
+
+def _finish(out: Path, plan: Plan, experiment: Experiment, run: Run, maker: PartMaker) -> None:
+    """Write the gene list and the manifest; drop parts of an earlier plan."""
+    with atomic_file(out / "genes.csv") as temporary:
+        temporary.write_text("".join(f"{gene}\n" for gene in run.genes), encoding="utf-8")
+    wanted = {out / part.file for part in plan.parts}
+    files = {"plan.json": hash_file(out / "plan.json"), "genes.csv": hash_file(out / "genes.csv")}
+    for path in sorted(out.glob("*/*.h5ad")):
+        if path not in wanted:
+            path.unlink()
+            manifest_path(path).unlink(missing_ok=True)
+            logger.info("removed %s, a part of an earlier plan", path)
+    for part in plan.parts:
+        files[part.file] = next(iter(read_manifest(out / part.file).files.values()))
+    facts = {"cells": plan.budget.total, "scale": experiment.generate.scale, "target_sum": run.target_sum}
+    manifest = Manifest(
+        "parts", inputs=maker.inputs, config=experiment.as_json(), files=files, facts=facts, notes=plan.notes
+    )
+    write_manifest(out, manifest)

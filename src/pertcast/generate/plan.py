@@ -1,0 +1,151 @@
+"""What will be made, before anything is made: contexts, targets, cells under the cap, control cells.
+
+The plan is shown to the user and stored beside the parts; every part is a function of its line in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pertcast.config import Experiment
+from pertcast.data.store import Split, Store
+from pertcast.errors import ConfigError, DataError
+from pertcast.seasons import Season
+from pertcast.submission.budget import Budget, plan_budget, room_for_controls
+from pertcast.submission.targets import read_targets
+
+__all__ = ["Part", "Plan", "control_rows", "plan_parts"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of the parts: all cells of one target in one context.
+
+    Attributes
+    ----------
+    file
+        Path relative to the parts' folder.
+    context, target
+        The labels; the target of control cells is the season's control label.
+    num_cells
+        Cells in it.
+    copied
+        Whether they are control cells copied from training, and not predicted.
+    """
+
+    file: str
+    context: str
+    target: str
+    num_cells: int
+    copied: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be made, in the order of the prediction."""
+
+    season: Season
+    budget: Budget
+    contexts: tuple[str, ...]
+    parts: tuple[Part, ...]
+    notes: tuple[str, ...]
+
+
+def _split_of(experiment: Experiment) -> Split:
+    return Split.TRAIN if experiment.generate.controls_from == "train" else Split.TRAIN | Split.VAL | Split.TEST
+
+
+def _contexts(store: Store, experiment: Experiment, season: Season) -> tuple[str, ...]:
+    """Return the contexts to predict, by the season's rules."""
+    there = ", ".join(repr(name) for name in store.contexts)
+    if season.contexts is not None:
+        for group in season.contexts:
+            if set(group) <= set(store.contexts):
+                return group
+        wanted = " or ".join(", ".join(group) for group in season.contexts)
+        raise DataError(
+            f"{store.path}: season {season.name} wants the contexts {wanted}; the store has {there}; add them"
+        )
+    if experiment.submission.context is not None:
+        if experiment.submission.context not in store.contexts:
+            raise ConfigError(
+                f"[submission] context: no control cells of {experiment.submission.context!r}; the store has {there}; "
+                "name one of these"
+            )
+        return (experiment.submission.context,)
+    if len(store.contexts) > 1:
+        raise ConfigError(
+            f"[submission] context: season {season.name} has one context and the store has {len(store.contexts)} "
+            f"({there}); name one with --set submission.context=..."
+        )
+    return (store.contexts[0],)
+
+
+def control_rows(store: Store, experiment: Experiment, context: str) -> NDArray[np.int64]:
+    """Return the rows of the control cells that a context's cells may be made from.
+
+    Raises
+    ------
+    DataError
+        If there are none in the splits that ``generate.controls_from`` names.
+    """
+    rows = store.rows(split=_split_of(experiment), context=store.contexts.index(context), pert=store.control_code)
+    if not len(rows):
+        raise DataError(
+            f"{store.path}: no control cells of context {context!r} in the splits of "
+            f"generate.controls_from = {experiment.generate.controls_from!r}; "
+            'pass --set generate.controls_from="all"'
+        )
+    return rows
+
+
+def plan_parts(store: Store, experiment: Experiment) -> Plan:
+    """Return the plan: which cells of which target in which context, under the season's cap.
+
+    Raises
+    ------
+    ConfigError, DataError, SubmissionError
+        If targets, contexts, controls or the cap do not fit one another; the message says what would.
+    """
+    submission = experiment.submission
+    season = submission.resolve()
+    if submission.targets is None:
+        raise ConfigError("[submission] targets: no target list is given; pass --targets pert_counts.csv")
+    if len(store.genes) != season.num_genes:
+        raise DataError(
+            f"{store.path}: season {season.name} wants {season.num_genes:,} genes, the store has {len(store.genes):,}; "
+            "prepare it with the season's list (submission.genes), or pass "
+            f"--set submission.rules.num_genes={len(store.genes)}"
+        )
+    targets = read_targets(submission.targets, season)
+    contexts = _contexts(store, experiment, season)
+    notes = [*season.describe_overrides(), *targets.notes]
+    num_controls = 0
+    if season.controls == "required":
+        num_controls = room_for_controls(
+            season.max_cells, num_controls=submission.num_controls, share=submission.control_share
+        )
+        there = len(control_rows(store, experiment, contexts[0]))
+        if submission.controls == "copied" and submission.num_controls is None and there < num_controls:
+            notes.append(f"room for {num_controls:,} control cells; all {there:,} that training has are copied")
+            num_controls = there
+        if num_controls == 0:
+            raise ConfigError("[submission] num_controls: the season wants at least one control cell; ask for some")
+    requested = {(context, target): number for context in contexts for target, number in targets.requested().items()}
+    names = {key: key[1] if len(contexts) == 1 else f"{key[0]}/{key[1]}" for key in requested}
+    budget = plan_budget(
+        {names[key]: number for key, number in requested.items()}, cap=season.max_cells, num_controls=num_controls
+    )
+    parts = [Part(_file(*key), *key, budget.cells[names[key]]) for key in requested]
+    if num_controls:
+        label = season.control_label
+        parts.append(Part(_file(contexts[0], label), contexts[0], label, num_controls, submission.controls == "copied"))
+    return Plan(season, budget, contexts, tuple(parts), (*notes, *budget.notes))
+
+
+def _file(context: str, target: str) -> str:
+    return f"{quote(context, safe=' +-_.')}/{quote(target, safe=' +-_.')}.h5ad"
