@@ -121,7 +121,8 @@ def plan_budget(requested: Mapping[str, int], *, cap: int, num_controls: int) ->
         names = ", ".join(starved[:_NUM_NAMED]) + (", ..." if len(starved) > _NUM_NAMED else "")
         raise SubmissionError(
             f"budget: {len(starved)} of {len(rows)} targets would get no cell ({names}): "
-            f"{total_asked} cells asked for, room for {cap - num_controls} (cap {cap}, {num_controls} controls); {remedy}"
+            f"{total_asked} cells asked for, room for {cap - num_controls} (cap {cap}, {num_controls} controls); "
+            f"{remedy}"
         )
     return Budget(cap, num_controls, alpha, rows, _notes(cap, num_controls, alpha, total_asked))
 

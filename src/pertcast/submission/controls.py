@@ -40,7 +40,7 @@ def choose_controls(
 ) -> NDArray[np.int64]:
     """Choose control cells without replacement, stratified by batch in the batches' proportions.
 
-    A batch's cells are put into one order, keyed by the seed and the batch; those that are due are taken from its front.
+    A batch's cells are put in an order keyed by the seed and the batch; those that are due are taken from its front.
 
     Parameters
     ----------

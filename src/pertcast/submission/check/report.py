@@ -1,0 +1,94 @@
+"""What a check found: problems, the pre-flight questions with their evidence, and facts; plain data, JSON-able."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from pertcast.errors import DataError, Problem
+
+__all__ = ["CheckItem", "CheckReport", "Findings", "named", "problems_of"]
+
+Fact = int | float | str | None
+
+
+class CheckItem(NamedTuple):
+    """One pre-flight question: whether it holds (``None``: not asked), and what says so."""
+
+    question: str
+    ok: bool | None
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one family of rules found."""
+
+    problems: tuple[Problem, ...]
+    items: tuple[CheckItem, ...]
+    facts: Mapping[str, Fact] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The result of a check.
+
+    Attributes
+    ----------
+    path, season
+        What was checked, and against which season's rules.
+    problems
+        Everything that is wrong; empty for a valid prediction.
+    checklist
+        The pre-flight questions, in the season's order.
+    facts
+        ``cells``, ``genes``, ``controls``, ``targets``, ``scale`` (``log1p``, ``counts``, ``mixed`` or ``None``),
+        ``dtype``, ``stored_values``, ``max_value``, ``max_cell_sum``, ``median_cell_sum``, ``zero_cells``; those that
+        could be read.
+    notes
+        Sentences that the user should read, overridden rules first.
+    """
+
+    path: str
+    season: str
+    problems: tuple[Problem, ...]
+    checklist: tuple[CheckItem, ...] = ()
+    facts: Mapping[str, Fact] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether the prediction is valid."""
+        return not self.problems
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "path": self.path,
+            "season": self.season,
+            "ok": self.ok,
+            "problems": [problem._asdict() for problem in self.problems],
+            "checklist": [item._asdict() for item in self.checklist],
+            "facts": dict(self.facts),
+            "notes": list(self.notes),
+        }
+
+
+def problems_of(error: DataError, place: str) -> tuple[Problem, ...]:
+    """Return the problems that an error carries, or its message as the one problem of a place."""
+    return error.problems or (Problem(place, str(error).removeprefix(f"{place}: ")),)
+
+
+def named(names: Iterable[object], *, limit: int = 10) -> str:
+    """Return the first names in quotes, and how many more there are.
+
+    Examples
+    --------
+    >>> named(["TP53", "MYC", "TET1"], limit=2)
+    "'TP53', 'MYC' and 1 more"
+    """
+    listed = list(names)
+    rest = len(listed) - limit
+    return ", ".join(repr(name) for name in listed[:limit]) + (f" and {rest:,} more" if rest > 0 else "")

@@ -1,0 +1,114 @@
+"""Targets of a prediction against the season's list: all of them, no others, with the cells that the list asks for.
+
+The cells of a target are right when they are just those of the list, or just those that the budget gives under the cap
+with as many control cells as the file has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pertcast.errors import Problem, SubmissionError
+from pertcast.files.frames import near_misses
+from pertcast.seasons import Season
+from pertcast.submission.budget import plan_budget
+from pertcast.submission.check.labels import Groups, control_alikes
+from pertcast.submission.check.report import CheckItem, Findings, named
+from pertcast.submission.targets import TargetList
+
+__all__ = ["check_targets"]
+
+_NUM_NAMED = 10
+Group = tuple[str, str]
+
+
+def check_targets(
+    groups: Groups, season: Season, *, path: Path, genes: tuple[str, ...], targets: TargetList | None, list_name: str
+) -> Findings:
+    """Compare the labels and their cells with the target list; without one, look for misspelt gene symbols alone."""
+    question = f"target list as {list_name} has it"
+    place = f"{path}, obs[{season.pert_column!r}]"
+    aside = {season.control_label, *control_alikes(groups.labels, season)}
+    labels = [label for label in groups.labels if label not in aside]
+    facts = {"targets": len(labels)}
+    if targets is None:
+        problems, notes = _without_list(labels, genes, place)
+        item = CheckItem("target list", ok=None, evidence="not asked: no target list given")
+        return Findings(tuple(problems), (item,), facts, tuple(notes))
+    known = set(targets)
+    extra = [label for label in labels if label not in known]
+    missing = [target for target in targets if target not in set(labels)]
+    problems = [Problem(place, *_extra(label, missing, targets, genes, list_name)) for label in extra[:_NUM_NAMED]]
+    if len(extra) > _NUM_NAMED:
+        problems.append(Problem(place, f"and {len(extra) - _NUM_NAMED:,} more labels that {list_name} does not have"))
+    if missing:
+        message = f"{len(missing):,} of {len(targets):,} targets of {list_name} have no cell: {named(missing)}"
+        problems.append(Problem(place, message, "generate them; an unknown perturbation needs a feature"))
+    there = {key: number for key, number in groups.cells.items() if key[1] in known}
+    how = "cells not asked"
+    if targets.n_cells is not None:
+        contexts = groups.contexts if season.context_column else ("",)
+        wanted = {(context, target): number for context in contexts for target, number in targets.requested().items()}
+        how, count_problems = _counts(wanted, there, season, groups.num_controls, place, list_name)
+        problems += count_problems
+    evidence = f"{len(labels):,} targets, {sum(there.values()):,} cells, {how}"
+    if extra or missing:
+        evidence = f"{len(missing):,} targets missing, {len(extra):,} labels not in the list"
+    item = CheckItem(question, ok=not problems, evidence=evidence)
+    return Findings(tuple(problems), (item,), facts, targets.notes)
+
+
+def _extra(
+    label: str, missing: list[str], targets: TargetList, genes: tuple[str, ...], list_name: str
+) -> tuple[str, str]:
+    near = near_misses(label, missing, num=1) or near_misses(label, targets.targets, num=1)
+    invented = "" if label in set(genes) else ", nor a gene of the gene list"
+    remedy = f"did you mean {near[0]!r}?" if near else "remove these cells"
+    return f"{label!r} is no target of {list_name}{invented}", remedy
+
+
+def _without_list(labels: list[str], genes: tuple[str, ...], place: str) -> tuple[list[Problem], list[str]]:
+    known = set(genes)
+    unknown = [label for label in labels if label not in known]
+    folded = {gene.casefold(): gene for gene in genes}
+    problems = [
+        Problem(place, f"{label!r} is no gene of the gene list", f"did you mean {folded[label.casefold()]!r}?")
+        for label in unknown
+        if label.casefold() in folded
+    ]
+    others = [label for label in unknown if label.casefold() not in folded]
+    notes = [f"{len(others):,} targets are no genes of the gene list: {named(others)}"] if others else []
+    return problems[:_NUM_NAMED], notes
+
+
+def _counts(
+    wanted: Mapping[Group, int],
+    there: Mapping[Group, int],
+    season: Season,
+    num_controls: int,
+    place: str,
+    list_name: str,
+) -> tuple[str, list[Problem]]:
+    """Return how the cells follow the list, and a problem where they do not; lost targets are left to another rule."""
+    names = {key: f"{key[0]}/{key[1]}" if key[0] else key[1] for key in wanted}
+    due, rule = wanted, list_name
+    if dict(there) != dict(wanted):
+        try:
+            budget = plan_budget(
+                {names[key]: number for key, number in wanted.items()}, cap=season.max_cells, num_controls=num_controls
+            )
+        except SubmissionError:
+            budget = None
+        if budget is not None and budget.alpha_fraction < 1:
+            due = {key: budget.cells[names[key]] for key in wanted}
+            rule = f"{list_name} scaled by {budget.alpha:.4f} (for {num_controls:,} controls under the cap)"
+    present = {target for _, target in there}
+    wrong = [key for key in wanted if key[1] in present and there.get(key, 0) != due[key]]
+    if not wrong:
+        return f"each as in {rule}", []
+    some = wrong[:_NUM_NAMED]
+    shown = "; ".join(f"{names[key]}: expected {due[key]:,}, got {there.get(key, 0):,}" for key in some)
+    more = f"; and {len(wrong) - _NUM_NAMED:,} more" if len(wrong) > _NUM_NAMED else ""
+    message = f"{len(wrong):,} targets have not the cells of {rule}: {shown}{more}"
+    return f"{len(wrong):,} targets with other cells", [Problem(place, message, "generate just as many")]
