@@ -1,3 +1,91 @@
-"""pertcast: forecast how single cells respond to gene perturbations, and pack a valid challenge submission."""
+"""pertcast: forecast how single cells respond to gene perturbations, and pack a valid challenge submission.
+
+Every stage is a function from paths and configuration to a path or a report. What is imported here is loaded when it
+is first asked for, so that ``import pertcast`` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pertcast.config import Experiment, load_experiment
+    from pertcast.data.store import Store, prepare
+    from pertcast.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        PertcastError,
+        Problem,
+        SubmissionError,
+    )
+    from pertcast.generate import generate as generate_parts
+    from pertcast.run import run_experiment
+    from pertcast.seasons import SEASONS, Season, season
+    from pertcast.submission.assemble import assemble
+    from pertcast.submission.check import CheckReport, check
+    from pertcast.submission.pack import pack, unpack
+    from pertcast.train import train as train_run
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "CheckReport": "submission.check:CheckReport",
+    "CheckpointError": "errors:CheckpointError",
+    "ConfigError": "errors:ConfigError",
+    "DataError": "errors:DataError",
+    "Experiment": "config:Experiment",
+    "PertcastError": "errors:PertcastError",
+    "Problem": "errors:Problem",
+    "SEASONS": "seasons:SEASONS",
+    "Season": "seasons:Season",
+    "Store": "data.store:Store",
+    "SubmissionError": "errors:SubmissionError",
+    "assemble": "submission.assemble:assemble",
+    "check": "submission.check:check",
+    "generate_parts": "generate:generate",
+    "load_experiment": "config:load_experiment",
+    "pack": "submission.pack:pack",
+    "prepare": "data.store:prepare",
+    "run_experiment": "run:run_experiment",
+    "season": "seasons:season",
+    "train_run": "train:train",
+    "unpack": "submission.pack:unpack",
+}
+
+__all__ = [
+    "SEASONS",
+    "CheckReport",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Experiment",
+    "PertcastError",
+    "Problem",
+    "Season",
+    "Store",
+    "SubmissionError",
+    "__version__",
+    "assemble",
+    "check",
+    "generate_parts",
+    "load_experiment",
+    "pack",
+    "prepare",
+    "run_experiment",
+    "season",
+    "train_run",
+    "unpack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pertcast' has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(f"pertcast.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

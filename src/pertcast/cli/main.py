@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    warnings.simplefilter("ignore")
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", category)  # for developers of pertcast, whose tests turn them into errors
     try:
         code = build_app(next(iter(arguments), None))(arguments or ["--help"], exit_on_error=False, print_error=True)
     except CycloptsError:

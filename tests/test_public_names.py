@@ -1,0 +1,26 @@
+"""The names that users import are pinned: a change here is a change of the interface."""
+
+import subprocess
+import sys
+
+import pertcast
+
+NAMES = [
+    "CheckReport", "CheckpointError", "ConfigError", "DataError", "Experiment", "PertcastError", "Problem", "SEASONS",
+    "Season", "Store", "SubmissionError", "__version__", "assemble", "check", "generate_parts", "load_experiment",
+    "pack", "prepare", "run_experiment", "season", "train_run", "unpack",
+]  # fmt: skip
+
+
+def test_public_names_are_these_and_all_import() -> None:
+    assert sorted(pertcast.__all__) == NAMES
+    for name in NAMES:
+        assert getattr(pertcast, name) is not None
+
+
+def test_importing_the_package_or_a_submission_stage_imports_no_torch() -> None:
+    code = (
+        "import sys, pertcast, pertcast.submission.check, pertcast.submission.pack, pertcast.submission.assemble;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
