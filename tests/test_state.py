@@ -43,7 +43,8 @@ def slow_forward(model: StateTransition, control: Tensor, pert: Tensor) -> list[
 
     def linear(name: str, x: Tensor) -> Tensor:
         product: Tensor = weights[f"{name}.weight"] @ x
-        return product + weights.get(f"{name}.bias", torch.zeros(()))
+        bias: Tensor = weights.get(f"{name}.bias", torch.zeros(()))
+        return product + bias
 
     def mlp(name: str, x: Tensor, layers: int) -> Tensor:
         for layer in range(layers):

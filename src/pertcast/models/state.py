@@ -177,7 +177,8 @@ class StateTransition(nn.Module):
     spec
         Shapes and switches.
     generator
-        Where initial weights are drawn from; seeded with a fixed key when not given.
+        Where initial weights are drawn from; seeded with a fixed key when not given. Within ``torch.device("meta")``
+        nothing is drawn, and weights have shapes alone.
 
     References
     ----------
@@ -212,6 +213,8 @@ class StateTransition(nn.Module):
                 if spec.output_space == "latent"
                 else None
             )
+        if torch.get_default_device().type == "meta":
+            return
         self.to_empty(device="cpu")
         self._draw_weights(generator or torch.Generator().manual_seed(key_hash(0, "init") % 2**63))
 

@@ -1,0 +1,249 @@
+"""A trained run as files: weights in safetensors, all else in JSON; no code runs when one is opened.
+
+Invariants: the manifest is written last, so a folder with a manifest is whole; a run that opens has every tensor of its
+network, in the network's shapes, and the bytes that its manifest says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pertcast.errors import CheckpointError, Problem
+from pertcast.files.artefacts import (
+    MANIFEST,
+    Manifest,
+    atomic_file,
+    hash_file,
+    read_json,
+    read_manifest,
+    verify_artefact,
+    write_json,
+    write_manifest,
+)
+from pertcast.models.state import StateSpec, StateTransition
+
+__all__ = ["RUN_JSON", "WEIGHTS", "Run", "load_tensors", "load_weights", "open_run", "save_run", "save_tensors"]
+
+WEIGHTS = "weights.safetensors"
+RUN_JSON = "run.json"
+_REMEDY = "train again, or give the folder of another run"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained network and everything that generation needs to know about it.
+
+    Attributes
+    ----------
+    path
+        The folder.
+    spec
+        The network.
+    experiment
+        The resolved experiment that it was trained with, as JSON values.
+    genes
+        Genes of the training store, in order.
+    output_genes
+        (predicted genes,) int64 positions in `genes`, ascending.
+    hvg
+        (highly variable genes,) int64 positions in `genes`: what the network reads where ``model.input`` is "hvg".
+    perts, contexts, batches
+        Names of the codes that the network was trained with.
+    control
+        The control label.
+    target_sum
+        The total that cells were normalised to before log1p; ``None`` where the data came as log1p.
+    scale
+        The scale of the store's own values: ``counts`` or ``log1p``. The network reads and predicts log1p always.
+    store_path, store_fingerprint
+        The store that it was trained on.
+    step
+        The step that the weights are of.
+    metrics
+        ``last_step``, ``val_loss`` (``None`` without validation), ``num_parameters`` and the like.
+    features
+        What the perturbation features are: kind, source, width, how many were filled in.
+    notes
+        Sentences that every report of this run repeats.
+    """
+
+    path: Path
+    spec: StateSpec
+    experiment: dict[str, Any]
+    genes: tuple[str, ...]
+    output_genes: NDArray[np.int64]
+    hvg: NDArray[np.int64]
+    perts: tuple[str, ...]
+    contexts: tuple[str, ...]
+    batches: tuple[str, ...]
+    control: str
+    target_sum: float | None
+    scale: str
+    store_path: Path
+    store_fingerprint: str
+    step: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+    features: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def model(self) -> StateTransition:
+        """Return the network with its weights, on the CPU, in evaluation mode.
+
+        Raises
+        ------
+        CheckpointError
+            If the weights do not fit the network.
+        """
+        with torch.device("meta"):
+            model = StateTransition(self.spec)
+        load_weights(model, self.path / WEIGHTS)
+        return model.eval()
+
+
+def save_run(run: Run, weights: Mapping[str, Tensor], *, inputs: Mapping[str, str]) -> None:
+    """Write a run into its folder, the manifest last; checkpoints and metrics there are left alone.
+
+    Parameters
+    ----------
+    run
+        What to write; `features` are expected in the folder ``features`` already.
+    weights
+        The network's tensors.
+    inputs
+        Name → hash of what the run was made from.
+    """
+    folder = run.path
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    save_tensors(folder / WEIGHTS, weights)
+    store = run.store_path.absolute()
+    write_json(
+        folder / RUN_JSON,
+        {
+            **{item.name: getattr(run, item.name) for item in fields(run) if item.name not in ("path", "store_path")},
+            "spec": asdict(run.spec),
+            "output_genes": run.output_genes.tolist(),
+            "hvg": run.hvg.tolist(),
+            "store_path": {"relative": os.path.relpath(store, folder.absolute()), "absolute": str(store)},
+        },
+    )
+    kept = [folder / WEIGHTS, folder / RUN_JSON, *sorted((folder / "features").rglob("*"))]
+    files = {str(path.relative_to(folder)): hash_file(path) for path in kept if path.is_file()}
+    facts = {"step": run.step, "metrics": run.metrics}
+    manifest = Manifest("run", inputs=dict(inputs), config=run.experiment, files=files, facts=facts, notes=run.notes)
+    write_manifest(folder, manifest)
+
+
+def open_run(path: Path) -> Run:
+    """Open a run: its manifest, its files' hashes, its JSON, and the names and shapes of its tensors are checked.
+
+    Raises
+    ------
+    CheckpointError
+        With every problem at once: a missing or changed file, a missing, unknown or misshapen tensor.
+    """
+    read_manifest(path, kind="run")
+    if problems := verify_artefact(path):
+        raise CheckpointError(f"{path}: the run is not whole; {_REMEDY}", problems=problems)
+    raw = read_json(path / RUN_JSON)
+    try:
+        run = _from_json(path, raw)
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path / RUN_JSON}: not a run of this version of pertcast ({error}); {_REMEDY}"
+        ) from None
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in StateTransition(run.spec).state_dict().items()}
+    _require_shapes(path / WEIGHTS, _shapes(path / WEIGHTS), expected)
+    return run
+
+
+def _from_json(path: Path, raw: Mapping[str, Any]) -> Run:
+    store = raw["store_path"]
+    beside = Path(os.path.normpath(path.absolute() / store["relative"]))
+    plain = {item.name: raw[item.name] for item in fields(Run) if item.name not in ("path", "store_path")}
+    return Run(
+        **{
+            **plain,
+            **{name: tuple(plain[name]) for name in ("genes", "perts", "contexts", "batches", "notes")},
+            **{name: np.asarray(plain[name], dtype=np.int64) for name in ("output_genes", "hvg")},
+            "path": path,
+            "spec": StateSpec(**plain["spec"]),
+            # A run that was moved together with its store finds it again.
+            "store_path": beside if beside.is_dir() else Path(store["absolute"]),
+        }
+    )
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, atomically; equal tensors give equal bytes."""
+    whole = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+    with atomic_file(path) as temporary:
+        save_file(whole, temporary)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises
+    ------
+    CheckpointError
+        If it is missing, truncated or something else.
+    """
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from None
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Read a network's weights.
+
+    Raises
+    ------
+    CheckpointError
+        Naming every tensor that is missing, not known, or of another shape.
+    """
+    tensors = load_tensors(path)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    _require_shapes(path, {name: tuple(value.shape) for name, value in tensors.items()}, expected)
+    model.load_state_dict(tensors, assign=True)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the tensors' shapes from the file's header alone."""
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{path}: no such file; {_REMEDY}")
+    return CheckpointError(f"{path}: not a readable safetensors file ({error}); {_REMEDY}")
+
+
+def _require_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    problems = []
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            problems.append(Problem(f"tensor {name}", f"expected shape {expected[name]}, got no such tensor"))
+        elif name not in expected:
+            problems.append(Problem(f"tensor {name}", f"the network has none of this name (shape {found[name]})"))
+        elif found[name] != expected[name]:
+            problems.append(Problem(f"tensor {name}", f"expected shape {expected[name]}, got {found[name]}"))
+    if problems:
+        raise CheckpointError(f"{path}: the weights are not this network's; {_REMEDY}", problems=problems)
