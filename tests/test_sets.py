@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pertcast.data.sets import CellSets, generation_sets, training_sets
+from pertcast.data.split import Split
 from pertcast.errors import DataError
 
-TRAIN, VAL = 1, 2
+TRAIN, VAL = Split.TRAIN, Split.VAL
 Match = Literal["batch", "context"]
 
 
@@ -178,7 +179,7 @@ def test_control_sets_can_be_left_out() -> None:
 
 def test_a_split_without_cells_gives_no_sets() -> None:
     table = make_table(num_cells=50)
-    sets = training_sets(table, set_size=4, seed=0, epoch=0, split=4, match="batch", control_sets=True)
+    sets = training_sets(table, set_size=4, seed=0, epoch=0, split=Split.TEST, match="batch", control_sets=True)
     assert len(sets) == 0
     assert sets.pert_rows.shape == sets.control_rows.shape == (0, 4)
 

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pertcast.data.split import Split
 from pertcast.errors import DataError, Problem
 from pertcast.stats.draws import generator
 
@@ -132,7 +133,7 @@ def training_sets(
     set_size: int,
     seed: int,
     epoch: int,
-    split: int,
+    split: Split,
     match: Literal["batch", "context"],
     control_sets: bool,
 ) -> CellSets:
@@ -164,7 +165,7 @@ def training_sets(
         If a context has perturbed cells in the split and no control cell; all such contexts at once.
     """
     num_perts = len(table.perts)
-    rows = np.flatnonzero((table.split & int(split)) != 0).astype(np.int64)
+    rows = np.flatnonzero((table.split & split) != 0).astype(np.int64)
     groups = _Groups.of(rows, table.context_codes[rows].astype(np.int64) * num_perts + table.pert_codes[rows])
     contexts, perts = groups.keys // num_perts, groups.keys % num_perts
     is_control = perts == table.control_code

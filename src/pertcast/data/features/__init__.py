@@ -1,0 +1,17 @@
+"""Perturbation features: read, or fitted on the training controls; what has none is never filled in silence."""
+
+from pertcast.data.features.controls import FeatureStore
+from pertcast.data.features.load import load_features
+from pertcast.data.features.readers import read_vectors
+from pertcast.data.features.table import CoverageRow, PertFeatures, coverage, open_features, save_features
+
+__all__ = [
+    "CoverageRow",
+    "FeatureStore",
+    "PertFeatures",
+    "coverage",
+    "load_features",
+    "open_features",
+    "read_vectors",
+    "save_features",
+]

@@ -1,0 +1,152 @@
+"""Makes the features of an experiment: reads or fits them, and fills in what is missing only as asked by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pertcast.config import FeaturesConfig
+from pertcast.data.features.controls import (
+    FeatureStore,
+    coexpression_loadings,
+    gene_correlations,
+    train_controls,
+)
+from pertcast.data.features.readers import read_vectors
+from pertcast.data.features.table import PertFeatures
+from pertcast.data.split import Split
+from pertcast.errors import DataError, Problem
+
+__all__ = ["load_features"]
+
+Vectors = dict[str, NDArray[np.float32]]
+
+
+def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Sequence[str] = ()) -> PertFeatures:
+    """Return features of the control, of the store's perturbations, and of `targets`.
+
+    One-hot features have a column for each training perturbation, the control among them. Features from a file or from
+    co-expression are zero for the control where the source has none; a target without a feature of its own is an
+    error, unless ``features.missing`` says how to fill it in. Co-expression keeps the loadings of every gene, so that
+    targets that come later need no refitting.
+
+    Parameters
+    ----------
+    config
+        The section ``[features]``.
+    store
+        The store; only its training cells are looked at.
+    targets
+        More labels.
+
+    Raises
+    ------
+    DataError
+        Naming every label without a feature, or every problem of the file.
+    """
+    trained = [store.perts[code] for code in np.unique(store.pert_codes[(store.split & Split.TRAIN) != 0])]
+    wanted = tuple(dict.fromkeys((store.control, *store.perts, *targets)))
+    if config.kind == "onehot":
+        labels = tuple(dict.fromkeys((store.control, *trained)))
+        own: Vectors = dict(zip(labels, np.eye(len(labels), dtype=np.float32), strict=True))
+        source = f"one-hot of {len(labels)} training labels"
+    elif config.kind == "coexpression":
+        own, source = _coexpression(store, config.num_loadings)
+        wanted = tuple(dict.fromkeys((*wanted, *own)))
+    else:
+        assert config.path is not None
+        found = read_vectors(config.path)
+        width = len(next(iter(found.values())))
+        own = {name: found[name].astype(np.float32) for name in wanted if name in found}
+        source = f"{config.path.name} ({len(found):,} names x {width:,})"
+        own.setdefault(store.control, np.zeros(width, dtype=np.float32))
+
+    missing = [name for name in wanted if name not in own]
+    filled: dict[str, str] = {}
+    if missing:
+        known = [name for name in trained if name in own and name != store.control]
+        own, filled = _fill(config, store, own=own, known=known, missing=missing)
+    return PertFeatures(
+        names=wanted,
+        matrix=np.stack([own[name] for name in wanted]),
+        kind=config.kind,
+        control=store.control,
+        source=source,
+        filled=filled,
+    )
+
+
+def _coexpression(store: FeatureStore, num_loadings: int) -> tuple[Vectors, str]:
+    rows, available = train_controls(store)
+    loadings, varies = coexpression_loadings(store, rows, num_loadings=num_loadings)
+    own = {gene: loading for gene, loading, kept in zip(store.genes, loadings, varies, strict=True) if kept}
+    own[store.control] = np.zeros(num_loadings, dtype=np.float32)
+    cells = f"{len(rows):,}" if len(rows) == available else f"{len(rows):,} of {available:,}"
+    return own, f"{num_loadings} co-expression loadings among {cells} training control cells"
+
+
+def _fill(
+    config: FeaturesConfig, store: FeatureStore, *, own: Vectors, known: Sequence[str], missing: Sequence[str]
+) -> tuple[Vectors, dict[str, str]]:
+    """Return the features with the missing ones filled in, and label → how."""
+    if config.missing == "error":
+        remedy = {
+            "onehot": 'use features.kind = "coexpression" or "file"',
+            "coexpression": "it is no gene of the list that training controls express",
+            "file": f"add it to {config.path}",
+        }[config.kind]
+        raise DataError(
+            f"{len(missing)} target(s) without a {config.kind} feature; or fill them in by name, counted in every "
+            'report: features.missing = "mean" or "nearest"',
+            problems=[Problem(repr(name), "it has no feature", remedy) for name in missing],
+        )
+    if not known:
+        raise DataError(
+            f'features.missing = "{config.missing}": no training perturbation has a feature to fill '
+            f"{len(missing)} target(s) from; give features that cover training perturbations"
+        )
+    if config.missing == "mean":
+        mean: NDArray[np.float32] = np.stack([own[name] for name in known]).mean(axis=0, dtype=np.float64).astype("f4")
+        return own | dict.fromkeys(missing, mean), dict.fromkeys(missing, f"mean of {len(known)} training targets")
+    nearest = _nearest(store, known=known, missing=missing)
+    return (
+        own | {name: own[other] for name, (other, _) in nearest.items()},
+        {name: f"feature of {other} (r = {r:.2f})" for name, (other, r) in nearest.items()},
+    )
+
+
+def _nearest(store: FeatureStore, *, known: Sequence[str], missing: Sequence[str]) -> dict[str, tuple[str, float]]:
+    """Return, for each missing target, the covered one whose gene correlates most with its own, and how much."""
+    position = {gene: place for place, gene in enumerate(store.genes)}
+    candidates = [name for name in known if name in position]
+    asked = [name for name in missing if name in position]
+    rows, _ = train_controls(store)
+    correlations = gene_correlations(
+        store,
+        rows,
+        genes=np.array([position[name] for name in asked], dtype=np.int64),
+        others=np.array([position[name] for name in candidates], dtype=np.int64),
+    )
+    best = {
+        name: (candidates[int(np.nanargmax(row))], float(np.nanmax(row)))
+        for name, row in zip(asked, correlations, strict=True)
+        if np.isfinite(row).any()
+    }
+    lost = [name for name in missing if name not in best]
+    if lost:
+        raise DataError(
+            f'features.missing = "nearest": {len(lost)} target(s) have no nearest covered target',
+            problems=[
+                Problem(
+                    repr(name),
+                    "its gene does not vary among training controls"
+                    if name in position
+                    else "it is no gene of the gene list",
+                    'give it a feature, or use features.missing = "mean"',
+                )
+                for name in lost
+            ],
+        )
+    return best
