@@ -160,7 +160,7 @@ class ScaleEvidence:
 
     def problem(self, asked: Literal["auto", "counts", "log1p"] = "auto") -> Problem | None:
         """Return what is wrong with the values alone, or as the scale asked for; ``None`` where nothing is."""
-        if self.num_whole and self.num_fractional and self.max_value > 1:
+        if self.num_whole and self.num_fractional:
             whole_is_fewer = self.num_whole <= self.num_fractional
             rows = self.first_whole if whole_is_fewer else self.first_fractional
             fewer = "whole counts" if whole_is_fewer else "values with fractions"

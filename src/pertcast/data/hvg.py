@@ -1,0 +1,74 @@
+"""Highly variable genes, from moments that are gathered block by block.
+
+Source: Satija et al. 2015 (Seurat), the `seurat` flavour of scanpy: the dispersion (variance / mean) of normalised,
+unlogged expression, standardised within 20 bins of equal width of the log mean.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["Moments", "choose_hvgs", "normalised_dispersion"]
+
+_NUM_BINS = 20
+
+
+class Moments:
+    """Sum and sum of squares of each gene, gathered from entries."""
+
+    def __init__(self, num_genes: int) -> None:
+        self.num_cells = 0
+        self._sum = np.zeros(num_genes)
+        self._squares = np.zeros(num_genes)
+
+    def add(self, values: np.ndarray, genes: np.ndarray, *, num_cells: int) -> None:
+        """Add the entries (m,) of `num_cells` cells; what is not given is 0."""
+        exact = values.astype(np.float64)
+        self._sum += np.bincount(genes, weights=exact, minlength=len(self._sum))
+        self._squares += np.bincount(genes, weights=exact * exact, minlength=len(self._sum))
+        self.num_cells += num_cells
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The mean of each gene, float64 (genes,); 0 without cells."""
+        return self._sum / max(1, self.num_cells)
+
+    @property
+    def variance(self) -> np.ndarray:
+        """The unbiased variance of each gene, float64 (genes,); 0 with fewer than two cells."""
+        if self.num_cells < 2:
+            return np.zeros_like(self._sum)
+        centred = self._squares - self._sum * self._sum / self.num_cells
+        return np.maximum(centred, 0) / (self.num_cells - 1)
+
+
+def normalised_dispersion(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Return the dispersion of each gene against the genes of its mean bin, (genes,); -inf where it has no variance.
+
+    Parameters
+    ----------
+    mean, variance
+        Of normalised expression before log1p, (genes,).
+    """
+    ratio = variance / np.where(mean > 0, mean, 1e-12)
+    dispersion = np.log(ratio, out=np.full(len(mean), np.nan), where=ratio > 0)
+    log_mean = np.log1p(mean)
+    low, high = float(log_mean.min()), float(log_mean.max())
+    width = (high - low) / _NUM_BINS
+    position = (log_mean - low) / width if width > 0 else np.zeros(len(mean))
+    bins = np.clip(np.ceil(position).astype(np.int64) - 1, 0, _NUM_BINS - 1)
+    result = np.full(len(mean), -np.inf)
+    for number in np.unique(bins):
+        members = np.flatnonzero((bins == number) & ~np.isnan(dispersion))
+        if len(members) == 1:
+            result[members] = 1.0
+        elif len(members):
+            spread = dispersion[members].std(ddof=1)
+            result[members] = (dispersion[members] - dispersion[members].mean()) / (spread if spread > 0 else 1.0)
+    return result
+
+
+def choose_hvgs(mean: np.ndarray, variance: np.ndarray, *, num: int) -> np.ndarray:
+    """Return the positions of the `num` most variable genes, int64, ascending; all where there are fewer."""
+    ranked = np.argsort(-normalised_dispersion(mean, variance), kind="stable")
+    return np.sort(ranked[:num]).astype(np.int64)

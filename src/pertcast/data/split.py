@@ -1,0 +1,248 @@
+"""Which cells train, validate and test: cell-load's meaning of the split tables, and held-out controls of its own.
+
+Invariants: what a cell gets depends on the seed, its dataset, file and name, never on the order of cells or files; no
+control cell is in two splits, nor a perturbed one, but for a label that the file lists for val and for test.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pertcast.config import Experiment
+from pertcast.errors import DataError, Problem
+from pertcast.files.frames import near_misses
+from pertcast.stats.draws import key_hash
+
+__all__ = ["CellKeys", "Split", "assign_split"]
+
+_ALIASES = ("nontargeting", "nt", "ntc", "control", "ctrl", "negctrl", "negativecontrol", "safetargeting", "dmso")
+
+
+class Split(enum.IntFlag):
+    """What a cell is for; a perturbed cell of a label held out for both is ``VAL | TEST``, an unused cell is 0."""
+
+    TRAIN = 1
+    VAL = 2
+    TEST = 4
+
+
+@dataclass(frozen=True, eq=False)
+class CellKeys:
+    """What the split of each cell depends on.
+
+    Attributes
+    ----------
+    datasets, contexts, perts, files
+        Categories; `files` are file names without their folders.
+    dataset_codes, context_codes, pert_codes, file_codes
+        (num_cells,) positions in them.
+    names
+        (num_cells,) names of the cells; one that repeats within a file counts with its occurrence.
+    """
+
+    datasets: tuple[str, ...]
+    contexts: tuple[str, ...]
+    perts: tuple[str, ...]
+    files: tuple[str, ...]
+    dataset_codes: np.ndarray
+    context_codes: np.ndarray
+    pert_codes: np.ndarray
+    file_codes: np.ndarray
+    names: np.ndarray
+
+    def groups(self) -> Iterator[tuple[str, str, np.ndarray]]:
+        """Yield ``(dataset, context, rows)`` of every dataset and context that has cells."""
+        both = self.dataset_codes.astype(np.int64) * len(self.contexts) + self.context_codes
+        order = np.argsort(both, kind="stable")
+        found, starts = np.unique(both[order], return_index=True)
+        for code, rows in zip(found, np.split(order, starts[1:]), strict=True):
+            yield self.datasets[code // len(self.contexts)], self.contexts[code % len(self.contexts)], rows
+
+    def occurrences(self) -> np.ndarray:
+        """Return for each cell how many cells before it in its file have its name, (num_cells,)."""
+        _, name_codes = np.unique(self.names.astype(str), return_inverse=True)
+        both = name_codes.astype(np.int64) * len(self.files) + self.file_codes
+        order = np.argsort(both, kind="stable")
+        new = np.flatnonzero(np.diff(both[order], prepend=-1))
+        result = np.empty(len(both), dtype=np.int64)
+        result[order] = np.arange(len(both)) - np.repeat(new, np.diff(new, append=len(both)))
+        return result
+
+
+class _Drawer:
+    """Orders cells by a keyed hash: the first of them are a random draw that does not depend on how they came."""
+
+    def __init__(self, keys: CellKeys, seed: int) -> None:
+        self._keys, self._seed = keys, seed
+        self._occurrences = keys.occurrences()
+        self._hash_keys: dict[tuple[int, int], bytes] = {}
+
+    def _rank(self, row: int) -> tuple[bytes, str, int]:
+        keys = self._keys
+        pair = (int(keys.dataset_codes[row]), int(keys.file_codes[row]))
+        if pair not in self._hash_keys:
+            number = key_hash(self._seed, "split", keys.datasets[pair[0]], keys.files[pair[1]])
+            self._hash_keys[pair] = number.to_bytes(16, "little")
+        name, occurrence = str(keys.names[row]), int(self._occurrences[row])
+        text = f"{name}\n{occurrence}" if occurrence else name
+        return hashlib.blake2b(text.encode(), key=self._hash_keys[pair], digest_size=16).digest(), name, occurrence
+
+    def order(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows in their random order."""
+        return np.asarray(sorted(rows.tolist(), key=self._rank), dtype=np.int64)
+
+
+def _share_of(share: float, number: int) -> int:
+    """Return how many of `number` cells a share is: at least one where there is a share."""
+    return max(1, round(share * number)) if share > 0 and number else 0
+
+
+def _held_out_problems(experiment: Experiment, keys: CellKeys) -> list[Problem]:
+    """Return every held-out cell type and label that is in no file."""
+    problems = []
+    labels = {
+        f"{dataset}.{context}": {keys.perts[code] for code in np.unique(keys.pert_codes[rows])}
+        for dataset, context, rows in keys.groups()
+    }
+    for section in ("zeroshot", "fewshot"):
+        for key in getattr(experiment, section):
+            if key not in labels:
+                near = near_misses(key, list(labels)) or list(labels)
+                problems.append(
+                    Problem(
+                        f'[{section}] "{key}"',
+                        "no cell of the data is of this dataset and cell type",
+                        f"there is {', '.join(near)}",
+                    )
+                )
+    for key, held in experiment.fewshot.items():
+        if key not in labels:
+            continue
+        for name in ("val", "test"):
+            unknown = [label for label in getattr(held, name) if label not in labels[key]]
+            for label in unknown:
+                near = near_misses(label, sorted(labels[key]))
+                problems.append(
+                    Problem(
+                        f'[fewshot."{key}"] {name}',
+                        f"no cell of {key} has the perturbation {label!r}",
+                        f"did you mean {' or '.join(map(repr, near))}?" if near else "remove it",
+                    )
+                )
+    return problems
+
+
+def _missing_controls(experiment: Experiment, keys: CellKeys, place: str, rows: np.ndarray) -> Problem:
+    control = experiment.columns.control
+    present = sorted({keys.perts[code] for code in np.unique(keys.pert_codes[rows])})
+    plain = {label: "".join(letter for letter in label.casefold() if letter.isalnum()) for label in present}
+    near = near_misses(control, present) or [label for label in present if plain[label] in _ALIASES]
+    remedy = f"did you mean {near[0]!r}? set columns.control" if near else f"labels there: {', '.join(present[:8])} ..."
+    return Problem(place, f"no control cell: none has {control!r} in column {experiment.columns.pert!r}", remedy)
+
+
+def assign_split(experiment: Experiment, keys: CellKeys) -> np.ndarray:
+    """Return the :class:`Split` flags of every cell, uint8 (num_cells,); 0 where a cell is not used.
+
+    A dataset of [training] trains with all its cell types, but for what [zeroshot] and [fewshot] hold out. In a cell
+    type that validates (tests), `prepare.val_controls` (`test_controls`) of its control cells, to the nearest cell and
+    at least one, go there too; the others train. `prepare.holdout_cells` of each training perturbation's cells
+    validate, at least one and never all.
+
+    Raises
+    ------
+    DataError
+        With everything that is wrong: labels and cell types held out that are in no file, a cell type without control
+        cells or with too few, nothing left to train.
+    """
+    prepare = experiment.prepare
+    problems = _held_out_problems(experiment, keys)
+    drawer = _Drawer(keys, prepare.seed)
+    is_control = np.array([label == experiment.columns.control for label in keys.perts], dtype=bool)[keys.pert_codes]
+    flags = np.zeros(len(keys.names), dtype=np.uint8)
+    for dataset, context, rows in keys.groups():
+        place = f"{dataset}.{context}"
+        controls, perturbed = rows[is_control[rows]], rows[~is_control[rows]]
+        of_label = _label_flags(experiment, keys, dataset, place)
+        flags[perturbed] = of_label[keys.pert_codes[perturbed]]
+        if not flags[perturbed].any():
+            flags[controls] = Split.TRAIN if dataset in experiment.training else 0
+            continue
+        if not len(controls):
+            problems.append(_missing_controls(experiment, keys, place, rows))
+            continue
+        if prepare.holdout_cells > 0:
+            _hold_out_cells(flags, perturbed, keys.pert_codes, share=prepare.holdout_cells, drawer=drawer)
+        problems += _split_controls(experiment, flags, controls, perturbed, drawer, place)
+    trained = flags[~is_control] & Split.TRAIN
+    if not problems and not trained.any():
+        problems.append(
+            Problem(
+                "[training]",
+                "no perturbed cell is left to train on",
+                'add the dataset: name = "train", or hold out less',
+            )
+        )
+    if problems:
+        raise DataError("the split does not fit the data" if len(problems) > 1 else "", problems=problems)
+    return flags
+
+
+def _label_flags(experiment: Experiment, keys: CellKeys, dataset: str, place: str) -> np.ndarray:
+    """Return the flags that each perturbation has in a dataset and context, uint8 (perts,)."""
+    if place in experiment.zeroshot:
+        return np.full(len(keys.perts), Split[experiment.zeroshot[place].upper()], dtype=np.uint8)
+    held = experiment.fewshot.get(place)
+    default = Split.TRAIN if dataset in experiment.training or held is not None else 0
+    result = np.full(len(keys.perts), default, dtype=np.uint8)
+    if held is not None:
+        for code, label in enumerate(keys.perts):
+            both = (Split.VAL if label in held.val else 0) | (Split.TEST if label in held.test else 0)
+            result[code] = both or default
+    return result
+
+
+def _hold_out_cells(
+    flags: np.ndarray, perturbed: np.ndarray, pert_codes: np.ndarray, *, share: float, drawer: _Drawer
+) -> None:
+    """Give a share of each training perturbation's cells to VAL."""
+    training = perturbed[flags[perturbed] == Split.TRAIN]
+    for code in np.unique(pert_codes[training]):
+        rows = training[pert_codes[training] == code]
+        held = min(_share_of(share, len(rows)), len(rows) - 1)
+        flags[drawer.order(rows)[:held]] = Split.VAL
+
+
+def _split_controls(
+    experiment: Experiment,
+    flags: np.ndarray,
+    controls: np.ndarray,
+    perturbed: np.ndarray,
+    drawer: _Drawer,
+    place: str,
+) -> list[Problem]:
+    """Give control cells to VAL and TEST where perturbed cells of this context are there; the others train."""
+    prepare = experiment.prepare
+    some = np.bitwise_or.reduce(flags[perturbed])
+    num_val = _share_of(prepare.val_controls, len(controls)) if some & Split.VAL or prepare.holdout_cells > 0 else 0
+    num_test = _share_of(prepare.test_controls, len(controls)) if some & Split.TEST else 0
+    left = len(controls) - num_val - num_test
+    if left < bool(some & Split.TRAIN):
+        return [
+            Problem(
+                place,
+                f"{len(controls)} control cells are too few to train, validate ({num_val}) and test ({num_test})",
+                "lower prepare.val_controls or prepare.test_controls, or hold out nothing here",
+            )
+        ]
+    flags[controls] = Split.TRAIN
+    if num_val or num_test:
+        order = drawer.order(controls)
+        flags[order[:num_val]] = Split.VAL
+        flags[order[num_val : num_val + num_test]] = Split.TEST
+    return []

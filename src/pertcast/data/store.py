@@ -1,0 +1,220 @@
+"""The training store: a folder of memory-mapped arrays, from which any cells are read at the cost of their own bytes.
+
+Invariants: opening reads the manifest and the codes, not the values; what is given out is log1p, float32, on one scale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from pertcast.data.build import prepare
+from pertcast.data.split import Split
+from pertcast.errors import CheckpointError, Problem
+from pertcast.files.artefacts import read_manifest
+from pertcast.files.expression import Scale, normalise_log1p
+
+__all__ = ["Split", "Store", "prepare"]
+
+
+def _load(folder: Path, name: str, *, mapped: bool = False) -> np.ndarray:
+    path = folder / f"{name}.npy"
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        problem = Problem(str(path), f"missing or damaged ({error})", "run `pertcast prepare` again")
+        raise CheckpointError(problems=[problem]) from error
+    # a plain view: slicing a memmap object costs a microsecond each time
+    return np.asarray(array)
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """A training store, opened for reading.
+
+    Attributes
+    ----------
+    path, fingerprint
+        The folder, and a hash of all that is in it.
+    genes, perts, contexts, datasets, batches
+        Names; codes are positions in them.
+    num_cells
+        Cells, in the order of the files.
+    scale
+        Scale of the stored values; what is given out is log1p always.
+    target_sum
+        The total that counts are normalised to; of log1p input what it was normalised to, ``None`` where unknown.
+    control, control_code
+        The control label, and its code among `perts`.
+    pert_codes, context_codes, dataset_codes, batch_codes
+        int32 (num_cells,); a batch of -1 is unknown.
+    split
+        uint8 (num_cells,), :class:`Split` flags; 0 where a cell is not used.
+    totals
+        float32 (num_cells,), a cell's sum of counts over `genes` (of log1p input: of expm1).
+    hvg
+        int64, ascending positions of highly variable genes, fitted on TRAIN cells.
+    control_mean_log1p
+        float32 (genes,), mean of the TRAIN control cells.
+    embedding_keys
+        Embeddings that are stored.
+    config, notes
+        The resolved experiment that the store was made with, and what its user should know.
+    """
+
+    path: Path
+    fingerprint: str
+    genes: tuple[str, ...] = field(repr=False)
+    perts: tuple[str, ...] = field(repr=False)
+    contexts: tuple[str, ...]
+    datasets: tuple[str, ...]
+    batches: tuple[str, ...] = field(repr=False)
+    num_cells: int
+    scale: Scale
+    target_sum: float | None
+    control: str
+    pert_codes: np.ndarray = field(repr=False)
+    context_codes: np.ndarray = field(repr=False)
+    dataset_codes: np.ndarray = field(repr=False)
+    batch_codes: np.ndarray = field(repr=False)
+    split: np.ndarray = field(repr=False)
+    totals: np.ndarray = field(repr=False)
+    hvg: np.ndarray = field(repr=False)
+    control_mean_log1p: np.ndarray = field(repr=False)
+    embedding_keys: tuple[str, ...]
+    config: dict[str, Any] = field(repr=False)
+    notes: tuple[str, ...] = field(repr=False)
+    _indptr: np.ndarray = field(repr=False)
+    _indices: np.ndarray = field(repr=False)
+    _data: np.ndarray = field(repr=False)
+    _embeddings: dict[str, np.ndarray] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Open the store in a folder.
+
+        Raises
+        ------
+        CheckpointError
+            If the folder is no store, or a file of it is missing or damaged.
+        """
+        manifest = read_manifest(path, kind="store")
+        facts = manifest.facts
+        content = json.dumps([manifest.files, facts], sort_keys=True)
+        store = cls(
+            path=path,
+            fingerprint=hashlib.sha256(content.encode()).hexdigest(),
+            genes=tuple(facts["genes"]),
+            perts=tuple(facts["perts"]),
+            contexts=tuple(facts["contexts"]),
+            datasets=tuple(facts["datasets"]),
+            batches=tuple(facts["batches"]),
+            num_cells=facts["num_cells"],
+            scale=facts["scale"],
+            target_sum=facts["target_sum"],
+            control=facts["control"],
+            pert_codes=_load(path, "pert_codes"),
+            context_codes=_load(path, "context_codes"),
+            dataset_codes=_load(path, "dataset_codes"),
+            batch_codes=_load(path, "batch_codes"),
+            split=_load(path, "split"),
+            totals=_load(path, "totals"),
+            hvg=_load(path, "hvg"),
+            control_mean_log1p=_load(path, "control_mean_log1p"),
+            embedding_keys=tuple(facts["embedding_keys"]),
+            config=manifest.config,
+            notes=manifest.notes,
+            _indptr=_load(path, "indptr"),
+            _indices=_load(path, "indices", mapped=True),
+            _data=_load(path, "data", mapped=True),
+            _embeddings={key: _load(path, f"embedding_{key}", mapped=True) for key in facts["embedding_keys"]},
+        )
+        lengths = {len(store._indices), len(store._data), int(store._indptr[-1]), facts["num_values"]}
+        if len(lengths) != 1 or len(store._indptr) != store.num_cells + 1:
+            problem = Problem(str(path), "its arrays do not fit each other", "run `pertcast prepare` again")
+            raise CheckpointError(problems=[problem])
+        return store
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        """Pickle as the path alone, so that worker processes map the same pages."""
+        return Store.open, (self.path,)
+
+    @property
+    def control_code(self) -> int:
+        """The code of the control label."""
+        return self.perts.index(self.control)
+
+    def rows(self, *, split: Split, context: int | None = None, pert: int | None = None) -> np.ndarray:
+        """Return the rows that are in any of the splits, and of a context and perturbation, int64, ascending.
+
+        ``Split(0)`` asks for the cells that are not used.
+        """
+        found = (self.split & int(split)) > 0 if split else self.split == 0
+        if context is not None:
+            found &= self.context_codes == context
+        if pert is not None:
+            found &= self.pert_codes == pert
+        return np.flatnonzero(found).astype(np.int64)
+
+    def _gather(self, rows: np.ndarray, lookup: np.ndarray | None, num_genes: int) -> sparse.csr_matrix:
+        """Return log1p values of rows; `lookup` gives for each gene its column among `num_genes`, or -1."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.num_cells):
+            raise IndexError(f"rows from {rows.min()} to {rows.max()} of a store of {self.num_cells} cells")
+        starts, stops = self._indptr[rows].tolist(), self._indptr[rows + 1].tolist()
+        spans = list(zip(starts, stops, strict=True))
+        nothing = [self._indices[:0]], [self._data[:0]]
+        indices = np.concatenate([self._indices[start:stop] for start, stop in spans] or nothing[0])
+        values = np.concatenate([self._data[start:stop] for start, stop in spans] or nothing[1])
+        indptr = np.concatenate([[0], np.cumsum(self._indptr[rows + 1] - self._indptr[rows])]).astype(np.int64)
+        indices = indices.astype(np.int32)
+        if lookup is not None:
+            indices = lookup[indices]
+            kept = indices >= 0
+            before = np.concatenate([[0], np.cumsum(kept)])
+            indices, values, indptr = indices[kept], values[kept], before[indptr]
+        block = sparse.csr_matrix((values, indices, indptr), shape=(len(rows), num_genes), copy=False)
+        if self.scale == "log1p":
+            return block
+        return normalise_log1p(block, self.totals[rows], self.target_sum or 1.0)
+
+    def csr(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Return log1p values of rows, as asked for, float32 CSR (len(rows), genes); only their bytes are read."""
+        return self._gather(rows, None, len(self.genes))
+
+    def log1p(self, rows: np.ndarray, *, genes: np.ndarray | None = None) -> np.ndarray:
+        """Return log1p values of rows, dense float32 (len(rows), genes).
+
+        Parameters
+        ----------
+        rows
+            Positions of cells, in any order, repeats allowed.
+        genes
+            Positions of genes, in the order wanted, without repeats; all where not given.
+        """
+        if genes is None:
+            return self.csr(rows).toarray()
+        lookup = np.full(len(self.genes), -1, dtype=np.int32)
+        lookup[genes] = np.arange(len(genes), dtype=np.int32)
+        return self._gather(rows, lookup, len(genes)).toarray()
+
+    def embedding(self, rows: np.ndarray, key: str) -> np.ndarray:
+        """Return the embeddings of rows, float32 (len(rows), dimensions).
+
+        Raises
+        ------
+        CheckpointError
+            If this embedding is not stored.
+        """
+        if key not in self._embeddings:
+            known = ", ".join(self.embedding_keys) or "none"
+            message = f"no embedding {key!r} is stored; there is {known}"
+            remedy = f'set model.input = "obsm:{key}" and prepare again'
+            raise CheckpointError(problems=[Problem(str(self.path), message, remedy)])
+        return np.asarray(self._embeddings[key][rows])
