@@ -1,8 +1,8 @@
 """Values of a prediction: number type, finite, not negative, one scale in all cells, within the season's sums and size.
 
-A cell is on the counts scale when all its values are whole numbers, on the log1p scale when one is not; a cell of zeros
-is on either. On the log1p scale no value is above 15: log1p of 3.3 million, more than any cell's total is scaled to.
-Read once, in blocks; what is kept is a few numbers a cell.
+The scales are told apart as in :mod:`pertcast.files.expression`: a cell of whole numbers alone is on the counts scale,
+one with a fraction on the log1p scale, where no value is above 16; a cell with fewer than three values goes with the
+others. Here nothing stops at the first bad value. Read once, in blocks; what is kept is a few numbers a cell.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pertcast.errors import DataError, Problem
+from pertcast.files.expression import MAX_LOG1P
 from pertcast.files.h5ad import H5adReader
 from pertcast.progress import Progress
 from pertcast.seasons import Season
 from pertcast.submission.check.report import CheckItem, Findings, problems_of
 
-__all__ = ["MAX_LOG1P", "check_values"]
+__all__ = ["check_values"]
 
-MAX_LOG1P = 15.0
 _BLOCK_VALUES = 1 << 22
 _NUM_ROWS_NAMED = 5
+_MIN_WHOLE_VALUES = 3
 _ONE_SCALE = "put all cells on one scale; copied control cells are normalised as the predicted ones are"
 
 
@@ -32,7 +33,7 @@ class _Scan:
 
     def __init__(self, num_cells: int) -> None:
         self.fractional = np.zeros(num_cells, dtype=bool)
-        self.nonzero = np.zeros(num_cells, dtype=bool)
+        self.num_values = np.zeros(num_cells, dtype=np.int64)
         self.largest = np.zeros(num_cells, dtype=np.float64)
         self.sums = np.zeros(num_cells, dtype=np.float64)
         self.bad: dict[str, tuple[int, int, int, float]] = {}
@@ -53,7 +54,7 @@ class _Scan:
             self.fractional[into] = np.logical_or.reduceat(clean != np.rint(clean), starts)
             self.largest[into] = np.maximum.reduceat(clean, starts)
             self.sums[into] = np.add.reduceat(clean.astype(np.float64, copy=False), starts)
-            self.nonzero[into] = self.largest[into] > 0
+            self.num_values[into] = np.add.reduceat(clean != 0, starts, dtype=np.int64)
 
     def _note_bad(self, kind: str, first: int, block: sparse.csr_matrix, wrong: NDArray[np.bool_]) -> None:
         position = int(np.flatnonzero(wrong)[0])
@@ -89,7 +90,7 @@ def check_values(reader: H5adReader, season: Season, progress: Progress) -> Find
         problems.append(Problem(place, message, "every value must be finite and at least 0; generate the cells again"))
     scale, scale_problems = _scale(scan, season, path)
     problems += scale_problems
-    zeros = np.flatnonzero(~scan.nonzero)
+    zeros = np.flatnonzero(scan.num_values == 0)
     notes = []
     if len(zeros) and len(zeros) < reader.num_cells:
         notes.append(f"{len(zeros):,} cells have no value above 0 ({_rows_text(zeros)})")
@@ -130,8 +131,9 @@ def _size_problems(reader: H5adReader, season: Season) -> list[Problem]:
 
 def _scale(scan: _Scan, season: Season, path: Path) -> tuple[str | None, list[Problem]]:
     place = f"{path}, X"
-    whole = np.flatnonzero(scan.nonzero & ~scan.fractional)
     fractional = np.flatnonzero(scan.fractional)
+    few_values = _MIN_WHOLE_VALUES if len(fractional) else 1
+    whole = np.flatnonzero(~scan.fractional & (scan.num_values >= few_values))
     if not len(whole) and not len(fractional):
         return None, [Problem(place, "no value is above 0 in any cell", "generate the cells again")]
     if season.scales == ("counts",) and len(fractional):
