@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import subprocess
 import sys
 import tempfile
@@ -160,6 +161,12 @@ def _torch(value: object) -> Callable[[Path], object]:
     return lambda path: torch.save(value, path)
 
 
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
 def _npz(**arrays: object) -> Callable[[Path], object]:
     return lambda path: np.savez(path, **arrays)  # type: ignore[arg-type]
 
@@ -178,6 +185,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("a.pt", _torch({1: torch.ones(2)}), "are no text: 1"),
     ("a.npz", _raw(b"junk"), "cannot be read"),
     ("a.npz", _raw(b"PK\x03\x04junk"), "cannot be read"),
+    ("a.npz", lambda path: path.write_bytes(_npy(np.ones((2, 2)))), "cannot be read"),
     ("a.npz", _npz(gene=np.array(["A", "B"]), embedding=np.ones((3, 2))), "one row of `embedding`"),
     ("a.npz", _npz(gene=np.array(["A", "A"]), embedding=np.ones((2, 2))), "stand more than once: A"),
     ("a.npz", _npz(gene=np.array(["A"], dtype=object), embedding=np.ones((1, 2))), "cannot be read"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,11 +25,12 @@ __all__ = ["read_vectors"]
 
 Vector = NDArray[Any]
 _SHOWN = 8
-# what torch's reader was seen to raise on files that were cut or are something else
-_TORCH_ERRORS = (
+# what torch's and NumPy's readers were seen to raise on files that were cut or are something else
+_READ_ERRORS = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     struct.error,
+    zlib.error,
     RuntimeError,
     EOFError,
     OSError,
@@ -91,7 +93,7 @@ def _read_torch(path: Path) -> Iterable[tuple[Any, Any]]:
     expected = "a torch file with a dict of name → tensor, without other Python objects"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except _TORCH_ERRORS as error:
+    except _READ_ERRORS as error:
         raise _unreadable(path, error, expected) from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected {expected}, got a {type(content).__name__}; save a dict")
@@ -108,7 +110,7 @@ def _read_npz(path: Path) -> Iterable[tuple[Any, Any]]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, zipfile.BadZipFile, EOFError, OSError, AttributeError) as error:
+    except _READ_ERRORS as error:
         raise _unreadable(path, error, expected) from None
     if "gene" not in arrays or "embedding" not in arrays:
         return arrays.items()
