@@ -53,7 +53,7 @@ def test_order_whole_floats_and_foreign_line_ends(tmp_path: Path) -> None:
 
 def test_another_number_of_targets_is_a_note(tmp_path: Path) -> None:
     (note,) = read_targets(write(tmp_path, "target_gene\nTP53\n"), RULES).notes
-    assert "has 1 targets; the list of season vcc2025 has 2" in note
+    assert note == "targets in list.csv: 1; in the list of season vcc2025: 2"
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,12 @@ def assemble(parts: Path, out: Path, *, progress: Progress = SILENT) -> Path:
     ]
     if problems:
         raise SubmissionError(f"{parts}: {len(problems)} problem(s) in the parts", problems=problems)
-    remove_leftovers(out)
-    with atomic_file(out) as temporary:
-        _join(parts, plan, genes, temporary, progress)
+    try:
+        remove_leftovers(out)
+        with atomic_file(out) as temporary:
+            _join(parts, plan, genes, temporary, progress)
+    except OSError as error:
+        raise SubmissionError(f"{out}: cannot be written ({error}); give another --out, or make room") from error
     controls = sum(part.num_cells for part in plan.parts if part.target == plan.control_label)
     facts = {
         "cells": sum(part.num_cells for part in plan.parts),

@@ -94,8 +94,8 @@ def pack(
 
 
 def _write(path: Path, out: Path, report: CheckReport, season: Season, level: int, progress: Progress) -> None:
-    remove_leftovers(out)
     try:
+        remove_leftovers(out)
         with (
             atomic_file(out) as temporary,
             tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as folder,
@@ -170,8 +170,8 @@ def unpack(vcc: Path, out: Path, *, progress: Progress = SILENT) -> Path:
     """
     if out.exists() and vcc.exists() and out.samefile(vcc):
         raise SubmissionError(f"{out}: the h5ad would replace the archive; give another --out")
-    remove_leftovers(out)
     try:
+        remove_leftovers(out)
         with atomic_file(out) as temporary:
             extract_archive(vcc, temporary, progress=progress)
             with open_h5ad(temporary):

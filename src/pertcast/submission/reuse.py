@@ -1,4 +1,4 @@
-"""Whether an artefact is there, whole, and made from just these inputs, so that a stage need not make it again."""
+"""Whether a file is there, whole, and made from just these inputs, so that a stage need not make it again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ __all__ = ["is_current"]
 
 
 def is_current(artefact: Path, *, kind: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> bool:
-    """Return whether an artefact can stay as it is; without a readable manifest it cannot."""
+    """Return whether a file can stay as it is; without a readable manifest it cannot."""
+    if not artefact.is_file():
+        return False
     try:
         manifest = read_manifest(artefact, kind=kind)
     except CheckpointError:

@@ -158,9 +158,7 @@ def _parse_targets(path: Path, season: Season, header: list[str], rows: list[tup
     n_cells = tuple(cells) or (season.cells_per_target and (season.cells_per_target,) * len(seen)) or None
     notes = []
     if len(seen) != season.num_targets:
-        notes.append(
-            f"the target list has {len(seen)} targets; the list of season {season.name} has {season.num_targets}"
-        )
+        notes.append(f"targets in {path.name}: {len(seen)}; in the list of season {season.name}: {season.num_targets}")
     return TargetList(tuple(seen), n_cells, tuple(umis) or None, tuple(notes))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pertcast.errors import Problem
 from pertcast.files.frames import near_misses
-from pertcast.submission.check.report import CheckItem, Findings, named
+from pertcast.submission.check.report import CheckItem, Findings, counted, named
 
 __all__ = ["check_genes"]
 
@@ -37,10 +37,10 @@ def check_genes(got: tuple[str, ...], expected: tuple[str, ...], *, path: Path, 
     missing = [gene for gene in expected if gene not in there]
     extra = [gene for gene in got if gene not in wanted]
     if missing:
-        message = f"{len(missing):,} genes of {genes_path.name} are missing: {named(missing)}"
+        message = f"{counted(len(missing), 'gene')} of {genes_path.name} missing: {named(missing)}"
         problems.append(Problem(place, message, "predict them too, or fill them in knowingly"))
     if extra:
-        message = f"{len(extra):,} genes are not in {genes_path.name}: {named(extra)}"
+        message = f"{counted(len(extra), 'gene')} not in {genes_path.name}: {named(extra)}"
         problems.append(Problem(place, message, _spelling(extra, missing) or "remove them"))
     first = next((i for i, (one, other) in enumerate(zip(got, expected, strict=False)) if one != other), None)
     if first is not None:

@@ -12,7 +12,7 @@ from pertcast.errors import DataError, Problem
 from pertcast.files.frames import near_misses
 from pertcast.files.h5ad import H5adReader
 from pertcast.seasons import Season
-from pertcast.submission.check.report import CheckItem, Findings, named, problems_of
+from pertcast.submission.check.report import CheckItem, Findings, counted, named, problems_of
 
 __all__ = ["Groups", "check_labels"]
 
@@ -107,7 +107,7 @@ def _empty_problems(reader: H5adReader, column: str, values: pd.Categorical) -> 
     rows = np.flatnonzero((values.codes < 0) | np.isin(values.codes, np.flatnonzero(blank)))
     problems = []
     if len(rows):
-        message = f"{len(rows):,} cells have no label"
+        message = f"no label in {counted(len(rows), 'cell')}"
         problems.append(Problem(f"{reader.path}, obs[{column!r}], row {rows[0]}", message, "label every cell"))
     present = names[np.unique(values.codes[values.codes >= 0])]
     spaced = sorted(name for name in present if name.strip() and name != name.strip())
@@ -136,7 +136,7 @@ def _group(perts: pd.Categorical, contexts: pd.Categorical | None, season: Seaso
 def _controls(reader: H5adReader, season: Season, groups: Groups) -> tuple[list[Problem], str]:
     place = f"{reader.path}, obs[{season.pert_column!r}]"
     alike = control_alikes(groups.labels, season)
-    evidence = f"{groups.num_controls:,} {season.control_label!r} cells"
+    evidence = counted(groups.num_controls, f"{season.control_label!r} cell")
     if season.controls == "forbidden":
         found = [season.control_label] * (groups.num_controls > 0) + alike
         if not found:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pertcast.errors import DataError, Problem
 
-__all__ = ["CheckItem", "CheckReport", "Findings", "named", "problems_of"]
+__all__ = ["CheckItem", "CheckReport", "Findings", "counted", "named", "problems_of"]
 
 Fact = int | float | str | None
 
@@ -79,6 +79,17 @@ class CheckReport:
 def problems_of(error: DataError, place: str) -> tuple[Problem, ...]:
     """Return the problems that an error carries, or its message as the one problem of a place."""
     return error.problems or (Problem(place, str(error).removeprefix(f"{place}: ")),)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun in the right form.
+
+    Examples
+    --------
+    >>> counted(1, "cell"), counted(2000, "cell")
+    ('1 cell', '2,000 cells')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def named(names: Iterable[object], *, limit: int = 10) -> str:

@@ -14,7 +14,7 @@ from pertcast.files.frames import near_misses
 from pertcast.seasons import Season
 from pertcast.submission.budget import plan_budget
 from pertcast.submission.check.labels import Groups, control_alikes
-from pertcast.submission.check.report import CheckItem, Findings, named
+from pertcast.submission.check.report import CheckItem, Findings, counted, named
 from pertcast.submission.targets import TargetList
 
 __all__ = ["check_targets"]
@@ -41,9 +41,11 @@ def check_targets(
     missing = [target for target in targets if target not in set(labels)]
     problems = [Problem(place, *_extra(label, missing, targets, genes, list_name)) for label in extra[:_NUM_NAMED]]
     if len(extra) > _NUM_NAMED:
-        problems.append(Problem(place, f"and {len(extra) - _NUM_NAMED:,} more labels that {list_name} does not have"))
+        problems.append(
+            Problem(place, f"and {counted(len(extra) - _NUM_NAMED, 'more label')} that {list_name} does not have")
+        )
     if missing:
-        message = f"{len(missing):,} of {len(targets):,} targets of {list_name} have no cell: {named(missing)}"
+        message = f"no cell for {len(missing):,} of {counted(len(targets), 'target')} of {list_name}: {named(missing)}"
         problems.append(Problem(place, message, "generate them; an unknown perturbation needs a feature"))
     there = {key: number for key, number in groups.cells.items() if key[1] in known}
     how = "cells not asked"
@@ -52,9 +54,9 @@ def check_targets(
         wanted = {(context, target): number for context in contexts for target, number in targets.requested().items()}
         how, count_problems = _counts(wanted, there, season, groups.num_controls, place, list_name)
         problems += count_problems
-    evidence = f"{len(labels):,} targets, {sum(there.values()):,} cells, {how}"
+    evidence = f"{counted(len(labels), 'target')}, {counted(sum(there.values()), 'cell')}, {how}"
     if extra or missing:
-        evidence = f"{len(missing):,} targets missing, {len(extra):,} labels not in the list"
+        evidence = f"{counted(len(missing), 'target')} missing, {counted(len(extra), 'label')} not in the list"
     item = CheckItem(question, ok=not problems, evidence=evidence)
     return Findings(tuple(problems), (item,), facts, targets.notes)
 
@@ -78,7 +80,7 @@ def _without_list(labels: list[str], genes: tuple[str, ...], place: str) -> tupl
         if label.casefold() in folded
     ]
     others = [label for label in unknown if label.casefold() not in folded]
-    notes = [f"{len(others):,} targets are no genes of the gene list: {named(others)}"] if others else []
+    notes = [f"targets that are no genes of the gene list: {named(others)}"] if others else []
     return problems[:_NUM_NAMED], notes
 
 
@@ -110,5 +112,5 @@ def _counts(
     some = wrong[:_NUM_NAMED]
     shown = "; ".join(f"{names[key]}: expected {due[key]:,}, got {there.get(key, 0):,}" for key in some)
     more = f"; and {len(wrong) - _NUM_NAMED:,} more" if len(wrong) > _NUM_NAMED else ""
-    message = f"{len(wrong):,} targets have not the cells of {rule}: {shown}{more}"
-    return f"{len(wrong):,} targets with other cells", [Problem(place, message, "generate just as many")]
+    message = f"{counted(len(wrong), 'target')} with other cells than {rule}: {shown}{more}"
+    return f"{counted(len(wrong), 'target')} with other cells", [Problem(place, message, "generate just as many")]

@@ -18,7 +18,7 @@ from pertcast.files.expression import MAX_LOG1P
 from pertcast.files.h5ad import H5adReader
 from pertcast.progress import Progress
 from pertcast.seasons import Season
-from pertcast.submission.check.report import CheckItem, Findings, problems_of
+from pertcast.submission.check.report import CheckItem, Findings, counted, problems_of
 
 __all__ = ["check_values"]
 
@@ -86,14 +86,14 @@ def check_values(reader: H5adReader, season: Season, progress: Progress) -> Find
         return Findings((*problems, *broken), (item,), facts)
     for kind, (number, row, gene, value) in scan.bad.items():
         place = f"{path}, X, row {row}, gene {reader.genes[gene]!r}"
-        message = f"{number:,} values are {kind}, the first of them {value}"
+        message = f"{counted(number, kind + ' value')}, the first {value:g}"
         problems.append(Problem(place, message, "every value must be finite and at least 0; generate the cells again"))
     scale, scale_problems = _scale(scan, season, path)
     problems += scale_problems
     zeros = np.flatnonzero(scan.num_values == 0)
     notes = []
     if len(zeros) and len(zeros) < reader.num_cells:
-        notes.append(f"{len(zeros):,} cells have no value above 0 ({_rows_text(zeros)})")
+        notes.append(f"no value above 0 in {counted(len(zeros), 'cell')} ({_rows_text(zeros)})")
     facts |= {
         "scale": scale,
         "max_value": float(scan.largest.max(initial=0.0)),
@@ -103,7 +103,7 @@ def check_values(reader: H5adReader, season: Season, progress: Progress) -> Find
     }
     words = {"log1p": "all log1p-normalised", "counts": "all whole counts", "mixed": "two scales"}
     evidence = f"{reader.dtype}, {words.get(scale or '', 'no value above 0')}, largest value {facts['max_value']:.6g}"
-    evidence += "".join(f", {number:,} {kind} values" for kind, (number, *_) in scan.bad.items())
+    evidence += "".join(", " + counted(number, f"{kind} value") for kind, (number, *_) in scan.bad.items())
     return Findings(
         tuple(problems), (CheckItem(_question(season), ok=not problems, evidence=evidence),), facts, tuple(notes)
     )
@@ -137,13 +137,15 @@ def _scale(scan: _Scan, season: Season, path: Path) -> tuple[str | None, list[Pr
     if not len(whole) and not len(fractional):
         return None, [Problem(place, "no value is above 0 in any cell", "generate the cells again")]
     if season.scales == ("counts",) and len(fractional):
-        message = f"expected whole counts, got fractions in {len(fractional):,} cells ({_rows_text(fractional)})"
+        message = (
+            f"expected whole counts, got fractions in {counted(len(fractional), 'cell')} ({_rows_text(fractional)})"
+        )
         remedy = f"season {season.name} takes counts, not normalised values"
         return "mixed" if len(whole) else "log1p", [Problem(place, message, remedy)]
     if len(whole) and len(fractional):
-        few, what = (whole, "whole counts") if len(whole) <= len(fractional) else (fractional, "not whole counts")
-        message = f"two scales: {len(fractional):,} cells are not whole counts and {len(whole):,} are; {what}: "
-        return "mixed", [Problem(place, message + _rows_text(few), _ONE_SCALE)]
+        few, what = (whole, "whole counts") if len(whole) <= len(fractional) else (fractional, "no whole counts")
+        message = f"two scales: whole counts in {counted(len(whole), 'cell')}, no whole counts in {len(fractional):,}"
+        return "mixed", [Problem(place, f"{message}; {what} in {_rows_text(few)}", _ONE_SCALE)]
     scale = "counts" if len(whole) else "log1p"
     problems = []
     if scale not in season.scales:
@@ -151,12 +153,13 @@ def _scale(scan: _Scan, season: Season, path: Path) -> tuple[str | None, list[Pr
     high = np.flatnonzero(scan.largest > MAX_LOG1P)
     if scale == "log1p" and len(high):
         message = (
-            f"{len(high):,} cells ({_rows_text(high)}) have values that are no counts and above {MAX_LOG1P:g}, "
+            f"values above {MAX_LOG1P:g} that are no counts in {counted(len(high), 'cell')} ({_rows_text(high)}), "
             f"up to {scan.largest.max():.6g}: no log1p-normalised value is as high"
         )
         problems.append(Problem(place, message, "take log1p of the normalised values, in all cells"))
     over = np.flatnonzero(scan.sums > season.max_cell_sum) if season.max_cell_sum is not None else high[:0]
     if scale == "counts" and len(over):
-        message = f"expected at most {season.max_cell_sum:,} counts a cell, got up to {scan.sums.max():,.0f}"
-        problems.append(Problem(place, f"{message} ({_rows_text(over)})", "scale these cells down to whole counts"))
+        most = f"{scan.sums.max():,.0f} in {counted(len(over), 'cell')} ({_rows_text(over)})"
+        message = f"expected at most {season.max_cell_sum:,} counts a cell, got up to {most}"
+        problems.append(Problem(place, message, "scale these cells down to whole counts"))
     return scale, problems
