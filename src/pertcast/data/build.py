@@ -1,27 +1,22 @@
-"""Builds the training store: one pass over the input, then one over the store itself for what is fitted on TRAIN cells.
+"""Builds the training store from the files of an experiment, or finds that it is there and current.
 
-Invariants: memory is bounded by the block size and a few numbers a cell; a store appears whole or not at all; nothing
-is fitted on a cell that is not in TRAIN.
+Invariants: a store appears whole or not at all; all inputs are checked against each other before anything is written.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import sparse
 
 from pertcast.config import Experiment
-from pertcast.data.entries import GrowingArray, ValueArray
 from pertcast.data.experiment import CellTable, read_cells
 from pertcast.data.genes import GeneMap, map_genes, read_gene_names
-from pertcast.data.hvg import Moments, choose_hvgs
 from pertcast.data.split import Split, assign_split
-from pertcast.errors import DataError, Problem
+from pertcast.data.writer import StoreWriter, embedding_key
+from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.artefacts import (
     MANIFEST,
     Manifest,
@@ -31,30 +26,20 @@ from pertcast.files.artefacts import (
     remove_leftovers,
     write_manifest,
 )
-from pertcast.files.csc import row_bands
-from pertcast.files.expression import Scale, ScaleEvidence, common_scale, normalise_log1p
 from pertcast.files.h5ad import open_h5ad
-from pertcast.progress import SILENT, Advance, Progress
+from pertcast.progress import SILENT, Progress
 
-__all__ = ["embedding_key", "prepare"]
+__all__ = ["prepare"]
 
-_BLOCK_VALUES = 1 << 22
-_SAME_TOTAL = 0.01
 _OURS = ("datasets", "training", "zeroshot", "fewshot", "columns", "prepare")
-
-
-def embedding_key(experiment: Experiment) -> str | None:
-    """Return the obsm key that the model reads cells from, or ``None`` where it reads genes."""
-    prefix, colon, key = experiment.model.input.partition(":")
-    return key if prefix == "obsm" and colon else None
 
 
 def _concerns(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a resolved experiment a store depends on."""
     kept = {section: config.get(section) for section in _OURS}
     reads = str(config["model"]["input"])
-    submission = config["submission"]
-    return {**kept, "input": reads if reads.startswith("obsm:") else None, "genes": submission["genes"]}
+    submission = {key: config["submission"][key] for key in ("genes", "season", "rules")}
+    return {**kept, **submission, "input": reads if reads.startswith("obsm:") else None}
 
 
 def prepare(experiment: Experiment, out: Path, *, progress: Progress = SILENT) -> Path:
@@ -87,7 +72,7 @@ def prepare(experiment: Experiment, out: Path, *, progress: Progress = SILENT) -
     _check_embedding(experiment, cells)
     remove_leftovers(out)
     with atomic_dir(out) as folder:
-        writer = _Writer(experiment, cells, flags, genes, folder)
+        writer = StoreWriter(experiment, cells, flags, genes, folder)
         total = len(flags)
         with progress.task("prepare", total, "cells") as advance:
             writer.read_values(maps, advance)
@@ -119,10 +104,15 @@ def _hash_inputs(experiment: Experiment, cells: CellTable, progress: Progress) -
 def _is_current(experiment: Experiment, out: Path, inputs: Mapping[str, str]) -> bool:
     if not (out / MANIFEST).is_file():
         return False
-    manifest = read_manifest(out)
+    try:
+        manifest = read_manifest(out)
+    except CheckpointError:
+        return False
+    if manifest.kind != "store":
+        problem = Problem(str(out), f"it is a {manifest.kind}, not a store", "give another --out, or remove it first")
+        raise DataError(problems=[problem])
     whole = all((out / name).is_file() for name in manifest.files)
-    same = manifest.kind == "store" and manifest.inputs == inputs
-    return whole and same and _concerns(manifest.config) == _concerns(experiment.as_json())
+    return whole and manifest.inputs == inputs and _concerns(manifest.config) == _concerns(experiment.as_json())
 
 
 def _gene_maps(experiment: Experiment, cells: CellTable) -> tuple[tuple[str, ...], list[GeneMap], list[str]]:
@@ -178,195 +168,3 @@ def _unused_notes(cells: CellTable, flags: np.ndarray) -> list[str]:
                 "it is in none of [training], [zeroshot] and [fewshot]"
             )
     return notes
-
-
-@dataclass(frozen=True, eq=False)
-class _Fitted:
-    target_sum: float | None
-    hvg: np.ndarray
-    control_mean_log1p: np.ndarray
-
-
-class _Writer:
-    """Writes the arrays of a store into a folder, and fits what is fitted on TRAIN cells."""
-
-    def __init__(
-        self, experiment: Experiment, cells: CellTable, flags: np.ndarray, genes: tuple[str, ...], folder: Path
-    ) -> None:
-        self._experiment, self._cells, self._flags, self._genes, self._folder = experiment, cells, flags, genes, folder
-        self._totals = np.zeros(len(flags), dtype=np.float64)
-        self._num_values = np.zeros(len(flags), dtype=np.int64)
-        self._evidence: list[ScaleEvidence] = []
-        self._dtypes: list[str] = []
-        self._scale: Scale = "counts"
-        self.notes: list[str] = []
-
-    def read_values(self, maps: list[GeneMap], advance: Advance) -> None:
-        """Take X of all files into the store, in blocks; gather what each file's values say about their scale."""
-        index_dtype = np.dtype(np.uint16 if len(self._genes) <= 1 << 16 else np.int32)
-        indices = GrowingArray(self._folder / "indices.npy", index_dtype)
-        values = ValueArray(self._folder / "data.npy")
-        first = 0
-        for (_, path, num_cells), gene_map in zip(self._cells.files, maps, strict=True):
-            with open_h5ad(path) as reader:
-                evidence = ScaleEvidence(str(path), genes=reader.genes)
-                for start, block in reader.chunks(max_values=_BLOCK_VALUES):
-                    evidence.add_csr(block, first_cell=start)
-                    kept = gene_map.apply(block)
-                    values.append(kept.data)
-                    indices.append(kept.indices)
-                    rows = slice(first + start, first + start + block.shape[0])
-                    self._num_values[rows] = np.diff(kept.indptr)
-                    self._totals[rows] = _row_sums(kept, evidence)
-                    advance(block.shape[0], path.name)
-                self._evidence.append(evidence)
-                self._save_embedding(reader.embedding, first, num_cells)
-            first += num_cells
-        indices.close()
-        self._values = values
-
-    def _save_embedding(self, read: Callable[[str, int, int], np.ndarray], first: int, num_cells: int) -> None:
-        key = embedding_key(self._experiment)
-        if key is None:
-            return
-        path = self._folder / f"embedding_{key}.npy"
-        for start in range(0, num_cells, 8192):
-            part = read(key, start, min(start + 8192, num_cells))
-            if not np.isfinite(part).all():
-                row = start + int(np.flatnonzero(~np.isfinite(part).all(axis=1))[0])
-                raise DataError(
-                    problems=[Problem(f"obsm[{key!r}], row {row}", "NaN or infinite", "mend the embedding")]
-                )
-            if not path.exists():
-                shape = (len(self._flags), part.shape[1])
-                array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-            else:
-                array = np.lib.format.open_memmap(path, mode="r+")
-            array[first + start : first + start + len(part)] = part
-            array.flush()
-            del array
-
-    def settle_scale(self) -> None:
-        """Decide the scale of all files, and close the values in the type that it needs."""
-        self._scale = common_scale(self._evidence, asked=self._experiment.prepare.scale)
-        if self._scale == "log1p":
-            self._values.widen(np.dtype(np.float32))
-        self._values.close()
-        np.save(self._folder / "indptr.npy", np.concatenate([[0], np.cumsum(self._num_values)]))
-        if self._scale == "log1p" and not all(item.num_fractional for item in self._evidence):
-            self._totals = _expm1_sums(self._folder, self._totals)
-        np.save(self._folder / "totals.npy", self._totals.astype(np.float32))
-        keys = self._cells.keys
-        for name, codes in (
-            ("pert_codes", keys.pert_codes),
-            ("context_codes", keys.context_codes),
-            ("dataset_codes", keys.dataset_codes),
-            ("batch_codes", self._cells.batch_codes),
-        ):
-            np.save(self._folder / f"{name}.npy", codes.astype(np.int32))
-        np.save(self._folder / "split.npy", self._flags)
-        empty = int((self._num_values == 0).sum())
-        if empty:
-            self.notes.append(f"{empty:,} cells have no count in these genes; they are kept, and stay 0")
-        unclear = [Path(item.place).name for item in self._evidence if item.ambiguous]
-        if unclear:
-            self.notes.append(f"every value is 0 or 1 in {', '.join(unclear)}; taken as {self._scale}")
-
-    def fit(self, advance: Advance) -> _Fitted:
-        """Fit the target sum, the highly variable genes and the mean control cell on TRAIN cells."""
-        trained = (self._flags & Split.TRAIN) > 0
-        target_sum = self._target_sum(trained)
-        controls = trained & (self._cells.keys.pert_codes == self._control_code())
-        normalised, control_log1p = Moments(len(self._genes)), Moments(len(self._genes))
-        indptr = np.load(self._folder / "indptr.npy")
-        arrays = [np.load(self._folder / name, mmap_mode="r") for name in ("indices.npy", "data.npy")]
-        for start, stop in itertools.pairwise(row_bands(indptr, max_values=_BLOCK_VALUES)):
-            part = slice(int(indptr[start]), int(indptr[stop]))
-            indices, data = (np.array(array[part]) for array in arrays)
-            block = sparse.csr_matrix(
-                (data, indices.astype(np.int32), indptr[start : stop + 1] - indptr[start]),
-                shape=(int(stop - start), len(self._genes)),
-            )[trained[start:stop]]
-            if self._scale == "counts":
-                block = normalise_log1p(block, self._totals[start:stop][trained[start:stop]], target_sum or 1.0)
-            normalised.add(np.expm1(block.data), block.indices, num_cells=block.shape[0])
-            block_controls = block[controls[start:stop][trained[start:stop]]]
-            control_log1p.add(block_controls.data, block_controls.indices, num_cells=block_controls.shape[0])
-            advance(block.shape[0])
-        hvg = choose_hvgs(normalised.mean, normalised.variance, num=self._experiment.prepare.num_hvgs)
-        fitted = _Fitted(target_sum, hvg, control_log1p.mean.astype(np.float32))
-        np.save(self._folder / "hvg.npy", fitted.hvg)
-        np.save(self._folder / "control_mean_log1p.npy", fitted.control_mean_log1p)
-        return fitted
-
-    def _control_code(self) -> int:
-        return self._cells.keys.perts.index(self._experiment.columns.control)
-
-    def _target_sum(self, trained: np.ndarray) -> float | None:
-        asked = self._experiment.prepare.target_sum
-        if self._scale == "counts":
-            if asked != "median":
-                return float(asked)
-            filled = self._totals[trained & (self._totals > 0)]
-            if not len(filled):
-                problem = Problem("[prepare] target_sum", "every training cell is empty", "check the gene list")
-                raise DataError(problems=[problem])
-            return float(np.median(filled))
-        filled = self._totals[self._totals > 0]
-        middle = float(np.median(filled))
-        if np.abs(filled - middle).max() > _SAME_TOTAL * middle:
-            self.notes.append(
-                f"the log1p values undo to totals from {filled.min():,.0f} to {filled.max():,.0f}: they were "
-                "normalised over other genes or not to one total, so the target sum is unknown; values stay as they are"
-            )
-            return None
-        if asked != "median" and abs(float(asked) - middle) > _SAME_TOTAL * middle:
-            message = f"expected values normalised to {asked:,.0f}, got log1p values normalised to {middle:,.0f}"
-            raise DataError(
-                problems=[Problem("[prepare] target_sum", message, 'set it to "median", or give raw counts')]
-            )
-        return middle
-
-    def facts(self, fitted: _Fitted) -> dict[str, Any]:
-        """Return what a reader of the store wants to know, as JSON values."""
-        keys = self._cells.keys
-        return {
-            "num_cells": len(self._flags),
-            "genes": list(self._genes),
-            "perts": list(keys.perts),
-            "contexts": list(keys.contexts),
-            "datasets": list(keys.datasets),
-            "batches": list(self._cells.batches),
-            "control": self._experiment.columns.control,
-            "scale": self._scale,
-            "target_sum": fitted.target_sum,
-            "num_values": int(self._num_values.sum()),
-            "embedding_keys": [key for key in [embedding_key(self._experiment)] if key is not None],
-            "cells_of_split": {
-                "train": int((self._flags & Split.TRAIN > 0).sum()),
-                "val": int((self._flags & Split.VAL > 0).sum()),
-                "test": int((self._flags & Split.TEST > 0).sum()),
-                "unused": int((self._flags == 0).sum()),
-            },
-        }
-
-
-def _row_sums(block: sparse.csr_matrix, evidence: ScaleEvidence) -> np.ndarray:
-    """Return the total of each row: of the counts, or of what log1p values undo to."""
-    values = block.data.astype(np.float64)
-    if evidence.num_fractional:
-        # values above the bound end in an error, which must not be a warning of an overflow before
-        values = np.expm1(np.minimum(values, 100.0))
-    rows = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
-    return np.bincount(rows, weights=values, minlength=block.shape[0])
-
-
-def _expm1_sums(folder: Path, totals: np.ndarray) -> np.ndarray:
-    """Return the totals of log1p values read from the store, for files whose first look was of counts."""
-    indptr, data = np.load(folder / "indptr.npy"), np.load(folder / "data.npy", mmap_mode="r")
-    result = np.zeros_like(totals)
-    for start, stop in itertools.pairwise(row_bands(indptr, max_values=_BLOCK_VALUES)):
-        values = np.expm1(np.asarray(data[indptr[start] : indptr[stop]], dtype=np.float64))
-        rows = np.repeat(np.arange(stop - start), np.diff(indptr[start : stop + 1]))
-        result[start:stop] = np.bincount(rows, weights=values, minlength=int(stop - start))
-    return result

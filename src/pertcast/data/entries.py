@@ -60,15 +60,15 @@ class ValueArray:
         """The number type so far."""
         return self._array.dtype
 
-    def append(self, values: np.ndarray) -> None:
-        """Append values; what is there is rewritten where they need a wider type.
+    def append(self, values: np.ndarray, *, place: str) -> None:
+        """Append values, which come from `place`; what is there is rewritten where they need a wider type.
 
         Raises
         ------
         DataError
             If a whole number does not fit into 32 bits.
         """
-        self.widen(_narrowest(values))
+        self.widen(_narrowest(values, place))
         self._array.append(values)
 
     def widen(self, dtype: np.dtype) -> None:
@@ -90,7 +90,7 @@ class ValueArray:
         self._array.close()
 
 
-def _narrowest(values: np.ndarray) -> np.dtype:
+def _narrowest(values: np.ndarray, place: str) -> np.dtype:
     if not len(values):
         return _LADDER[0]
     if values.dtype.kind == "f" and (values != np.rint(values)).any():
@@ -99,4 +99,4 @@ def _narrowest(values: np.ndarray) -> np.dtype:
     for dtype in _LADDER[:-1]:
         if largest < 2 ** (8 * dtype.itemsize):
             return dtype
-    raise DataError(problems=[Problem("X", f"a count of {largest:,.0f} is too large", "give raw counts below 4e9")])
+    raise DataError(problems=[Problem(place, f"a count of {largest:,.0f} is too large", "give raw counts below 4e9")])

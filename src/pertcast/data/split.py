@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from pertcast.config import Experiment
 from pertcast.errors import DataError, Problem
@@ -65,7 +66,7 @@ class CellKeys:
 
     def occurrences(self) -> np.ndarray:
         """Return for each cell how many cells before it in its file have its name, (num_cells,)."""
-        _, name_codes = np.unique(self.names.astype(str), return_inverse=True)
+        name_codes, _ = pd.factorize(self.names)
         both = name_codes.astype(np.int64) * len(self.files) + self.file_codes
         order = np.argsort(both, kind="stable")
         new = np.flatnonzero(np.diff(both[order], prepend=-1))
@@ -171,7 +172,8 @@ def assign_split(experiment: Experiment, keys: CellKeys) -> np.ndarray:
         of_label = _label_flags(experiment, keys, dataset, place)
         flags[perturbed] = of_label[keys.pert_codes[perturbed]]
         if not flags[perturbed].any():
-            flags[controls] = Split.TRAIN if dataset in experiment.training else 0
+            named = dataset in experiment.training or place in experiment.zeroshot or place in experiment.fewshot
+            flags[controls] = Split.TRAIN if named else 0
             continue
         if not len(controls):
             problems.append(_missing_controls(experiment, keys, place, rows))

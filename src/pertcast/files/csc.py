@@ -69,7 +69,11 @@ class CscRows:
         self._record = np.dtype([("row", np.int32), ("column", np.int32), ("value", dtype)])
         self._folder = tempfile.TemporaryDirectory(prefix="pertcast-csc-")
         self._path = Path(self._folder.name) / "entries"
-        self._scatter(read_entries)
+        try:
+            self._scatter(read_entries)
+        except BaseException:
+            self.close()
+            raise
 
     def _scatter(self, read_entries: Callable[[], Iterator[Entries]]) -> None:
         next_entry = self.indptr[self.bounds[:-1]].copy()

@@ -241,17 +241,25 @@ class H5adReader:
             columns = np.repeat(np.arange(self.num_genes, dtype=np.int32), per_column)
             yield Entries(rows, columns, values)
 
-    def _csc_chunks(self, max_values: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
-        if self._rows_of_csc is None or self._rows_of_csc[0] != max_values:
-            self.close()
-            indptr = self._indptr(self.num_genes)
-            sorted_rows = CscRows(
+    def _sorted_rows(self, indptr: np.ndarray, max_values: int) -> CscRows:
+        try:
+            return CscRows(
                 lambda: self._csc_entries(indptr, max_values),
                 num_rows=self.num_cells,
                 dtype=_usable(self.dtype),
                 max_values=max_values,
             )
-            self._rows_of_csc = (max_values, sorted_rows)
+        except OSError as error:
+            place = f"{self.path}, X (csc)"
+            message = f"its columns cannot be sorted into rows in the temporary folder ({error})"
+            remedy = f"set TMPDIR to a disk with {self.num_stored * (8 + self.dtype.itemsize) / 1e9:.1f} GB free"
+            raise DataError(problems=[Problem(place, message, remedy)]) from error
+
+    def _csc_chunks(self, max_values: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
+        if self._rows_of_csc is None or self._rows_of_csc[0] != max_values:
+            self.close()
+            indptr = self._indptr(self.num_genes)
+            self._rows_of_csc = (max_values, self._sorted_rows(indptr, max_values))
         for start, indptr, indices, values in self._rows_of_csc[1].bands():
             yield start, self._block(start, indptr, indices, values)
 
