@@ -1,0 +1,196 @@
+"""What the loop is fed: an endless stream of cell sets with a position, read ahead by one thread.
+
+Shapes: B sets, S cells in a set, I input width, F width of a perturbation feature, O output width, G predicted genes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pertcast.config import Experiment
+from pertcast.data.features import PertFeatures
+from pertcast.data.inputs import input_dim, read_inputs
+from pertcast.data.sets import CellSets, training_sets
+from pertcast.data.split import Split
+from pertcast.data.store import Store
+from pertcast.errors import ConfigError, DataError
+from pertcast.models.state import StateSpec, spec_for
+
+__all__ = ["Batch", "Place", "SetReader", "SetStream", "read_ahead"]
+
+_READ_AHEAD = 2
+
+
+class Place(NamedTuple):
+    """How far a stream of sets has come: `offset` sets of `epoch` are done."""
+
+    epoch: int
+    offset: int
+
+
+class Batch(NamedTuple):
+    """Some sets as tensors; `real_BSO` is in the network's output space, `genes_BSG` only in latent space."""
+
+    control_BSI: Tensor  # noqa: N815
+    pert_BF: Tensor  # noqa: N815
+    batch_BS: Tensor  # noqa: N815
+    context_B: Tensor  # noqa: N815
+    real_BSO: Tensor  # noqa: N815
+    genes_BSG: Tensor | None  # noqa: N815
+
+
+class SetStream:
+    """Sets of one epoch after the other; a batch may span two epochs, so that no cell is left out.
+
+    Parameters
+    ----------
+    epoch_sets
+        Gives the sets of an epoch.
+    place
+        Where to start.
+    """
+
+    def __init__(self, epoch_sets: Callable[[int], CellSets], place: Place) -> None:
+        self._epoch_sets = epoch_sets
+        self._place = place
+        self._sets: CellSets | None = None
+
+    def take(self, num: int) -> tuple[CellSets, Place]:
+        """Return the next sets, and where the stream stands after them."""
+        pieces: list[CellSets] = []
+        while num:
+            if self._sets is None:
+                self._sets = self._epoch_sets(self._place.epoch)
+                if not len(self._sets):
+                    raise DataError("no cell sets to train on: the store has no training cells; mend [training]")
+            piece = self._sets[self._place.offset : self._place.offset + num]
+            pieces.append(piece)
+            num -= len(piece)
+            self._place = Place(self._place.epoch, self._place.offset + len(piece))
+            if self._place.offset >= len(self._sets):
+                self._place, self._sets = Place(self._place.epoch + 1, 0), None
+        return _concatenate(pieces), self._place
+
+
+def _concatenate(pieces: list[CellSets]) -> CellSets:
+    if len(pieces) == 1:
+        return pieces[0]
+    return CellSets(
+        pert=np.concatenate([piece.pert for piece in pieces]),
+        context=np.concatenate([piece.context for piece in pieces]),
+        pert_rows=np.concatenate([piece.pert_rows for piece in pieces]),
+        control_rows=np.concatenate([piece.control_rows for piece in pieces]),
+    )
+
+
+class SetReader:
+    """Turns sets of row numbers into tensors, as an experiment's network wants them.
+
+    Parameters
+    ----------
+    store, experiment, features
+        What to read, how, and the perturbations' features.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If the store lacks what the model asks for, or a perturbation lacks a feature.
+    """
+
+    def __init__(self, store: Store, experiment: Experiment, features: PertFeatures) -> None:
+        self._store, self._experiment = store, experiment
+        self._pert_PF = torch.from_numpy(features.of(store.perts)).clone()
+        self._is_latent = experiment.model.input.startswith("obsm:")
+        model = experiment.model
+        if model.batch_embedding and not store.batches:
+            raise ConfigError(
+                f"[model] batch_embedding: the store {store.path} knows no batches; "
+                "name their column in columns.batch and prepare it again, or switch batch_embedding off"
+            )
+        self.output_genes = store.hvg if model.output == "hvg" else np.arange(len(store.genes))
+        width = input_dim(store, source=model.input)
+        self.spec: StateSpec = spec_for(
+            model,
+            num_genes=len(self.output_genes),
+            input_dim=width,
+            output_dim=width if self._is_latent else len(self.output_genes),
+            pert_dim=features.dim,
+            num_batches=len(store.batches),
+            num_contexts=len(store.contexts),
+        )
+
+    def training(self, epoch: int) -> CellSets:
+        """Return the training sets of an epoch."""
+        return self._sets(epoch, Split.TRAIN, control_sets=self._experiment.train.control_sets)
+
+    def validation(self) -> CellSets:
+        """Return the sets that validate, always the same; those of perturbations alone."""
+        config = self._experiment.train
+        return self._sets(0, Split.VAL, control_sets=False)[: config.max_val_sets]
+
+    def _sets(self, epoch: int, split: Split, *, control_sets: bool) -> CellSets:
+        config = self._experiment.train
+        return training_sets(
+            self._store,
+            set_size=self.spec.set_size,
+            seed=config.seed,
+            epoch=epoch,
+            split=split,
+            match=config.match,
+            control_sets=control_sets,
+        )
+
+    def read(self, sets: CellSets) -> Batch:
+        """Return sets as tensors."""
+        store, shape = self._store, sets.pert_rows.shape
+        controls, perturbed = sets.control_rows.reshape(-1), sets.pert_rows.reshape(-1)
+        source = self._experiment.model.input
+        genes_BSG = self._tensor(store.log1p(perturbed, genes=self._gene_choice()), shape)
+        return Batch(
+            control_BSI=self._tensor(read_inputs(store, controls, source=source), shape),
+            pert_BF=self._pert_PF[torch.from_numpy(sets.pert.astype(np.int64))],
+            batch_BS=self._tensor(store.batch_codes[controls].astype(np.int64), shape),
+            context_B=torch.from_numpy(sets.context.astype(np.int64)),
+            real_BSO=(
+                self._tensor(read_inputs(store, perturbed, source=source), shape) if self._is_latent else genes_BSG
+            ),
+            genes_BSG=genes_BSG if self._is_latent else None,
+        )
+
+    def _gene_choice(self) -> NDArray[np.int64] | None:
+        return self.output_genes if len(self.output_genes) < len(self._store.genes) else None
+
+    @staticmethod
+    def _tensor(values: NDArray[np.generic], shape: tuple[int, ...]) -> Tensor:
+        # In torch's own, always equally aligned memory: matrix products may round by the alignment of their operands.
+        tensor = torch.from_numpy(values).clone().reshape(*shape, *values.shape[1:])
+        return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+def read_ahead(
+    stream: Iterator[tuple[CellSets, Place]], read: Callable[[CellSets], Batch]
+) -> Iterator[tuple[Batch, Place]]:
+    """Yield what `read` makes of each piece of the stream; the next ones are read while the caller computes."""
+    with ThreadPoolExecutor(1, thread_name_prefix="pertcast-read") as executor:
+        # One thread, so the stream is drawn from in order.
+        def next_batch() -> tuple[Batch, Place] | None:
+            piece = next(stream, None)
+            return None if piece is None else (read(piece[0]), piece[1])
+
+        pending: deque[Future[tuple[Batch, Place] | None]] = deque()
+        pending.extend(executor.submit(next_batch) for _ in range(_READ_AHEAD))
+        try:
+            while (batch := pending.popleft().result()) is not None:
+                pending.append(executor.submit(next_batch))
+                yield batch
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,257 @@
+"""The training stage: open what goes in, go on where an earlier run stopped, and write the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from pertcast.config import Experiment, TrainConfig
+from pertcast.data.features import PertFeatures, load_features, open_features, save_features
+from pertcast.data.store import Store
+from pertcast.errors import CheckpointError, ConfigError, DataError
+from pertcast.files.artefacts import MANIFEST, any_content, read_json, remove_leftovers, write_json
+from pertcast.models.checkpoint import RUN_JSON, WEIGHTS, Run, open_run, save_run
+from pertcast.models.state import StateTransition
+from pertcast.progress import SILENT, Progress
+from pertcast.stats.draws import key_hash
+from pertcast.submission.targets import read_targets
+from pertcast.train.batches import SetReader
+from pertcast.train.loggers import make_loggers
+from pertcast.train.loop import Loop, make_optimizer
+from pertcast.train.resume import (
+    IDENTITY,
+    MetricsLog,
+    Position,
+    identity_of,
+    identity_problems,
+    load_newest,
+    restore,
+)
+
+__all__ = ["train"]
+
+_FEATURES = "features"
+_METRICS = "metrics.jsonl"
+
+
+def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Progress = SILENT) -> Path:
+    """Train a State Transition network on a store.
+
+    A run that was stopped, however, goes on from its newest checkpoint and ends with the weights of a run that was
+    never stopped. A finished run is left as it is, unless `train.steps` has become larger.
+
+    Parameters
+    ----------
+    experiment
+        The sections features, model, loss and train say how; ``submission.targets``, where given, which perturbations
+        must have features.
+    store_path
+        What :func:`pertcast.data.store.prepare` wrote.
+    out
+        The run's folder: weights.safetensors (of the best validated step where there are validation sets, else of the
+        last), run.json, features/, metrics.jsonl, checkpoints/.
+    progress
+        Where steps, loss and notes are told.
+
+    Returns
+    -------
+    `out`.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If the experiment and the store do not fit one another.
+    CheckpointError
+        If `out` holds a run that was begun otherwise, or training diverges.
+    """
+    store = Store.open(store_path)
+    _require_losses(experiment)
+    identity = identity_of(experiment, store.fingerprint)
+    _require_same_run(out, identity)
+    if _is_finished(out, experiment.train.steps):
+        progress.note(f"{out}: already trained for {experiment.train.steps:,} steps")
+        return out
+    fabric = _fabric(experiment.train, out)
+    if not fabric.is_global_zero:
+        progress = SILENT
+    features = _features(experiment, store, out)
+    reader = SetReader(store, experiment, features)
+    network = _new_network(reader, store, experiment.train.seed)
+    optimizer = make_optimizer(network, experiment.train, fabric.device)
+    model, stepper = fabric.setup(network, optimizer)
+    saved, notes = load_newest(out)
+    best = restore(saved, model=network, optimizer=optimizer) if saved else None
+    position = saved.position if saved else Position()
+    fabric.barrier()
+    if fabric.is_global_zero:
+        _begin(out, identity, features)
+    for note in notes:
+        progress.note(note)
+    log = MetricsLog(out / _METRICS, position) if fabric.is_global_zero else None
+    loop = Loop(
+        out=out,
+        fabric=fabric,
+        network=network,
+        model=model,
+        optimizer=optimizer,
+        stepper=stepper,
+        reader=reader,
+        train=experiment.train,
+        loss=experiment.loss,
+        position=position,
+        best=best,
+        val_sets=reader.validation(),
+        log=log,
+    )
+    facts = _notes(reader, loop, features)
+    for note in facts:
+        progress.note(note)
+    try:
+        with progress.task("train", experiment.train.steps, "steps", done=position.step) as advance:
+            loop.run(advance)
+    finally:
+        if log is not None:
+            log.close()
+    if fabric.is_global_zero:
+        _finish(out, experiment, store, features, loop, facts)
+    fabric.barrier()
+    return out
+
+
+def _require_losses(experiment: Experiment) -> None:
+    loss, is_latent = experiment.loss, experiment.model.input.startswith("obsm:")
+    if not loss.energy and not (is_latent and loss.decoder):
+        raise ConfigError("[loss]: every term is switched off; give loss.energy a weight above 0")
+
+
+def _require_same_run(out: Path, identity: dict[str, Any]) -> None:
+    if not any_content(out):
+        return
+    if not (out / IDENTITY).is_file():
+        raise DataError(f"{out}: it is there already and holds no run; give another --out, or remove it first")
+    problems = identity_problems(read_json(out / IDENTITY), identity)
+    if problems:
+        raise CheckpointError(
+            f"{out}: it holds a run that was begun otherwise; give another --out, or remove the folder to train anew",
+            problems=problems,
+        )
+
+
+def _is_finished(out: Path, steps: int) -> bool:
+    if not (out / MANIFEST).is_file():
+        return False
+    metrics = open_run(out).metrics
+    if metrics["last_step"] > steps:
+        raise CheckpointError(
+            f"{out}: expected train.steps of at least {metrics['last_step']:,}, which it is trained for already, "
+            f"got {steps:,}; raise train.steps, or give another --out"
+        )
+    return bool(metrics["last_step"] == steps or metrics["stopped_early"])
+
+
+def _fabric(config: TrainConfig, out: Path) -> Fabric:
+    if config.sets_per_step % config.devices:
+        raise ConfigError(
+            f"[train] sets_per_step: expected a multiple of devices = {config.devices}, got {config.sets_per_step}; "
+            "change one of the two"
+        )
+    try:
+        fabric = Fabric(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            precision="bf16-mixed" if config.precision == "bf16" else "32-true",
+            loggers=make_loggers(config.loggers, out),
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"[train] accelerator, devices: {config.accelerator!r} x {config.devices} is not to be had here ({error}); "
+            'set train.accelerator to "auto" or "cpu", and train.devices to 1'
+        ) from error
+    fabric.launch()
+    return fabric
+
+
+def _features(experiment: Experiment, store: Store, out: Path) -> PertFeatures:
+    """Return the run's features: those that it was begun with, else as the experiment says, for its targets too."""
+    if (out / _FEATURES / "features.json").is_file():
+        return open_features(out / _FEATURES)
+    submission = experiment.submission
+    targets = read_targets(submission.targets, submission.resolve()) if submission.targets is not None else ()
+    return load_features(experiment.features, store, targets=tuple(targets))
+
+
+def _new_network(reader: SetReader, store: Store, seed: int) -> StateTransition:
+    network = StateTransition(reader.spec, generator=torch.Generator().manual_seed(key_hash(seed, "init") % 2**63))
+    network.start_at_mean(torch.from_numpy(store.control_mean_log1p[reader.output_genes]))
+    return network
+
+
+def _begin(out: Path, identity: dict[str, Any], features: PertFeatures) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS, RUN_JSON, MANIFEST, IDENTITY, _METRICS):
+        remove_leftovers(out / name)
+    write_json(out / IDENTITY, identity)
+    if not (out / _FEATURES / "features.json").is_file():
+        save_features(features, out / _FEATURES)
+
+
+def _notes(reader: SetReader, loop: Loop, features: PertFeatures) -> tuple[str, ...]:
+    """Return what a user should know of the training cells, the same at every resumption."""
+    sets = reader.training(0)
+    config, size = loop.train, reader.spec.set_size
+    notes = []
+    if sets.num_repeating:
+        notes.append(f"{sets.num_repeating:,} training groups have fewer than {size} cells, which repeat in a set")
+    if config.match == "batch" and sets.num_unmatched:
+        notes.append(
+            f"{sets.num_unmatched:,} training cells have no control cell of their own batch, and stand beside one of "
+            "their context"
+        )
+    if not len(loop.val_sets):
+        notes.append("there are no validation cells: the last weights are kept, not the best")
+    if features.filled:
+        notes.append(f"{len(features.filled):,} perturbations have a feature that was filled in")
+    return tuple(notes)
+
+
+def _finish(
+    out: Path, experiment: Experiment, store: Store, features: PertFeatures, loop: Loop, notes: tuple[str, ...]
+) -> None:
+    position = loop.position
+    has_best = loop.best is not None
+    weights: dict[str, Tensor] = loop.best if loop.best is not None else loop.network.state_dict()
+    run = Run(
+        path=out,
+        spec=loop.reader.spec,
+        experiment=experiment.as_json(),
+        genes=store.genes,
+        output_genes=loop.reader.output_genes,
+        hvg=store.hvg,
+        perts=store.perts,
+        contexts=store.contexts,
+        batches=store.batches,
+        control=store.control,
+        target_sum=store.target_sum,
+        scale=store.scale,
+        store_path=store.path,
+        store_fingerprint=store.fingerprint,
+        step=position.best_step if has_best else position.step,
+        metrics={
+            "last_step": position.step,
+            "val_loss": position.best_loss if has_best else None,
+            "num_parameters": sum(parameter.numel() for parameter in loop.network.parameters()),
+            "stopped_early": position.step < experiment.train.steps,
+        },
+        features={
+            "kind": features.kind,
+            "source": features.source,
+            "dim": features.dim,
+            "filled": features.filled,
+        },
+        notes=notes,
+    )
+    save_run(run, weights, inputs={"store": store.fingerprint})
