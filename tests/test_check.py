@@ -284,7 +284,7 @@ def test_the_fewer_cells_break_the_scale_and_are_named(tmp_path: Path) -> None:
 
     path = edit(write_small_h5ad(tmp_path / "p.h5ad", scale="log1p"), change)
     report = examine(path)
-    assert "whole counts in 2 cells, no whole counts in 94; whole counts in rows 3, 50" in messages(report)
+    assert "whole counts in 2 cells, log1p in 94; whole counts in rows 3, 50" in messages(report)
     assert report.facts["scale"] == "mixed"
 
 

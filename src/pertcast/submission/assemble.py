@@ -131,7 +131,7 @@ def _read_plan(path: Path) -> _Plan:
             notes=tuple(raw.get("notes", ())),
         )
     except CheckpointError as error:
-        raise SubmissionError(f"{error}; expected the folder that `pertcast generate` wrote") from None
+        raise SubmissionError(f"{error} (give the folder that `pertcast generate` wrote)") from None
     except (KeyError, TypeError, ValueError) as error:
         raise SubmissionError(f"{path}: not a plan of pertcast ({error!r}); {_AGAIN}") from None
     folder = path.parent.resolve()

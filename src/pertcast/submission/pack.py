@@ -59,6 +59,18 @@ def pack(
     ------
     SubmissionError
         With every problem that the check finds, or if the archive cannot be written; there is no archive then.
+
+    Examples
+    --------
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "genes.csv").write_text("TP53")
+    >>> with CsrWriter(folder / "p.h5ad", ["TP53"]) as writer:
+    ...     writer.append(sparse.csr_matrix([[0.5], [1.5]]))
+    ...     writer.finish(pd.DataFrame({"target_gene": pd.Categorical(["TP53", "non-targeting"])}))
+    >>> rules = {"num_genes": 1}
+    >>> vcc = pack(folder / "p.h5ad", folder / "p.vcc", season="vcc2025", genes=folder / "genes.csv", rules=rules)
+    >>> unpack(vcc, folder / "again.h5ad").read_bytes() == (folder / "p.h5ad").read_bytes()
+    True
     """
     in_force = resolve_season(season, rules or {})
     if in_force.watermark is None:

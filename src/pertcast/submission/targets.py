@@ -203,6 +203,15 @@ def read_gene_list(path: Path, season: Season) -> tuple[str, ...]:
     DataError
         With every problem at its line: a header that is missing or not expected, an empty line, a repeated gene, more
         than one column, a wrong number of genes.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pertcast.seasons import season
+    >>> path = Path(tempfile.mkdtemp()) / "genes.csv"
+    >>> _ = path.write_text("TP53\\nTET1\\n")
+    >>> read_gene_list(path, season("vcc2025", {"num_genes": 2}))
+    ('TP53', 'TET1')
     """
     rows = _read_rows(path, "gene list")
     problems: list[Problem] = []

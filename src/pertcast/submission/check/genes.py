@@ -32,7 +32,7 @@ def check_genes(got: tuple[str, ...], expected: tuple[str, ...], *, path: Path, 
     problems = []
     if len(got) != len(expected):
         message = f"expected {len(expected):,} genes, got {len(got):,}"
-        problems.append(Problem(place, message, f"keep just the genes of {genes_path.name}"))
+        problems.append(Problem(place, message, f"give just the genes of {genes_path.name}"))
     there, wanted = set(got), set(expected)
     missing = [gene for gene in expected if gene not in there]
     extra = [gene for gene in got if gene not in wanted]

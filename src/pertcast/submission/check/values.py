@@ -143,8 +143,8 @@ def _scale(scan: _Scan, season: Season, path: Path) -> tuple[str | None, list[Pr
         remedy = f"season {season.name} takes counts, not normalised values"
         return "mixed" if len(whole) else "log1p", [Problem(place, message, remedy)]
     if len(whole) and len(fractional):
-        few, what = (whole, "whole counts") if len(whole) <= len(fractional) else (fractional, "no whole counts")
-        message = f"two scales: whole counts in {counted(len(whole), 'cell')}, no whole counts in {len(fractional):,}"
+        few, what = (whole, "whole counts") if len(whole) <= len(fractional) else (fractional, "log1p")
+        message = f"two scales: whole counts in {counted(len(whole), 'cell')}, log1p in {len(fractional):,}"
         return "mixed", [Problem(place, f"{message}; {what} in {_rows_text(few)}", _ONE_SCALE)]
     scale = "counts" if len(whole) else "log1p"
     problems = []

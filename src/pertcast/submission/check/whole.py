@@ -53,6 +53,15 @@ def check(
         If there is no such season or rule.
     DataError
         If the gene list or the target list is wrong. A wrong prediction is no error: the report says what is wrong.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "genes.csv").write_text("TP53")
+    >>> report = check(folder / "lost.h5ad", season="vcc2025", genes=folder / "genes.csv", rules={"num_genes": 1})
+    >>> report.ok, report.problems[0].message
+    (False, 'no such file')
     """
     rules_in_force = resolve_season(season, rules or {})
     expected = read_gene_list(genes, rules_in_force)
