@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from simulate import simulate
-
 from pertcast.data.features import read_vectors
 from pertcast.errors import DataError
 
@@ -83,18 +81,11 @@ def run_stage(name: str, command: Sequence[str]) -> Stage:
     return Stage(name, time.perf_counter() - start, usage.ru_maxrss * unit)
 
 
-def _simulate(given: argparse.Namespace, shared: Path) -> None:
-    genes = (shared / "vcc2025" / "gene_names.csv").read_text().split()
-    known = set(genes)
+def _write_targets(path: Path, shared: Path, num_targets: int) -> None:
+    """Write the first targets that the ESM2 file covers."""
+    known = set((shared / "vcc2025" / "gene_names.csv").read_text().split())
     covered = [name for name in read_vectors(shared / "ESM2_pert_features_vcc150.pt") if name in known]
-    simulate(
-        given.out / "training.h5ad",
-        genes=genes,
-        targets=covered[: given.targets],
-        cells_per_target=given.cells_per_target,
-        num_controls=given.controls,
-        seed=0,
-    )
+    path.write_text("".join(f"{name}\n" for name in covered[:num_targets]))
 
 
 def _stages(given: argparse.Namespace, shared: Path) -> list[Stage]:
@@ -107,9 +98,19 @@ def _stages(given: argparse.Namespace, shared: Path) -> list[Stage]:
     lists = ["--genes", f"{shared}/vcc2025/gene_names.csv", "--targets", f"{shared}/vcc2025/pert_counts_Validation.csv"]
     rules = [*lists, "--set", f"max_cells={given.cap}"]
     prediction, archive = str(out / "prediction.h5ad"), str(out / "prediction.vcc")
-    asked = [*sys.argv[1:], "--only-simulate"]
+    _write_targets(out / "training_targets.txt", shared, given.targets)
+    simulated = {
+        "--genes": shared / "vcc2025" / "gene_names.csv",
+        "--targets": out / "training_targets.txt",
+        "--cells-per-target": given.cells_per_target,
+        "--controls": given.controls,
+        "--out": out / "training.h5ad",
+    }
     commands = {
-        "simulate": [__file__, *asked],
+        "simulate": [
+            str(Path(__file__).with_name("simulate.py")),
+            *(str(part) for option in simulated.items() for part in option),
+        ],
         "prepare": ["-m", "pertcast", "prepare", str(experiment), "--out", f"{out}/store"],
         "train": ["-m", "pertcast", "train", str(experiment), "--store", f"{out}/store", "--out", f"{out}/run"],
         "generate": ["-m", "pertcast", "generate", f"{out}/run", "--out", f"{out}/parts"],
@@ -125,29 +126,24 @@ def _main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--targets", type=int, default=44, help="training targets")
-    parser.add_argument("--cells-per-target", type=int, default=100)
+    parser.add_argument("--cells-per-target", type=int, default=128)
     parser.add_argument("--controls", type=int, default=3000)
     parser.add_argument("--preset", default="state_sm")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--cap", type=int, default=20_000, help="max_cells; the list asks for 60,751")
-    parser.add_argument("--only-simulate", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     shared = Path(os.environ.get("PERTCAST_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
     if not shared.is_dir():
         raise DataError(f"{shared}: the folder of real data is not there; set PERTCAST_SHARED")
     given.out.mkdir(parents=True, exist_ok=True)
-    if given.only_simulate:
-        _simulate(given, shared)
-        return 0
     stages = _stages(given, shared)
     print(f"\n{'stage':<10}{'seconds':>10}{'peak MB':>10}")
     for stage in stages:
         print(f"{stage.name:<10}{stage.seconds:>10.1f}{stage.peak_bytes / 1e6:>10,.0f}")
     most = max(stages, key=lambda stage: stage.peak_bytes)
     below = most.peak_bytes < BAR_BYTES
-    print(
-        f"peak {most.peak_bytes / 1e9:.2f} GB ({most.name}): {'below' if below else 'NOT below'} {BAR_BYTES / 1e9:.0f} GB"
-    )
+    verdict = "below" if below else "NOT below"
+    print(f"peak {most.peak_bytes / 1e9:.2f} GB ({most.name}): {verdict} {BAR_BYTES / 1e9:.0f} GB")
     return 0 if below else 1
 
 
