@@ -72,13 +72,12 @@ def prepare(experiment: Experiment, out: Path, *, progress: Progress = SILENT) -
     _check_embedding(experiment, cells)
     remove_leftovers(out)
     with atomic_dir(out) as folder:
-        writer = StoreWriter(experiment, cells, flags, genes, folder)
-        total = len(flags)
-        with progress.task("prepare", total, "cells") as advance:
-            writer.read_values(maps, advance)
-        writer.settle_scale()
-        with progress.task("fit", int((flags & Split.TRAIN > 0).sum()), "cells") as advance:
-            fitted = writer.fit(advance)
+        with StoreWriter(experiment, cells, flags, genes, folder) as writer:
+            with progress.task("prepare", len(flags), "cells") as advance:
+                writer.read_values(maps, advance)
+            writer.settle_scale()
+            with progress.task("fit", int((flags & Split.TRAIN > 0).sum()), "cells") as advance:
+                fitted = writer.fit(advance)
         notes = (*cells.notes, *gene_notes, *_unused_notes(cells, flags), *writer.notes)
         manifest = Manifest(
             kind="store", inputs=inputs, config=experiment.as_json(), facts=writer.facts(fitted), notes=notes

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class Fitted:
 
 
 class StoreWriter:
-    """Writes the arrays of a store into a folder, and fits what is fitted on TRAIN cells."""
+    """Writes the arrays of a store into a folder, and fits what is fitted on TRAIN cells; a context manager."""
 
     def __init__(
         self, experiment: Experiment, cells: CellTable, flags: np.ndarray, genes: tuple[str, ...], folder: Path
@@ -59,12 +60,21 @@ class StoreWriter:
         self._evidence: list[ScaleEvidence] = []
         self._scale: Scale = "counts"
         self.notes: list[str] = []
+        index_dtype = np.dtype(np.uint16 if len(genes) <= 1 << 16 else np.int32)
+        self._indices = GrowingArray(folder / "indices.npy", index_dtype)
+        self._values = ValueArray(folder / "data.npy")
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._indices.close()
+        self._values.close()
 
     def read_values(self, maps: list[GeneMap], advance: Advance) -> None:
         """Take X of all files into the store, in blocks; gather what each file's values say about their scale."""
-        index_dtype = np.dtype(np.uint16 if len(self._genes) <= 1 << 16 else np.int32)
-        indices = GrowingArray(self._folder / "indices.npy", index_dtype)
-        values = ValueArray(self._folder / "data.npy")
         first = 0
         for (_, path, num_cells), gene_map in zip(self._cells.files, maps, strict=True):
             with open_h5ad(path) as reader:
@@ -72,8 +82,8 @@ class StoreWriter:
                 for start, block in reader.chunks(max_values=_BLOCK_VALUES):
                     evidence.add_csr(block, first_cell=start)
                     kept = gene_map.apply(block)
-                    values.append(kept.data, place=f"{path}, X")
-                    indices.append(kept.indices)
+                    self._values.append(kept.data, place=f"{path}, X")
+                    self._indices.append(kept.indices)
                     rows = slice(first + start, first + start + block.shape[0])
                     self._num_values[rows] = np.diff(kept.indptr)
                     self._totals[rows] = _row_sums(kept.data, kept.indptr)
@@ -81,8 +91,6 @@ class StoreWriter:
                 self._evidence.append(evidence)
                 self._save_embedding(reader, first)
             first += num_cells
-        indices.close()
-        self._values = values
 
     def _save_embedding(self, reader: H5adReader, first: int) -> None:
         key = embedding_key(self._experiment)
@@ -110,6 +118,7 @@ class StoreWriter:
         if self._scale == "log1p":
             self._values.widen(np.dtype(np.float32))
         self._values.close()
+        self._indices.close()
         np.save(self._folder / "indptr.npy", np.concatenate([[0], np.cumsum(self._num_values)]))
         if self._scale == "log1p":
             self._totals = _expm1_totals(self._folder)
