@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -62,7 +63,9 @@ class Console:
                 number = bars.add_task(label, total=total, completed=done, unit=unit, detail="")
 
                 def draw(amount: int, detail: str = "") -> None:
-                    bars.update(number, advance=amount, **({"detail": detail} if detail else {}))
+                    bars.update(number, advance=amount)
+                    if detail:
+                        bars.update(number, detail=detail)
 
                 yield draw
         else:
@@ -100,7 +103,7 @@ class Console:
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number == 0 else "right")
     for row in rows:

@@ -153,7 +153,7 @@ class PartMaker:
             self._tensor(store.batch_codes[rows].astype(np.int64).reshape(sets_BS.shape)),
             torch.full((len(sets_BS),), context, device=self._device),
         )
-        output_CG = prediction.log1p_BSG.flatten(0, 1).float().cpu().numpy()
+        output_CG: NDArray[np.float32] = prediction.log1p_BSG.flatten(0, 1).float().cpu().numpy()
         if len(run.output_genes) == len(run.genes):
             return output_CG
         cells_CG = store.log1p(rows)
@@ -161,4 +161,5 @@ class PartMaker:
         return cells_CG
 
     def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
+        # in torch's own, always equally aligned memory: matrix products may round by the alignment of their operands
+        return torch.from_numpy(values).clone().to(self._device)
