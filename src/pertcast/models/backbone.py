@@ -84,6 +84,8 @@ class Backbone(nn.Module):
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
         """Return ``(B, S, H)``."""
+        # Under bf16 autocast the residual stream stays float32: sums of many layers need its digits.
+        hidden_BSH = hidden_BSH.to(self.norm.weight.dtype)
         for layer in self.layers:
             hidden_BSH = layer(hidden_BSH)
         output_BSH: Tensor = self.norm(hidden_BSH)

@@ -190,10 +190,10 @@ class Loop:
         self.stepper.step()
         self.stepper.zero_grad()
         self.position.step, self.position.epoch, self.position.offset = step + 1, *place
-        self._is_whole = True
         seconds = max(time.perf_counter() - started, 1e-9)
         rate = self.train.sets_per_step * self.train.accumulate / seconds
         self._write("train", {**values, "learning_rate": learning_rate})
+        self._is_whole = True
         loss_now, rate_now = self._smooth("loss", values["loss"]), self._smooth("rate", rate)
         advance(1, detail=f"loss {loss_now:.4g} · {rate_now:.3g} sets/s")
 

@@ -18,7 +18,7 @@ from pertcast.models.checkpoint import RUN_JSON, WEIGHTS, Run, open_run, save_ru
 from pertcast.models.state import StateTransition
 from pertcast.progress import SILENT, Progress
 from pertcast.stats.draws import key_hash
-from pertcast.submission.targets import read_targets
+from pertcast.files.season_lists import read_targets
 from pertcast.train.batches import SetReader
 from pertcast.train.loggers import make_loggers
 from pertcast.train.loop import Loop, make_optimizer
