@@ -167,6 +167,13 @@ def test_problems_of_all_files_are_told_at_once(small_h5ad: Builder, tmp_path: P
     assert [Path(problem.place).name for problem in caught.value.problems] == ["b.h5ad", "c.h5ad"]
 
 
+def test_a_file_without_cells_is_an_error(small_h5ad: Builder) -> None:
+    path = small_h5ad()
+    ad.read_h5ad(path)[:0].copy().write_h5ad(path)
+    with pytest.raises(DataError, match="expected cells x genes, got 0 x 20"):
+        read_cells(_experiment(datasets={"d": str(path)}))
+
+
 def test_a_file_belongs_to_one_dataset(small_h5ad: Builder) -> None:
     path = str(small_h5ad())
     with pytest.raises(DataError, match="stands in dataset d and in e"):

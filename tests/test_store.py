@@ -35,6 +35,11 @@ def _experiment(path: Path, **sections: Any) -> Experiment:
     return Experiment.model_validate(sections, strict=False)
 
 
+def _list_of(genes: Path, num_genes: int | None = None) -> dict[str, Any]:
+    """Return a submission section with a gene list of just as many genes as the rules say."""
+    return {"genes": str(genes), "rules": {"num_genes": num_genes or len(genes.read_text().split())}}
+
+
 class _Recorder:
     """A progress that keeps what it is told."""
 
@@ -125,7 +130,7 @@ def test_log1p_over_other_genes_has_no_target_sum(small_h5ad: Builder, tmp_path:
     path = small_h5ad(scale="log1p")
     genes = tmp_path / "genes.csv"
     genes.write_text("G1\nG5\nG2\n")
-    store = Store.open(prepare(_experiment(path, submission={"genes": str(genes)}), tmp_path / "store"))
+    store = Store.open(prepare(_experiment(path, submission=_list_of(genes)), tmp_path / "store"))
     assert store.target_sum is None
     assert any("the target sum is unknown" in note for note in store.notes)
     np.testing.assert_array_equal(store.log1p(np.arange(96)), _dense(path)[:, [1, 5, 2]].astype(np.float32))
@@ -217,23 +222,29 @@ def test_missing_genes_are_an_error_or_asked_for(small_h5ad: Builder, tmp_path: 
     genes = tmp_path / "genes.csv"
     genes.write_text("\n".join(["g1", "G1", "G2", "G3", "TP53"]) + "\n")
     with pytest.raises(DataError) as caught:
-        prepare(_experiment(path, submission={"genes": str(genes)}), tmp_path / "store")
+        prepare(_experiment(path, submission=_list_of(genes)), tmp_path / "store")
     assert "it lacks 2 of the 5 genes of the list: g1, TP53" in str(caught.value)
     assert 'prepare.missing_genes = "zero"' in str(caught.value)
-    zero = _experiment(path, submission={"genes": str(genes)}, prepare={"missing_genes": "zero"})
+    zero = _experiment(path, submission=_list_of(genes), prepare={"missing_genes": "zero"})
     store = Store.open(prepare(zero, tmp_path / "store"))
     assert (store.log1p(np.arange(96))[:, [0, 4]] == 0).all()
     assert any("2 genes that it lacks count as 0 in its cells: g1, TP53" in note for note in store.notes)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("G1\nG2\nG1\n", "genes named twice: G1"), ("\n", "there is no gene in it")]
+    ("text", "message"),
+    [
+        ("G1\nG2\nG1\n", "genes named twice: G1"),
+        ("\n", "expected 3 genes .vcc2025., got 0"),
+        ("G1\nG2\n", "num_genes=2"),
+        ("gene\nG1\nG2\nG3\n", "remove the first line .'gene'."),
+    ],
 )
 def test_a_wrong_gene_list(small_h5ad: Builder, tmp_path: Path, text: str, message: str) -> None:
     genes = tmp_path / "genes.csv"
     genes.write_text(text)
     with pytest.raises(DataError, match=message):
-        prepare(_experiment(small_h5ad(), submission={"genes": str(genes)}), tmp_path / "store")
+        prepare(_experiment(small_h5ad(), submission=_list_of(genes, 3)), tmp_path / "store")
 
 
 def test_rows_of_a_split_context_and_perturbation(small_h5ad: Builder, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pertcast.config import Experiment
 from pertcast.data.experiment import CellTable, read_cells
-from pertcast.data.genes import GeneMap, map_genes, read_gene_names
+from pertcast.data.genes import GeneMap, map_genes
 from pertcast.data.split import Split, assign_split
 from pertcast.data.writer import StoreWriter, embedding_key
 from pertcast.errors import CheckpointError, DataError, Problem
@@ -118,8 +118,7 @@ def _gene_maps(experiment: Experiment, cells: CellTable) -> tuple[tuple[str, ...
     """Return the genes of the store, and how each file's columns go to them."""
     genes = cells.genes_of_file[0]
     if experiment.submission.genes is not None:
-        season = experiment.submission.resolve()
-        genes = read_gene_names(experiment.submission.genes, header=season.genes_header)
+        genes = read_gene_names(experiment.submission.genes, rules=experiment.submission.resolve())
     maps: list[GeneMap] = []
     notes: list[str] = []
     problems: list[Problem] = []

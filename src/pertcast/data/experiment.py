@@ -141,6 +141,9 @@ def _read_file(experiment: Experiment, dataset: str, path: Path, *, several_data
     columns = experiment.columns
     with open_h5ad(path) as reader:
         problems: list[Problem] = []
+        if not reader.num_cells or not reader.num_genes:
+            message = f"expected cells x genes, got {reader.num_cells} x {reader.num_genes}"
+            problems.append(Problem(f"{path}, X", message, "leave this file out, or give one with cells"))
         if columns.cell_type is None and columns.context is None:
             remedy = 'set columns.cell_type = "..." to its column, or columns.context = "H1" if there is one cell type'
             place = f"{path}, obs ({', '.join(reader.obs_columns)})"

@@ -5,47 +5,22 @@ Invariants: the order is the list's; a gene that a file lacks is an error, or is
 
 from __future__ import annotations
 
-import csv
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from scipy import sparse
 
-from pertcast.errors import DataError, Problem
+from pertcast.errors import Problem
 from pertcast.files.frames import near_misses
 
-__all__ = ["GeneMap", "map_genes", "read_gene_names"]
+__all__ = ["GeneMap", "map_genes"]
 
 _NUM_NAMED = 10
 
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NUM_NAMED]) + (f" and {len(names) - _NUM_NAMED:,} more" if len(names) > _NUM_NAMED else "")
-
-
-def read_gene_names(path: Path, *, header: str | None) -> tuple[str, ...]:
-    """Return the genes of a gene list: the first column of a CSV, without the header where it has one.
-
-    Raises
-    ------
-    DataError
-        If the file cannot be read, is empty, or names a gene twice.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            genes = [row[0].strip() for row in csv.reader(stream) if row and row[0].strip()]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        problem = Problem(str(path), f"cannot be read ({error})", "give the gene list of the season, one gene a line")
-        raise DataError(problems=[problem]) from error
-    if genes and genes[0] == header:
-        genes = genes[1:]
-    repeated = [gene for gene, times in Counter(genes).items() if times > 1]
-    if repeated or not genes:
-        message = f"genes named twice: {_some(repeated)}" if repeated else "there is no gene in it"
-        raise DataError(problems=[Problem(str(path), message, "give the gene list of the season, one gene a line")])
-    return tuple(genes)
 
 
 class GeneMap:
