@@ -234,10 +234,10 @@ def test_missing_genes_are_an_error_or_asked_for(small_h5ad: Builder, tmp_path: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("G1\nG2\nG1\n", "genes named twice: G1"),
-        ("\n", "expected 3 genes .vcc2025., got 0"),
+        ("G1\nG2\nG1\n", "gene 'G1' stands in line 1 already"),
+        ("", "expected 3 genes of season vcc2025, got 0"),
         ("G1\nG2\n", "num_genes=2"),
-        ("gene\nG1\nG2\nG3\n", "remove the first line .'gene'."),
+        ("gene_name\nG1\nG2\nG3\n", "got 'gene_name', a header"),
     ],
 )
 def test_a_wrong_gene_list(small_h5ad: Builder, tmp_path: Path, text: str, message: str) -> None:
