@@ -39,7 +39,7 @@ clean:
 $(BIN)/.run: pyproject.toml constraints.txt
 	@python=""; \
 	for name in python3.13 python3.12 python3.11 python3; do \
-	  if command -v $$name > /dev/null && $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	  if command -v $$name > /dev/null && $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then \
 	    python=$$name; break; \
 	  fi; \
 	done; \
@@ -52,11 +52,13 @@ $(BIN)/.run: pyproject.toml constraints.txt
 	  rm -rf .venv; \
 	  $$python -m venv .venv || { echo "$$python has no working venv module; on Debian: apt install python3-venv" >&2; exit 1; }; \
 	fi
-	$(PIP) install --quiet --upgrade 'pip>=25.1'
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@echo "installing pertcast and what it needs into .venv (the first time only)"
+	@$(PIP) install -qq --upgrade 'pip>=25.1'
+	@$(PIP) install -qq --constraint constraints.txt --editable .
 	@touch $@
 
 # and what it takes to test it
 $(BIN)/.dev: $(BIN)/.run
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[score]' --group dev
+	@echo "installing what tests need into .venv (the first time only)"
+	@$(PIP) install -qq --constraint constraints.txt --editable '.[score]' --group dev
 	@touch $@

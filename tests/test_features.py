@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pertcast.config import FeaturesConfig
+from pertcast.config import Experiment, FeaturesConfig
 from pertcast.data.features import (
     CoverageRow,
     PertFeatures,
@@ -30,6 +30,7 @@ from pertcast.data.features import (
 )
 from pertcast.data.features.controls import coexpression_loadings, gene_correlations
 from pertcast.data.split import Split
+from pertcast.data.store import Store, prepare
 from pertcast.errors import CheckpointError, DataError
 
 TRAIN, VAL = Split.TRAIN, Split.VAL
@@ -396,6 +397,30 @@ def test_broken_saved_features_are_told(tmp_path: Path) -> None:
     (tmp_path / "features.safetensors").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match="train the run again"):
         open_features(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["onehot", "coexpression"])
+def test_features_of_a_real_store(kind: str, small_h5ad: Callable[..., Path], tmp_path: Path) -> None:
+    path = small_h5ad(cells_per_group=20)
+    experiment = Experiment.model_validate(
+        {
+            "datasets": {"d": str(path)},
+            "training": {"d": "train"},
+            "columns": {"context": "H1", "batch": "batch"},
+            "features": {"kind": kind, "num_loadings": 5},
+        }
+    )
+    store = Store.open(prepare(experiment, tmp_path / "store"))
+    features = load_features(experiment.features, store)
+    assert features.of(store.perts).shape == (4, features.dim)
+    assert coverage(features, store, ["G1"])[0] == CoverageRow("training perturbations", 3, 0, 3)
+    if kind == "coexpression":
+        rows = store.rows(split=Split.TRAIN, pert=store.control_code)
+        centred = store.log1p(rows).astype(float)
+        centred -= centred.mean(axis=0)
+        gene = store.genes.index("G1")
+        covariance = centred.T @ centred / len(rows)
+        assert np.linalg.norm(features.of(["G1"])) ** 2 <= covariance[gene, gene] * (1 + 1e-4)
 
 
 def test_the_real_esm2_file(shared_data: Path) -> None:

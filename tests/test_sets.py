@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pertcast.config import Experiment
 from pertcast.data.sets import CellSets, generation_sets, training_sets
 from pertcast.data.split import Split
+from pertcast.data.store import Store, prepare
 from pertcast.errors import DataError
 
 TRAIN, VAL = Split.TRAIN, Split.VAL
@@ -213,6 +217,31 @@ def test_two_hundred_thousand_cells_are_cut_in_well_under_a_second() -> None:
     sets = cut(table, set_size=128)
     assert time.perf_counter() - start < 1.0
     assert len(sets) > 700
+
+
+def test_a_real_store_is_cut_by_its_codes(small_h5ad: Callable[..., Path], tmp_path: Path) -> None:
+    path = small_h5ad(contexts=("H1", "K562"), cells_per_group=20)
+    experiment = Experiment.model_validate(
+        {
+            "datasets": {"d": str(path)},
+            "training": {"d": "train"},
+            "columns": {"cell_type": "cell_type", "batch": "batch"},
+            "fewshot": {"d.K562": {"val": ("G2",)}},
+        }
+    )
+    store = Store.open(prepare(experiment, tmp_path / "store"))
+    trained = training_sets(store, set_size=8, seed=0, epoch=0, split=Split.TRAIN, match="batch", control_sets=True)
+    groups = {(store.contexts[c], store.perts[p]) for c, p in zip(trained.context, trained.pert, strict=True)}
+    every = {(c, p) for c in ("H1", "K562") for p in ("non-targeting", "G1", "G2", "G3")}
+    assert groups == every - {("K562", "G2")}
+    assert trained.num_unmatched == trained.num_repeating == 0
+    np.testing.assert_array_equal(store.batch_codes[trained.pert_rows], store.batch_codes[trained.control_rows])
+    np.testing.assert_array_equal(store.context_codes[trained.control_rows], trained.context[:, None].repeat(8, 1))
+    held = training_sets(store, set_size=8, seed=0, epoch=0, split=Split.VAL, match="batch", control_sets=False)
+    assert {(store.contexts[c], store.perts[p]) for c, p in zip(held.context, held.pert, strict=True)} == {
+        ("K562", "G2")
+    }
+    assert not set(held.control_rows.ravel().tolist()) & set(trained.control_rows.ravel().tolist())
 
 
 pools = st.tuples(st.integers(1, 60), st.integers(1, 5), st.integers(0, 1000))

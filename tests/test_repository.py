@@ -1,0 +1,130 @@
+"""What the repository promises of itself: docstrings, sizes, exports, commands in the README, recipes that load."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from pertcast import __version__
+from pertcast.cli.main import COMMANDS
+from pertcast.config import load_experiment
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "pertcast"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+READMES = ("README.md", "README.zh-CN.md")
+OFFICIAL_FILES = ("adata_Training.h5ad", "ESM2_pert_features.pt", "gene_names.csv", "pert_counts_Validation.csv")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_file_says_what_it_does_and_is_one_idea(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    docstring = ast.get_docstring(ast.parse(text))
+    assert docstring, "no module docstring"
+    assert docstring.splitlines()[0].endswith((".", ":")) or "\n" in docstring
+    assert len(text.splitlines()) <= 350
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "__main__.py"], ids=name_of)
+def test_exports_are_sorted_and_there(path: Path) -> None:
+    module = importlib.import_module(module_name(path))
+    exported = getattr(module, "__all__", None)
+    if exported is None:
+        public = [
+            node.name
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        ]
+        assert public == [], "no __all__"
+        return
+    assert list(exported) == sorted(exported, key=lambda name: (not name.isupper(), not name[:1].isupper(), name))
+    for name in exported:
+        assert hasattr(module, name)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if "cli" not in path.relative_to(PACKAGE).parts], ids=name_of
+)
+def test_nothing_prints_outside_the_command_line(path: Path) -> None:
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_readme_names_every_command_and_no_other(readme: str) -> None:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    named = set(re.findall(r"pertcast ([a-z]+)\b", "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.S))))
+    assert named == set(COMMANDS)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_paths_in_the_readme_tree_are_there(readme: str) -> None:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    tree = next(block for block in re.findall(r"```.*?```", text, flags=re.S) if "src/pertcast/" in block)
+    folder: list[str] = []
+    found = 0
+    for line in tree.splitlines()[1:-1]:
+        match = re.match(r"( *)(\S+)", line)
+        if not match or not re.search(r"\.\w+$|/$|^Makefile$|^LICENSE$", match[2]):
+            continue
+        depth = len(match[1]) // 2
+        path = ROOT.joinpath(*folder[:depth], match[2])
+        assert path.exists(), f"{readme}: {line.strip()}"
+        folder[depth:] = [match[2]]
+        found += 1
+    assert found > 20
+
+
+def test_every_make_target_of_the_readme_is_there() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    for name in (*READMES, "CONTRIBUTING.md"):
+        assert set(re.findall(r"\bmake ([a-z]+)\b", (ROOT / name).read_text(encoding="utf-8"))) <= targets
+
+
+def test_versions_agree() -> None:
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["authors"]
+
+
+def test_every_constraint_is_one_version() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", pin) for pin in pins)
+    names = [pin.partition("==")[0].lower().replace("_", "-") for pin in pins]
+    assert len(set(names)) == len(names)
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = re.findall(r'^  "([A-Za-z0-9-]+)(?:[>=].*)?",$', project, flags=re.M)
+    assert {name.lower() for name in wanted} <= set(names)
+
+
+def test_the_season_2025_recipe_loads_with_the_official_file_names(tmp_path: Path) -> None:
+    recipe = tmp_path / "vcc2025.toml"
+    recipe.write_text((ROOT / "recipes" / "vcc2025.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "data").mkdir()
+    for name in OFFICIAL_FILES:
+        (tmp_path / "data" / name).touch()
+    experiment = load_experiment(recipe)
+    assert experiment.submission.resolve().overridden == ()
+    assert experiment.features.path == tmp_path / "data" / "ESM2_pert_features.pt"
+    assert experiment.datasets == {"h1": str(tmp_path / "data" / "adata_Training.h5ad")}
+
+
+@pytest.mark.parametrize("name", ["h1_vcc2025.h5ad", "Arc Research Institute", "MIT License", "cell-eval2 0.20.0"])
+def test_the_notice_says_where_the_shipped_cells_are_from(name: str) -> None:
+    assert name in (PACKAGE / "assets" / "NOTICE.md").read_text(encoding="utf-8")
