@@ -69,7 +69,8 @@ def edit_cells(change: Callable[[ad.AnnData], ad.AnnData | None], *, prediction:
     def spoil(workspace: Workspace) -> None:
         path = workspace.out / "prediction.h5ad" if prediction else workspace.data
         cells = ad.read_h5ad(path)
-        (change(cells) or cells).write_h5ad(path)
+        changed = change(cells)
+        (cells if changed is None else changed).write_h5ad(path)
 
     return spoil
 
@@ -175,7 +176,7 @@ DEFECTS: dict[str, tuple[Spoil, tuple[str, ...], tuple[str, ...]]] = {
     "experiment: unknown key": (
         edit_text("experiment.toml", "steps = 12", "step = 12"),
         PREPARE,
-        ("experiment.toml:28", "[train] step", "did you mean 'steps'"),
+        ("experiment.toml:24", "[train] step", "did you mean 'steps'"),
     ),
     "experiment: wrong type": (
         edit_text("experiment.toml", "steps = 12", 'steps = "12"'),
@@ -320,7 +321,7 @@ DEFECTS: dict[str, tuple[Spoil, tuple[str, ...], tuple[str, ...]]] = {
     "targets: not there": (lambda workspace: workspace.targets.unlink(), GENERATE, ("targets.csv", "no such file")),
     "budget: too many controls": (
         lambda _workspace: None,
-        (*GENERATE, "--set", "submission.num_controls=119"),
+        (*GENERATE, "--set", "submission.num_controls=119", "--set", "submission.controls=predicted"),
         ("G1", "control cells", "at most"),
     ),
     "budget: more controls than there are": (

@@ -23,11 +23,11 @@ __all__ = ["HEADER", "DemoOutcome", "TargetRow", "run_demo"]
 HEADER = (
     "target",
     "cells",
-    "own gene left: held out",
-    "predicted",
-    "effect size: held out",
-    "predicted",
-    "correlation",
+    "own gene left\nheld out",
+    "\npredicted",
+    "effect size\nheld out",
+    "\npredicted",
+    "corre-\nlation",
 )
 
 

@@ -27,6 +27,7 @@ from pertcast.files.artefacts import (
     write_manifest,
 )
 from pertcast.files.h5ad import open_h5ad
+from pertcast.files.season_lists import read_gene_list
 from pertcast.progress import SILENT, Progress
 
 __all__ = ["prepare"]
@@ -118,7 +119,7 @@ def _gene_maps(experiment: Experiment, cells: CellTable) -> tuple[tuple[str, ...
     """Return the genes of the store, and how each file's columns go to them."""
     genes = cells.genes_of_file[0]
     if experiment.submission.genes is not None:
-        genes = read_gene_names(experiment.submission.genes, rules=experiment.submission.resolve())
+        genes = read_gene_list(experiment.submission.genes, experiment.submission.resolve())
     maps: list[GeneMap] = []
     notes: list[str] = []
     problems: list[Problem] = []

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from pertcast.config import Experiment
 from pertcast.data.store import Split, Store
 from pertcast.errors import ConfigError, DataError
+from pertcast.files.season_lists import read_targets
 from pertcast.seasons import Season
 from pertcast.submission.budget import Budget, plan_budget, room_for_controls
-from pertcast.submission.targets import read_targets
 
 __all__ = ["Part", "Plan", "control_rows", "plan_parts"]
 
@@ -103,6 +103,25 @@ def control_rows(store: Store, experiment: Experiment, context: str) -> NDArray[
     return rows
 
 
+def _num_controls(store: Store, experiment: Experiment, season: Season, context: str) -> tuple[int, list[str]]:
+    """Return how many control cells go into the prediction, and what the user should know about the number."""
+    submission = experiment.submission
+    if season.controls == "forbidden":
+        return 0, []
+    wanted = room_for_controls(season.max_cells, num_controls=submission.num_controls, share=submission.control_share)
+    if wanted == 0:
+        raise ConfigError("[submission] num_controls: the season wants at least one control cell; ask for some")
+    there = len(control_rows(store, experiment, context))
+    if submission.controls == "predicted" or there >= wanted:
+        return wanted, []
+    if submission.num_controls is not None:
+        raise ConfigError(
+            f"[submission] num_controls: {wanted:,} control cells asked for, {there:,} are there to copy; "
+            f'ask for at most {there:,}, or predict them with --set submission.controls="predicted"'
+        )
+    return there, [f"room for {wanted:,} control cells; all {there:,} that training has are copied"]
+
+
 def plan_parts(store: Store, experiment: Experiment) -> Plan:
     """Return the plan: which cells of which target in which context, under the season's cap.
 
@@ -124,17 +143,8 @@ def plan_parts(store: Store, experiment: Experiment) -> Plan:
     targets = read_targets(submission.targets, season)
     contexts = _contexts(store, experiment, season)
     notes = [*season.describe_overrides(), *targets.notes]
-    num_controls = 0
-    if season.controls == "required":
-        num_controls = room_for_controls(
-            season.max_cells, num_controls=submission.num_controls, share=submission.control_share
-        )
-        there = len(control_rows(store, experiment, contexts[0]))
-        if submission.controls == "copied" and submission.num_controls is None and there < num_controls:
-            notes.append(f"room for {num_controls:,} control cells; all {there:,} that training has are copied")
-            num_controls = there
-        if num_controls == 0:
-            raise ConfigError("[submission] num_controls: the season wants at least one control cell; ask for some")
+    num_controls, more = _num_controls(store, experiment, season, contexts[0])
+    notes += more
     requested = {(context, target): number for context in contexts for target, number in targets.requested().items()}
     names = {key: key[1] if len(contexts) == 1 else f"{key[0]}/{key[1]}" for key in requested}
     budget = plan_budget(

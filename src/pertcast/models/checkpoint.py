@@ -190,7 +190,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors, atomically; equal tensors give equal bytes."""
     whole = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
     with atomic_file(path) as temporary:
+        # safetensors makes files that only their owner may read; a run is as readable as any other file.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(whole, temporary)
+        temporary.chmod(mode)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -26,10 +26,10 @@ from pertcast.files.artefacts import (
     write_manifest,
 )
 from pertcast.files.h5ad import CsrWriter, H5adReader, open_h5ad
+from pertcast.files.season_lists import read_gene_list
 from pertcast.progress import SILENT, Progress
 from pertcast.seasons import season as season_by_name
 from pertcast.submission.reuse import is_current
-from pertcast.submission.targets import read_gene_list
 
 __all__ = ["assemble"]
 

@@ -26,7 +26,8 @@ from pertcast.models.state import StateSpec, spec_for
 
 __all__ = ["Batch", "Place", "SetReader", "SetStream", "read_ahead"]
 
-_READ_AHEAD = 2
+# One batch waits while one is computed with: a single thread reads, so more would only hold memory.
+_READ_AHEAD = 1
 
 
 class Place(NamedTuple):

@@ -14,11 +14,11 @@ from pertcast.data.features import PertFeatures, load_features, open_features, s
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
 from pertcast.files.artefacts import MANIFEST, any_content, read_json, remove_leftovers, write_json
+from pertcast.files.season_lists import read_targets
 from pertcast.models.checkpoint import RUN_JSON, WEIGHTS, Run, open_run, save_run
 from pertcast.models.state import StateTransition
 from pertcast.progress import SILENT, Progress
 from pertcast.stats.draws import key_hash
-from pertcast.files.season_lists import read_targets
 from pertcast.train.batches import SetReader
 from pertcast.train.loggers import make_loggers
 from pertcast.train.loop import Loop, make_optimizer

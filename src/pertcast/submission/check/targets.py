@@ -11,11 +11,11 @@ from pathlib import Path
 
 from pertcast.errors import Problem, SubmissionError
 from pertcast.files.frames import near_misses
+from pertcast.files.season_lists import TargetList
 from pertcast.seasons import Season
 from pertcast.submission.budget import plan_budget
 from pertcast.submission.check.labels import Groups, control_alikes
 from pertcast.submission.check.report import CheckItem, Findings, counted, named
-from pertcast.submission.targets import TargetList
 
 __all__ = ["check_targets"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pertcast.errors import DataError, Problem
 from pertcast.files.h5ad import H5adReader, open_h5ad
+from pertcast.files.season_lists import TargetList, read_gene_list, read_targets
 from pertcast.progress import SILENT, Progress
 from pertcast.seasons import Season
 from pertcast.seasons import season as season_by_name
@@ -15,7 +16,6 @@ from pertcast.submission.check.labels import check_labels
 from pertcast.submission.check.report import CheckItem, CheckReport, Findings, problems_of
 from pertcast.submission.check.targets import check_targets
 from pertcast.submission.check.values import check_values
-from pertcast.submission.targets import TargetList, read_gene_list, read_targets
 
 __all__ = ["check", "resolve_season"]
 

@@ -8,7 +8,7 @@ import pytest
 
 from pertcast.errors import DataError
 from pertcast.seasons import Season, season
-from pertcast.submission.targets import read_gene_list, read_targets
+from pertcast.files.season_lists import read_gene_list, read_targets
 
 RULES = season("vcc2025", {"num_genes": 3, "num_targets": 2})
 
@@ -108,7 +108,7 @@ def test_missing_files_and_folders(tmp_path: Path, reader: object) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("A\nB\n", r"expected 3 genes of season vcc2025, got 2.*--set num_genes=2"),
+        ("A\nB\n", r"expected 3 genes of season vcc2025, got 2.*num_genes=2 with --set"),
         ("", "got 0"),
         ("A\nB\nC\nD\n", "got 4"),
         ("gene_name\nA\nB\nC\n", "line 1: got 'gene_name', a header; the gene list of season vcc2025 has none"),

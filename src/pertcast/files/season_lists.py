@@ -242,7 +242,10 @@ def read_gene_list(path: Path, season: Season) -> tuple[str, ...]:
         seen.setdefault(gene, line)
     if len(rows) != season.num_genes:
         message = f"expected {season.num_genes:,} genes of season {season.name}, got {len(rows):,}"
-        remedy = f"give the season's own list; for data that is not the challenge's pass --set num_genes={len(rows)}"
+        remedy = (
+            "give the season's own list; for data that is not the challenge's override the rule: "
+            f"num_genes={len(rows)} with --set, or in [submission.rules] of an experiment"
+        )
         problems.append(Problem(str(path), message, remedy))
     if problems:
         # The count goes first: where it is wrong, the lines below are likely to be those of another file.
