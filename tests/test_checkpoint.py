@@ -191,6 +191,10 @@ def test_tensors_survive_the_round_trip(
         assert back[name].dtype == dtype
 
 
+def test_weights_are_as_readable_as_other_files(saved: Run) -> None:
+    assert (saved.path / WEIGHTS).stat().st_mode == (saved.path / RUN_JSON).stat().st_mode
+
+
 def test_a_failed_save_leaves_no_run(saved: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError("disk full")
