@@ -200,9 +200,10 @@ def test_training_learns(bench: Bench, tmp_path: Path) -> None:
 def test_after_an_interruption_the_run_ends_as_if_there_had_been_none(
     bench: Bench, whole: Path, tmp_path: Path, step: int
 ) -> None:
-    out = tmp_path / "run"
+    out, watcher = tmp_path / "run", Watcher(step, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        bench.train(out, progress=Watcher(step, interrupt))
+        bench.train(out, progress=watcher)
+    assert watcher.notes[-1].startswith(f"stopped at step {step};")
     assert not (out / "manifest.json").exists()
     watcher = Watcher()
     bench.train(out, progress=watcher)

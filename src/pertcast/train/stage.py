@@ -113,6 +113,9 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
     try:
         with progress.task("train", experiment.train.steps, "steps", done=position.step) as advance:
             loop.run(advance)
+    except (KeyboardInterrupt, SystemExit):
+        progress.note(f"stopped at step {position.step:,}; the same command goes on from there")
+        raise
     finally:
         if log is not None:
             log.close()
