@@ -194,11 +194,6 @@ def test_outputs_that_cannot_be(tmp_path: Path, genes: Path) -> None:
         unpack(vcc, path / "back.h5ad")
 
 
-def test_season_2026_is_refused_with_the_way_out(tmp_path: Path, genes: Path) -> None:
-    with pytest.raises(SubmissionError, match=r"season vcc2025 alone, got season vcc2026.*`vcc prep`"):
-        pack(write_small_h5ad(tmp_path / "p.h5ad"), tmp_path / "p.vcc", season="vcc2026", genes=genes)
-
-
 Members = list[tuple[str, bytes]]
 
 

@@ -25,6 +25,7 @@ __all__ = ["DEFAULT_LEVEL", "extract_archive", "write_archive"]
 DEFAULT_LEVEL = 3
 _SUFFIX = ".zst"
 _WATERMARK = "watermark.txt"
+_META = "meta.json"
 _READ_BYTES = 1 << 22
 # One zstd block of 4 bytes may stand for 128 KiB, so this bounds what one call can unfold to 256 MiB.
 _FEED_BYTES = 1 << 13
@@ -33,7 +34,9 @@ _SLACK_BYTES = 1 << 30
 _DAMAGED = "copy or download it again, or pack the prediction again"
 
 
-def write_archive(source: Path, archive: Path, *, season: Season, level: int, progress: Progress) -> None:
+def write_archive(
+    source: Path, archive: Path, *, season: Season, level: int, progress: Progress, meta: bytes | None = None
+) -> None:
     """Write the archive of an h5ad file, read it back, and compare it with the file.
 
     Parameters
@@ -46,6 +49,8 @@ def write_archive(source: Path, archive: Path, *, season: Season, level: int, pr
         Its members and watermark.
     level
         zstd's level.
+    meta
+        Content of ``meta.json``, where the season's archive has one.
 
     Raises
     ------
@@ -72,7 +77,7 @@ def write_archive(source: Path, archive: Path, *, season: Season, level: int, pr
                             writer.write(chunk)
                             advance(len(chunk))
             else:
-                stream.write(_content(season, name))
+                stream.write(_content(season, name, meta))
             _close_member(stream, name, start)
         stream.write(bytes(2 * tarfile.BLOCKSIZE))
         stream.write(bytes(-stream.tell() % tarfile.RECORDSIZE))
@@ -84,7 +89,9 @@ def write_archive(source: Path, archive: Path, *, season: Season, level: int, pr
         raise SubmissionError(f"{archive}: what was read back is not what was written; check the disk, then pack again")
 
 
-def _content(season: Season, name: str) -> bytes:
+def _content(season: Season, name: str, meta: bytes | None) -> bytes:
+    if name == _META and meta is not None:
+        return meta
     if name == _WATERMARK and season.watermark is not None:
         return season.watermark.encode()
     raise SubmissionError(f"season {season.name}: this version of pertcast cannot write the member {name!r}; update it")

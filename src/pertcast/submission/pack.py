@@ -1,6 +1,6 @@
 """A valid prediction to the season's archive and back: what ``check`` refuses is not packed.
 
-Invariants: what is packed is what the official packer packs: X as CSR float32 log1p, obs with the target alone and
+Invariants: what is packed is what the official packer packs: X as CSR float32, obs with the season's labels alone and
 cells named "0", "1", ..., var with gene names alone; the archive is read back before it takes its name; a prediction
 that is refused, or a disk that is full, leaves nothing behind.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -23,8 +24,9 @@ from pertcast.files.h5ad import CsrWriter, H5adReader, open_h5ad
 from pertcast.progress import SILENT, Progress
 from pertcast.seasons import Season
 from pertcast.submission.archive import DEFAULT_LEVEL, extract_archive, write_archive
-from pertcast.submission.check import CheckReport, check
+from pertcast.submission.check import check
 from pertcast.submission.check.whole import resolve_season
+from pertcast.submission.meta import meta_json
 from pertcast.submission.reuse import is_current
 
 __all__ = ["DEFAULT_LEVEL", "pack", "unpack"]
@@ -46,8 +48,8 @@ def pack(
     Parameters
     ----------
     path
-        The prediction, an h5ad file. Counts are scaled to the median of the cells' totals, then log1p is taken, as
-        the official packer does; this is noted.
+        The prediction, an h5ad file. Where the season takes log1p, counts are scaled to the median of the cells'
+        totals, then log1p is taken, as the official packer does; this is noted.
     out
         The archive, a ``.vcc`` file; one that is there and still true is kept.
     season, genes, targets, rules
@@ -73,11 +75,6 @@ def pack(
     True
     """
     in_force = resolve_season(season, rules or {})
-    if in_force.watermark is None:
-        raise SubmissionError(
-            f"{path}: this version of pertcast packs predictions of season vcc2025 alone, got season {in_force.name}; "
-            f"check it with `pertcast check`, and pack it with the official packer, `{in_force.packer}`"
-        )
     if out.exists() and path.exists() and out.samefile(path):
         raise SubmissionError(f"{out}: the archive would replace the prediction; give another --out")
     report = check(path, season=in_force, genes=genes, targets=targets, progress=progress)
@@ -90,7 +87,8 @@ def pack(
     overrides = {rule: getattr(in_force, rule) for rule in in_force.overridden}
     config = {"season": in_force.name, "rules": overrides, "level": level}
     notes = list(report.notes)
-    if report.facts["scale"] == "counts":
+    normalise = report.facts["scale"] == "counts" and "log1p" in in_force.scales
+    if normalise:
         notes.append(
             "counts were scaled to the median of the cells' totals and log1p was taken, as the official packer does"
         )
@@ -99,13 +97,23 @@ def pack(
     if is_current(out, kind="submission", inputs=inputs, config=config):
         progress.note(f"{out} is there and still true")
         return out
-    _write(path, out, report, in_force, level, progress)
-    facts = {**report.facts, "scale": "log1p"}
+    facts = {**report.facts, "scale": "log1p" if normalise else report.facts["scale"]}
+    _write(path, out, in_force, facts, targets, normalise=normalise, level=level, progress=progress)
     write_manifest(out, Manifest("submission", inputs=inputs, config=config, facts=facts, notes=tuple(notes)))
     return out
 
 
-def _write(path: Path, out: Path, report: CheckReport, season: Season, level: int, progress: Progress) -> None:
+def _write(
+    path: Path,
+    out: Path,
+    season: Season,
+    facts: dict[str, Any],
+    targets: Path | None,
+    *,
+    normalise: bool,
+    level: int,
+    progress: Progress,
+) -> None:
     try:
         remove_leftovers(out)
         with (
@@ -113,10 +121,13 @@ def _write(path: Path, out: Path, report: CheckReport, season: Season, level: in
             tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as folder,
         ):
             source = path
-            if report.facts["scale"] == "counts" or not _is_slim(path, season):
+            if normalise or not _is_slim(path, season):
                 source = Path(folder) / "pred.h5ad"
-                _write_slim(path, source, season, from_counts=report.facts["scale"] == "counts", progress=progress)
-            write_archive(source, temporary, season=season, level=level, progress=progress)
+                _write_slim(path, source, season, from_counts=normalise, progress=progress)
+            with open_h5ad(source) as reader:
+                facts["stored_values"] = reader.num_stored
+            meta = meta_json(season, facts=facts, targets=targets) if "meta.json" in season.members else None
+            write_archive(source, temporary, season=season, level=level, meta=meta, progress=progress)
     except OSError as error:
         raise SubmissionError(f"{out}: cannot be written ({error}); give another --out, or make room") from error
 
@@ -125,14 +136,20 @@ def _is_slim(path: Path, season: Season) -> bool:
     """Return whether a file is just what is to be packed: nothing but X, the target and names, in the right form."""
     with open_h5ad(path) as reader:
         names = reader.obs_names()
-        if reader.layout != "csr" or reader.obs_columns != (season.pert_column,):
+        if reader.layout != "csr" or reader.obs_columns != _columns(season):
             return False
         if not np.array_equal(names, np.arange(reader.num_cells).astype(str).astype(object)):
             return False
     with h5py.File(path, "r") as file:
         others = [node for name, node in file.items() if name not in ("X", "obs", "var")]
         empty = all(isinstance(node, h5py.Group) and not len(node) for node in others)
-        return empty and len(file["var"]) == 1 and isinstance(file["obs"][season.pert_column], h5py.Group)
+        labelled = all(isinstance(file["obs"][column], h5py.Group) for column in _columns(season))
+        return empty and len(file["var"]) == 1 and labelled
+
+
+def _columns(season: Season) -> tuple[str, ...]:
+    """Return the columns of obs that are packed."""
+    return (season.pert_column, season.context_column) if season.context_column else (season.pert_column,)
 
 
 def _write_slim(path: Path, out: Path, season: Season, *, from_counts: bool, progress: Progress) -> None:
@@ -146,9 +163,9 @@ def _write_slim(path: Path, out: Path, season: Season, *, from_counts: bool, pro
                     block = _normalised(block, totals[first : first + block.shape[0]], median)
                 writer.append(block)
                 advance(block.shape[0])
-        labels = pd.Categorical(np.asarray(reader.obs(season.pert_column), dtype=object))
+        labels = {name: pd.Categorical(np.asarray(reader.obs(name), dtype=object)) for name in _columns(season)}
         names = pd.RangeIndex(reader.num_cells).astype(str)
-        writer.finish(pd.DataFrame({season.pert_column: labels}, index=names))
+        writer.finish(pd.DataFrame(labels, index=names))
 
 
 def _totals(reader: H5adReader) -> NDArray[np.float32]:

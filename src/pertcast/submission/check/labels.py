@@ -12,7 +12,7 @@ from pertcast.errors import DataError, Problem
 from pertcast.files.frames import near_misses
 from pertcast.files.h5ad import H5adReader
 from pertcast.seasons import Season
-from pertcast.submission.check.report import CheckItem, Findings, counted, named, problems_of
+from pertcast.submission.check.report import CheckItem, Fact, Findings, counted, named, problems_of
 
 __all__ = ["Groups", "check_labels"]
 
@@ -87,7 +87,9 @@ def check_labels(reader: H5adReader, season: Season) -> tuple[Findings, Groups |
     wanted = "with" if season.controls == "required" else "without"
     names = " and ".join(f"`{column}`" for column in columns)
     item = CheckItem(f"{names} {wanted} `{season.control_label}`", ok=not problems, evidence=evidence)
-    facts = {} if groups is None else {"controls": groups.num_controls}
+    facts: dict[str, Fact] = {} if groups is None else {"controls": groups.num_controls}
+    if groups is not None and season.context_column in read:
+        facts["contexts"] = groups.contexts
     return Findings(tuple(problems), (item,), facts), groups
 
 

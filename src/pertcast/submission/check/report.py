@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from pertcast.errors import DataError, Problem
 
-__all__ = ["CheckItem", "CheckReport", "Findings", "counted", "named", "problems_of"]
+__all__ = ["CheckItem", "CheckReport", "Fact", "Findings", "counted", "named", "problems_of"]
 
-Fact = int | float | str | None
+Fact = int | float | str | tuple[str, ...] | None
 
 
 class CheckItem(NamedTuple):
@@ -44,9 +44,9 @@ class CheckReport:
     checklist
         The pre-flight questions, in the season's order.
     facts
-        ``cells``, ``genes``, ``controls``, ``targets``, ``scale`` (``log1p``, ``counts``, ``mixed`` or ``None``),
-        ``dtype``, ``stored_values``, ``max_value``, ``max_cell_sum``, ``median_cell_sum``, ``zero_cells``; those that
-        could be read.
+        ``cells``, ``genes``, ``controls``, ``targets``, ``contexts``, ``scale`` (``log1p``, ``counts``, ``mixed`` or
+        ``None``), ``dtype``, ``stored_values``, ``max_value``, ``max_cell_sum``, ``median_cell_sum``, ``zero_cells``;
+        those that could be read.
     notes
         Sentences that the user should read, overridden rules first.
     """
@@ -71,7 +71,7 @@ class CheckReport:
             "ok": self.ok,
             "problems": [problem._asdict() for problem in self.problems],
             "checklist": [item._asdict() for item in self.checklist],
-            "facts": dict(self.facts),
+            "facts": {name: list(fact) if isinstance(fact, tuple) else fact for name, fact in self.facts.items()},
             "notes": list(self.notes),
         }
 
