@@ -60,6 +60,13 @@ def test_set_wins_over_the_file_and_takes_toml_values_or_words(tmp_path: Path) -
     assert (experiment.train.match, experiment.columns.batch) == ("context", "gem_group")
 
 
+def test_set_reaches_names_with_a_dot_in_quotes(tmp_path: Path) -> None:
+    path = write(tmp_path, STARTER)
+    experiment = load_experiment(path, ['fewshot."replogle.rpe1".test=["X"]', 'zeroshot."jurkat.rpe1"=test'])
+    assert experiment.fewshot["replogle.rpe1"].test == ("X",)
+    assert experiment.zeroshot["jurkat.rpe1"] == "test"
+
+
 def test_the_resolved_experiment_goes_through_json_and_back(tmp_path: Path) -> None:
     experiment = load_experiment(write(tmp_path, STARTER))
     stored = json.loads(json.dumps(experiment.as_json()))

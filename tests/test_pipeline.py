@@ -20,7 +20,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from pertcast.config import load_experiment
-from pertcast.files.artefacts import hash_file, verify_artefact
+from pertcast.data.store import Split, Store
+from pertcast.errors import ConfigError, DataError
+from pertcast.files.artefacts import hash_file, read_manifest, verify_artefact
 from pertcast.generate import generate
 from pertcast.progress import SILENT, Advance
 from pertcast.run import run_experiment
@@ -191,8 +193,6 @@ def test_stopped_in_training_and_in_generation_the_same_command_ends_as_if_nothi
 
 
 def test_the_experiment_is_stored_in_every_artefact(workspace: Workspace) -> None:
-    from pertcast.files.artefacts import read_manifest
-
     outcome = run_experiment(workspace.experiment, workspace.out)
     experiment = load_experiment(workspace.experiment).as_json()
     assert read_manifest(outcome.store).config == experiment
@@ -208,3 +208,54 @@ def test_silent_progress_does_nothing() -> None:
         advance(1, detail="half")
     SILENT.note("text")
     SILENT.table("title", ["a"], [["b"]])
+
+
+def set_all(*assignments: str) -> list[str]:
+    return ["train.steps=4", *assignments]
+
+
+def test_genes_that_a_model_does_not_predict_are_the_control_cells_and_are_counted(workspace: Workspace) -> None:
+    only_hvg = set_all("model.input=hvg", "model.output=hvg")
+    with pytest.raises(ConfigError, match=r"10 of 20 genes.*generate.other_genes"):
+        run_experiment(workspace.experiment, workspace.out, overrides=only_hvg)
+    outcome = run_experiment(workspace.experiment, workspace.out, overrides=[*only_hvg, "generate.other_genes=control"])
+    store = Store.open(outcome.store)
+    others = np.setdiff1d(np.arange(20), store.hvg)
+    predicted = ad.read_h5ad(outcome.parts / "H1" / "G1.h5ad").X.toarray()
+    controls = store.log1p(store.rows(split=Split.TRAIN, pert=store.control_code))
+    distance = np.abs(predicted[:, None, others] - controls[None][:, :, others]).max(-1)
+    assert (distance.min(1) == 0).all()
+    notes = read_manifest(outcome.parts).notes
+    assert any("10 genes that the model does not predict are copied" in note for note in notes)
+    assert notes == read_manifest(outcome.prediction).notes
+
+
+def test_a_model_of_embeddings_decodes_to_genes(workspace: Workspace) -> None:
+    cells = ad.read_h5ad(workspace.data)
+    cells.obsm["X_pca"] = np.random.default_rng(0).normal(size=(cells.n_obs, 6)).astype(np.float32)
+    cells.write_h5ad(workspace.data)
+    outcome = run_experiment(workspace.experiment, workspace.out, overrides=set_all("model.input=obsm:X_pca"))
+    assert outcome.report.ok
+    values = ad.read_h5ad(outcome.prediction).X
+    assert values.shape[1] == 20
+    assert values.min() >= 0
+
+
+def test_a_target_without_a_feature_is_filled_in_only_when_asked_and_then_counted(workspace: Workspace) -> None:
+    np.savez(workspace.folder / "f.npz", gene=np.array(["G1", "G2"]), embedding=np.eye(2, 3, dtype=np.float32))
+    features = set_all("features.kind=file", f"features.path={str(workspace.folder / 'f.npz')!r}")
+    with pytest.raises(DataError, match=r"'G3': it has no feature"):
+        run_experiment(workspace.experiment, workspace.out, overrides=features)
+    outcome = run_experiment(
+        workspace.experiment, workspace.out, overrides=[*features, "features.missing=mean", "train.control_sets=false"]
+    )
+    expected = "1 target(s) have no feature of their own; filled in as asked for with features.missing = 'mean': G3"
+    for artefact in (outcome.parts, outcome.prediction):
+        assert any(note.startswith(expected) for note in read_manifest(artefact).notes)
+
+
+def test_batches_and_contexts_can_be_embedded(workspace: Workspace) -> None:
+    overrides = set_all("model.batch_embedding=true", "model.context_embedding=true", "train.match=batch")
+    outcome = run_experiment(workspace.experiment, workspace.out, overrides=overrides)
+    assert outcome.report.ok
+    assert set(ad.read_h5ad(outcome.prediction).obs["batch"]) == {"b1", "b2"}

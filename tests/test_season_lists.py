@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pertcast.errors import DataError
-from pertcast.seasons import Season, season
 from pertcast.files.season_lists import read_gene_list, read_targets
+from pertcast.seasons import Season, season
 
 RULES = season("vcc2025", {"num_genes": 3, "num_targets": 2})
 

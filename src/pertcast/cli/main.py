@@ -42,6 +42,7 @@ def build_app(asked: str | None = None) -> App:
         "Example: `pertcast demo`",
         version=__version__,
         result_action="return_value",
+        suppress_keyboard_interrupt=False,
     )
     for name, summary in COMMANDS.items():
         app.command(f"pertcast.cli.{name}:command", name=name, help=None if name == asked else summary)

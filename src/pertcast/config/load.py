@@ -23,8 +23,9 @@ __all__ = ["load_experiment", "rebuild_experiment"]
 def _set_key(tree: dict[str, Any], assignment: str) -> Problem | None:
     """Apply one ``a.b=value``; the value is TOML, or a plain string where it is not."""
     key, equals, text = assignment.partition("=")
-    parts = [part.strip() for part in key.split(".")]
-    if not equals or not all(parts):
+    # a name with a dot in it is quoted, as in TOML: fewshot."h1.k562".val=["TP53"]
+    parts = [part.strip().strip("\"'") for part in re.findall(r"\"[^\"]*\"|'[^']*'|[^.\"']+|(?<=\.)(?=\.|$)", key)]
+    if not equals or not parts or not all(parts):
         return Problem(f"--set {assignment}", "expected section.key=value", "for example --set train.steps=100")
     try:
         value: Any = tomllib.loads(f"value = {text.strip()}")["value"]

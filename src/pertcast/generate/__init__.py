@@ -7,9 +7,12 @@ A part that is there and right is not made again; whatever stops the stage, no h
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from pertcast.config import Experiment, rebuild_experiment
 from pertcast.data.features import PertFeatures, load_features, open_features
@@ -76,13 +79,14 @@ def generate(
     store = _open_store(run, run_path, store_path)
     plan = plan_parts(store, experiment)
     features = _features(run_path, experiment, store, plan)
-    _show(plan, features, progress)
+    plan = _with_notes(plan, experiment, features, run)
+    maker = PartMaker(run, store, experiment, features, hash_file(run_path / "weights.safetensors"))
+    _show(plan, progress)
     if any_content(out) and not (out / "plan.json").is_file():
         raise DataError(f"{out}: it is there already and holds no parts; give another --out, or remove it first")
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
     write_json(out / "plan.json", _plan_json(plan, experiment))
-    maker = PartMaker(run, store, experiment, features, hash_file(run_path / "weights.safetensors"))
     todo = [part for part in plan.parts if not maker.is_right(out, part)]
     total = sum(part.num_cells for part in plan.parts)
     done = total - sum(part.num_cells for part in todo)
@@ -105,17 +109,44 @@ def _open_store(run: Run, run_path: Path, store_path: Path | None) -> Store:
 
 
 def _features(run_path: Path, experiment: Experiment, store: Store, plan: Plan) -> PertFeatures:
-    """Return features of every target: those that the run keeps, or the file's where the run has not seen a target."""
-    labels = [
-        plan.season.control_label if part.target == plan.season.control_label else part.target for part in plan.parts
-    ]
+    """Return features of every target: those that the run keeps, or the file's where the run has not seen a target.
+
+    Raises
+    ------
+    CheckpointError
+        If the file gives the run's own perturbations other features than it was trained with.
+    """
     kept = open_features(run_path / "features")
-    if set(labels) - {plan.season.control_label} <= set(kept.names):
+    targets = tuple(dict.fromkeys(part.target for part in plan.parts if part.target != plan.season.control_label))
+    if set(targets) <= set(kept.names):
         return kept
-    return load_features(experiment.features, store, targets=tuple(dict.fromkeys(labels)))
+    features = load_features(experiment.features, store, targets=targets)
+    if not np.array_equal(features.of(store.perts), kept.of(store.perts)):
+        raise CheckpointError(
+            f"{run_path}: {features.source} gives its training perturbations other features than it was trained with; "
+            "give the file of the training with --set features.path=..., or train again"
+        )
+    return features
 
 
-def _show(plan: Plan, features: PertFeatures, progress: Progress) -> None:
+def _with_notes(plan: Plan, experiment: Experiment, features: PertFeatures, run: Run) -> Plan:
+    """Return the plan with a note on everything that is not predicted from what the data themselves say."""
+    notes = list(plan.notes)
+    filled = {part.target: features.filled[part.target] for part in plan.parts if part.target in features.filled}
+    if filled:
+        some = ", ".join(f"{target} ({how})" for target, how in list(filled.items())[:5])
+        more = f" and {len(filled) - 5} more" if len(filled) > 5 else ""
+        notes.append(
+            f"{len(filled)} target(s) have no feature of their own; filled in as asked for with "
+            f"features.missing = {experiment.features.missing!r}: {some}{more}"
+        )
+    others = len(run.genes) - len(run.output_genes)
+    if others:
+        notes.append(f"{others:,} genes that the model does not predict are copied from control cells, as asked for")
+    return dataclasses.replace(plan, notes=tuple(notes))
+
+
+def _show(plan: Plan, progress: Progress) -> None:
     rows = [[row.target, f"{row.asked:,}", f"{row.gets:,}"] for row in plan.budget.rows]
     copied = any(part.copied for part in plan.parts)
     if plan.budget.num_controls:
@@ -125,10 +156,6 @@ def _show(plan: Plan, features: PertFeatures, progress: Progress) -> None:
     progress.table("The plan", ["target", "cells asked for", "cells"], rows)
     for note in plan.notes:
         progress.note(note)
-    filled = {part.target: features.filled[part.target] for part in plan.parts if part.target in features.filled}
-    if filled:
-        some = ", ".join(f"{target} ({how})" for target, how in list(filled.items())[:5])
-        progress.note(f"{len(filled)} target(s) without a feature of their own, filled as asked for: {some}")
 
 
 def _plan_json(plan: Plan, experiment: Experiment) -> dict[str, object]:

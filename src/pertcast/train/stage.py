@@ -10,7 +10,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from pertcast.config import Experiment, TrainConfig
-from pertcast.data.features import PertFeatures, load_features, open_features, save_features
+from pertcast.data.features import PertFeatures, coverage, load_features, open_features, save_features
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
 from pertcast.files.artefacts import MANIFEST, any_content, read_json, remove_leftovers, write_json
@@ -108,6 +108,7 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
         log=log,
     )
     facts = _notes(reader, loop, features)
+    _show_coverage(features, store, experiment, progress)
     for note in facts:
         progress.note(note)
     try:
@@ -182,9 +183,20 @@ def _features(experiment: Experiment, store: Store, out: Path) -> PertFeatures:
     """Return the run's features: those that it was begun with, else as the experiment says, for its targets too."""
     if (out / _FEATURES / "features.json").is_file():
         return open_features(out / _FEATURES)
+    return load_features(experiment.features, store, targets=_targets(experiment))
+
+
+def _show_coverage(features: PertFeatures, store: Store, experiment: Experiment, progress: Progress) -> None:
+    rows = coverage(features, store, _targets(experiment))
+    table = [[row.group, f"{row.covered:,}", f"{row.filled:,}", f"{row.total:,}"] for row in rows if row.total]
+    progress.table(f"Perturbation features: {features.source}", ["", "own feature", "filled in", "all"], table)
+
+
+def _targets(experiment: Experiment) -> tuple[str, ...]:
     submission = experiment.submission
-    targets = read_targets(submission.targets, submission.resolve()) if submission.targets is not None else ()
-    return load_features(experiment.features, store, targets=tuple(targets))
+    if submission.targets is None:
+        return ()
+    return tuple(read_targets(submission.targets, submission.resolve()))
 
 
 def _new_network(reader: SetReader, store: Store, seed: int) -> StateTransition:
