@@ -28,8 +28,8 @@ from pertcast.progress import SILENT, Advance
 from pertcast.run import run_experiment
 from workspace import Workspace, make_workspace
 
-SLOW = ("--set", "train.steps=300", "--set", "submission.rules.max_cells=60000")
-MANY = "target_gene,n_cells\nG1,19000\nG2,19000\nG3,19000\n"
+SLOW = ("--set", "train.steps=300", "--set", "submission.rules.max_cells=20000")
+MANY = "target_gene,n_cells\nG1,6000\nG2,6000\nG3,6000\n"
 
 
 @pytest.fixture
