@@ -12,7 +12,9 @@ from pertcast.seasons import SEASONS, season
 def test_every_limit_of_a_season_names_its_source(name: str) -> None:
     rules = SEASONS[name]
     limits = {"num_genes", "max_cells", "controls", "members", "num_targets"}
-    limits |= {rule for rule in ("max_cell_sum", "max_stored_values", "cells_per_target") if getattr(rules, rule)}
+    limits |= {
+        rule for rule in ("max_cell_sum", "max_stored_values", "cells_per_target", "max_log1p") if getattr(rules, rule)
+    }
     assert limits <= set(rules.sources)
 
 
@@ -37,11 +39,24 @@ def test_an_override_is_kept_beside_the_seasons_own_value() -> None:
         ({"num_genes": 0}, "at least 1"),
         ({"controls": "maybe"}, "'required' or 'forbidden'"),
         ({"members": "a"}, "no such rule"),
+        ({"contexts": "A,B"}, "the season has one context"),
     ],
 )
 def test_a_wrong_override_says_what_is_wrong(rules: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         season("vcc2025", rules)
+
+
+@pytest.mark.parametrize("names", ["", "A,,B", "A,B,A", ","])
+def test_contexts_are_different_names(names: str) -> None:
+    with pytest.raises(ConfigError, match="different names"):
+        season("vcc2026", {"contexts": names})
+
+
+def test_contexts_are_data() -> None:
+    rules = season("vcc2026", {"contexts": "D, E"})
+    assert rules.contexts == (("D", "E"),)
+    assert rules.describe_overrides() == ["rule contexts overridden: D,E (season vcc2026: A,B,C or D,E,F)"]
 
 
 def test_all_wrong_overrides_are_said_at_once() -> None:

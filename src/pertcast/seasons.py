@@ -52,7 +52,12 @@ class Season:
     scales
         Which of ``log1p`` and ``counts`` a prediction may be on; never both in one file.
     max_cell_sum, max_stored_values
-        The cap on a cell's sum of counts, and on stored entries of the matrix (explicit zeros count).
+        The cap on a cell's sum of counts, and on stored entries of the matrix: explicit zeros count in a sparse one,
+        zeros do not in a dense one.
+    max_log1p
+        What every log1p value is below.
+    zero_targets
+        Whether a target may have no value above 0 in any of its cells.
     members
         Names of the members of the archive, in order.
     watermark
@@ -83,6 +88,8 @@ class Season:
     contexts: tuple[tuple[str, ...], ...] | None = None
     max_cell_sum: int | None = None
     max_stored_values: int | None = None
+    max_log1p: float | None = None
+    zero_targets: Literal["allowed", "forbidden"] = "allowed"
     watermark: str | None = None
     sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     overridden: tuple[str, ...] = ()
@@ -114,6 +121,14 @@ class Season:
                 problems.append(
                     Problem(place, f"expected a whole number of at least 1, got {value}", "give a larger one")
                 )
+            elif name == "contexts" and self.contexts is None:
+                problems.append(Problem(place, "the season has one context", "leave the rule away"))
+            elif name == "contexts" and (
+                "" in _names(str(value)) or len({*_names(str(value))}) < len(_names(str(value)))
+            ):
+                problems.append(
+                    Problem(place, f"expected different names with commas between them, got {value!r}", "write A,B,C")
+                )
             elif name == "controls" and value not in ("required", "forbidden"):
                 problems.append(
                     Problem(place, f"expected 'required' or 'forbidden', got {value!r}", "use one of the two")
@@ -123,15 +138,25 @@ class Season:
         if not rules:
             return self
         changed = tuple(dict.fromkeys((*self.overridden, *rules)))
-        return dataclasses.replace(self, **rules, overridden=changed)  # type: ignore[arg-type]
+        values = {name: (_names(str(value)),) if name == "contexts" else value for name, value in rules.items()}
+        return dataclasses.replace(self, **values, overridden=changed)  # type: ignore[arg-type]
 
     def describe_overrides(self) -> list[str]:
         """Return one line for each overridden rule, with the season's own value beside the one in force."""
         original = SEASONS[self.name]
         return [
-            f"rule {name} overridden: {getattr(self, name)} (season {self.name}: {getattr(original, name)})"
+            f"rule {name} overridden: {_shown(getattr(self, name))} "
+            f"(season {self.name}: {_shown(getattr(original, name))})"
             for name in self.overridden
         ]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _shown(value: object) -> str:
+    return " or ".join(map(",".join, value)) if isinstance(value, tuple) else str(value)
 
 
 _OVERRIDABLE: Mapping[str, type] = MappingProxyType(
@@ -142,6 +167,7 @@ _OVERRIDABLE: Mapping[str, type] = MappingProxyType(
         "cells_per_target": int,
         "control_label": str,
         "controls": str,
+        "contexts": str,
         "max_cell_sum": int,
         "max_stored_values": int,
     }
@@ -159,6 +185,7 @@ SEASONS: Mapping[str, Season] = MappingProxyType(
             cells_per_target=None,
             max_cells=100_000,
             scales=("log1p", "counts"),
+            max_log1p=15.0,
             members=("pred.h5ad.zst", "watermark.txt"),
             watermark="vcc-prep",
             packer="cell-eval prep",
@@ -170,6 +197,7 @@ SEASONS: Mapping[str, Season] = MappingProxyType(
                     "controls": f"{_PREP}; {_SITE}",
                     "max_cells": _SITE,
                     "scales": _PREP,
+                    "max_log1p": _PREP,
                     "members": _PREP,
                     "watermark": _PREP,
                     "num_targets": "pert_counts_Validation.csv",
@@ -193,6 +221,7 @@ SEASONS: Mapping[str, Season] = MappingProxyType(
             contexts=(("A", "B", "C"), ("D", "E", "F")),
             max_cell_sum=1_000_000,
             max_stored_values=4_750_000_000,
+            zero_targets="forbidden",
             sources=MappingProxyType(
                 {
                     "num_genes": f"{_VCC}; gene_names.csv",
@@ -202,6 +231,7 @@ SEASONS: Mapping[str, Season] = MappingProxyType(
                     "max_cells": _VCC,
                     "max_cell_sum": _VCC,
                     "max_stored_values": _VCC,
+                    "zero_targets": _VCC,
                     "members": _VCC,
                     "num_targets": "pert_counts.csv",
                 }

@@ -36,10 +36,11 @@ _CONTROL_ALIASES = frozenset(
 
 @dataclass(frozen=True)
 class Groups:
-    """How many cells each (context, label) has; the context is empty where the season has one."""
+    """How many cells each (context, label) has, and each cell's label; contexts are empty where the season has one."""
 
     cells: Mapping[tuple[str, str], int]
     num_controls: int
+    label_of_row: pd.Categorical
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -132,7 +133,7 @@ def _group(perts: pd.Categorical, contexts: pd.Categorical | None, season: Seaso
         for pair, number in zip(pairs, numbers, strict=True)
     }
     num_controls = sum(number for (_, label), number in cells.items() if label == season.control_label)
-    return Groups(cells, num_controls)
+    return Groups(cells, num_controls, perts)
 
 
 def _controls(reader: H5adReader, season: Season, groups: Groups) -> tuple[list[Problem], str]:

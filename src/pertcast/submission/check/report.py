@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pertcast.errors import DataError, Problem
 
 __all__ = ["CheckItem", "CheckReport", "Fact", "Findings", "counted", "named", "problems_of"]
@@ -23,12 +26,13 @@ class CheckItem(NamedTuple):
 
 @dataclass(frozen=True)
 class Findings:
-    """What one family of rules found."""
+    """What one family of rules found; `zero_rows` are the cells without a value above 0, (n,), once values are read."""
 
     problems: tuple[Problem, ...]
     items: tuple[CheckItem, ...]
     facts: Mapping[str, Fact] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    zero_rows: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """Targets of a prediction against the season's list: all of them, no others, with the cells that the list asks for.
 
-The cells of a target are right when they are just those of the list, or just those that the budget gives under the cap
-with as many control cells as the file has.
+The cells of a target are right when they are just those of the list or, where the season leaves them to the list, just
+those that the budget gives under the cap with as many control cells as the file has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pertcast.errors import Problem, SubmissionError
 from pertcast.files.frames import near_misses
@@ -17,7 +20,7 @@ from pertcast.submission.budget import plan_budget
 from pertcast.submission.check.labels import Groups, control_alikes
 from pertcast.submission.check.report import CheckItem, Findings, counted, named
 
-__all__ = ["check_targets"]
+__all__ = ["check_targets", "check_zero_targets"]
 
 _NUM_NAMED = 10
 Group = tuple[str, str]
@@ -34,7 +37,9 @@ def check_targets(
     facts = {"targets": len(labels)}
     if targets is None:
         problems, notes = _without_list(labels, genes, place)
-        item = CheckItem("target list", ok=None, evidence="not asked: no target list given")
+        if season.cells_per_target is not None:
+            problems += _without_list_but_even(labels, groups, season, place)
+        item = CheckItem("target list", ok=False if problems else None, evidence="not asked: no target list given")
         return Findings(tuple(problems), (item,), facts, tuple(notes))
     known = set(targets)
     extra = [label for label in labels if label not in known]
@@ -84,6 +89,34 @@ def _without_list(labels: list[str], genes: tuple[str, ...], place: str) -> tupl
     return problems[:_NUM_NAMED], notes
 
 
+def _without_list_but_even(labels: list[str], groups: Groups, season: Season, place: str) -> list[Problem]:
+    """Compare with what the season says of every list: so many targets, so many cells of each in each context."""
+    problems = []
+    if len(labels) != season.num_targets:
+        message = f"expected {season.num_targets:,} targets, got {len(labels):,}"
+        problems.append(Problem(place, message, "give the season's list with --targets to see which"))
+    wanted = {(context, label): season.cells_per_target or 0 for context in groups.contexts for label in labels}
+    there = {key: number for key, number in groups.cells.items() if key in wanted}
+    return problems + _counts(wanted, there, season, groups.num_controls, place, f"season {season.name}")[1]
+
+
+def check_zero_targets(groups: Groups, season: Season, zero_rows: NDArray[np.int64], *, path: Path) -> Findings:
+    """Find the targets without a value above 0 in any cell, where the season forbids them."""
+    if season.zero_targets == "allowed" or not len(zero_rows):
+        return Findings((), ())
+    codes = np.asarray(groups.label_of_row.codes)
+    size = len(groups.label_of_row.categories) + 1
+    empty = np.bincount(codes[zero_rows] + 1, minlength=size) == np.bincount(codes + 1, minlength=size)
+    there = np.bincount(codes + 1, minlength=size) > 0
+    names = [str(groups.label_of_row.categories[int(code)]) for code in np.flatnonzero((empty & there)[1:])]
+    if not names:
+        return Findings((), ())
+    message = f"no value above 0 in any cell of {counted(len(names), 'target')}: {named(names)}"
+    problem = Problem(f"{path}, X", message, "generate these targets again: the model did not run for them")
+    item = CheckItem("no target of zeros alone", ok=False, evidence=counted(len(names), "target"))
+    return Findings((problem,), (item,))
+
+
 def _counts(
     wanted: Mapping[Group, int],
     there: Mapping[Group, int],
@@ -95,7 +128,7 @@ def _counts(
     """Return how the cells follow the list, and a problem where they do not; lost targets are left to another rule."""
     names = {key: f"{key[0]}/{key[1]}" if key[0] else key[1] for key in wanted}
     due, rule = wanted, list_name
-    if dict(there) != dict(wanted):
+    if dict(there) != dict(wanted) and season.cells_per_target is None:
         try:
             budget = plan_budget(
                 {names[key]: number for key, number in wanted.items()}, cap=season.max_cells, num_controls=num_controls

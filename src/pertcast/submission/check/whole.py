@@ -11,10 +11,11 @@ from pertcast.files.season_lists import TargetList, read_gene_list, read_targets
 from pertcast.progress import SILENT, Progress
 from pertcast.seasons import Season
 from pertcast.seasons import season as season_by_name
+from pertcast.submission.bundle import contexts_in_force
 from pertcast.submission.check.genes import check_genes
 from pertcast.submission.check.labels import check_labels
 from pertcast.submission.check.report import CheckItem, CheckReport, Findings, problems_of
-from pertcast.submission.check.targets import check_targets
+from pertcast.submission.check.targets import check_targets, check_zero_targets
 from pertcast.submission.check.values import check_values
 
 __all__ = ["check", "resolve_season"]
@@ -66,7 +67,8 @@ def check(
     rules_in_force = resolve_season(season, rules or {})
     expected = read_gene_list(genes, rules_in_force)
     target_list = None if targets is None else read_targets(targets, rules_in_force)
-    overrides = tuple(rules_in_force.describe_overrides())
+    rules_in_force, bundle_notes = contexts_in_force(rules_in_force, targets, genes)
+    overrides = (*rules_in_force.describe_overrides(), *bundle_notes)
     try:
         with open_h5ad(path) as reader:
             findings = _examine(reader, rules_in_force, expected, genes, target_list, targets, progress)
@@ -103,6 +105,9 @@ def _examine(
         name = targets.name if targets else "the target list"
         found = check_targets(groups, season, path=reader.path, genes=expected, targets=target_list, list_name=name)
         findings.append(found)
+        zero_rows = next((values.zero_rows for values in findings if values.zero_rows is not None), None)
+        if zero_rows is not None:
+            findings.append(check_zero_targets(groups, season, zero_rows, path=reader.path))
     elif targets is not None:
         item = CheckItem(f"target list as {targets.name} has it", ok=False, evidence="no labels to compare")
         findings.append(Findings((), (item,)))
