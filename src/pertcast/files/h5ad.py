@@ -7,6 +7,7 @@ is a DataError, never a crash or a wrong value; the same rows appended give the 
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from pertcast.errors import DataError, Problem
 from pertcast.files.csc import CscRows, Entries, row_bands
 from pertcast.files.csr_writer import CsrWriter
 from pertcast.files.frames import column_names, read_column, read_index, reading
+from pertcast.files.raw import RawColumn, raw_column
 
 __all__ = ["CsrWriter", "H5adReader", "open_h5ad"]
 
@@ -34,6 +36,14 @@ def _usable(dtype: np.dtype) -> np.dtype:
     if dtype.kind == "b":
         return np.dtype(np.uint8)
     return np.dtype(np.float32) if dtype == np.float16 else dtype.newbyteorder("=")
+
+
+def _rows_ascend(indices: np.ndarray, indptr: np.ndarray) -> bool:
+    """Return whether the column indices of each row rise from entry to entry."""
+    rises = np.empty(len(indices) + 1, dtype=bool)
+    np.greater(indices[1:], indices[:-1], out=rises[1:-1])
+    rises[indptr] = True
+    return bool(rises.all())
 
 
 @contextmanager
@@ -94,11 +104,16 @@ class H5adReader:
         Stored entries of X, explicit zeros counted (dense: cells x genes).
     obs_columns, obsm_keys
         What annotations and embeddings there are.
+    in_order
+        Whether the rows read so far lay in the file with their column indices sorted.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
         self.path = path
+        self.in_order = True
         self._file = file
+        self._descriptor = -1
+        self._raw: dict[str, RawColumn | None] = {}
         self._rows_of_csc: tuple[int, CscRows] | None = None
         missing = [name for name in ("X", "obs", "var") if name not in file]
         if missing:
@@ -146,6 +161,10 @@ class H5adReader:
 
     def close(self) -> None:
         """Remove temporary files; :func:`open_h5ad` calls it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            self._raw.clear()
         if self._rows_of_csc is not None:
             self._rows_of_csc[1].close()
             self._rows_of_csc = None
@@ -216,14 +235,22 @@ class H5adReader:
     def _stored(self, start: int, stop: int, *, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the indices (checked against `limit`) and the values of a range of stored entries."""
         with reading(self.path, f"X, stored entries from {start}"):
-            indices = np.asarray(self._file["X/indices"][start:stop])
-            values = np.asarray(self._file["X/data"][start:stop])
+            indices = self._entries("X/indices", start, stop)
+            values = self._entries("X/data", start, stop)
         if indices.dtype.kind not in "iu":
             self._broken("X/indices", f"expected whole numbers, got {indices.dtype}")
         if indices.size and (indices.min() < 0 or int(indices.max()) >= limit):
             wrong = int(np.flatnonzero((indices < 0) | (indices >= limit))[0])
             self._broken("X/indices", f"entry {start + wrong} is {indices[wrong]}, outside 0 to {limit - 1}")
         return indices.astype(np.int32, copy=False), values.astype(_usable(values.dtype), copy=False)
+
+    def _entries(self, name: str, start: int, stop: int) -> np.ndarray:
+        if name not in self._raw:
+            if self._descriptor < 0:
+                self._descriptor = os.open(self.path, os.O_RDONLY)
+            self._raw[name] = raw_column(self._file[name], self._descriptor)
+        raw = self._raw[name]
+        return np.asarray(self._file[name][start:stop]) if raw is None else raw.read(start, stop)
 
     def _csr_chunks(self, max_values: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
         indptr = self._indptr(self.num_cells)
@@ -264,8 +291,15 @@ class H5adReader:
             yield start, self._block(start, indptr, indices, values)
 
     def _block(self, start: int, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray) -> sparse.csr_matrix:
-        block = sparse.csr_matrix((values, indices, indptr), shape=(len(indptr) - 1, self.num_genes), copy=False)
+        shape = (len(indptr) - 1, self.num_genes)
+        if len(values) <= np.iinfo(np.int32).max:
+            indptr = indptr.astype(np.int32)
+        block = sparse.csr_matrix((values, indices, indptr), shape=shape, copy=False)
+        if _rows_ascend(indices, indptr):
+            block.has_sorted_indices = block.has_canonical_format = True
+            return block
         if not block.has_sorted_indices:
+            self.in_order = False
             block.sort_indices()
         if not block.has_canonical_format:
             row = next(row for row in range(block.shape[0]) if (np.diff(block[row].indices) == 0).any())
