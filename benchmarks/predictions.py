@@ -1,7 +1,7 @@
-"""Writes simulated predictions of the size that people submit, in bounded memory: season 2025 log1p or season 2026 counts.
+"""Writes simulated predictions of the size that people submit: season 2025 log1p or season 2026 counts.
 
-Counts are negative binomial around log-normal gene means: 54,000 UMI and about 7,000 stored values a cell (season 2025),
-20,000 UMI and about 5,000 stored values (season 2026). The same call writes the same values.
+Counts are negative binomial around log-normal gene means: 54,000 UMI and about 7,000 stored values a cell
+(season 2025), 20,000 UMI and about 5,000 (season 2026). The same call writes the same values, in bounded memory.
 
     python benchmarks/predictions.py --season vcc2026 --cells-per-target 100 --out bench
 """

@@ -31,7 +31,7 @@ class RawColumn:
             If the file ends before them.
         """
         values = np.empty(stop - start, dtype=self._dtype)
-        into, size = memoryview(values).cast("B"), self._dtype.itemsize
+        into, size = memoryview(values.data).cast("B"), self._dtype.itemsize
         while start < stop:
             piece, within = divmod(start, self._chunk)
             number = min(self._chunk - within, stop - start)

@@ -62,9 +62,9 @@ class _Scan:
         self.sums[into] = np.add.reduceat(values, starts, dtype=np.float32 if exact else np.float64)
         self.num_values[into] = lengths if least > 0 else np.add.reduceat(values != 0, starts, dtype=np.int64)
 
-    def _clean(self, first: int, block: sparse.csr_matrix) -> NDArray[np.generic]:
+    def _clean(self, first: int, block: sparse.csr_matrix) -> NDArray[Any]:
         """Note the values that no scale allows, and return all values with zeros in their places."""
-        values: NDArray[np.generic] = block.data
+        values: NDArray[Any] = block.data
         clean = values
         for kind, wrong in {"NaN": np.isnan(values), "infinite": np.isinf(values), "negative": values < 0}.items():
             if wrong.any():
@@ -81,7 +81,7 @@ class _Scan:
 
 
 def _fractional(values: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which rows hold a fraction; the first values of a row mostly tell, so the others are read if they don't."""
+    """Return which rows hold a fraction; the first values of a row mostly tell; the others do where they don't."""
     if values.dtype.kind != "f":
         return np.zeros(len(starts), dtype=bool)
     some = values[starts[:, None] + np.minimum(np.arange(_NUM_TRIED), lengths[:, None] - 1)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pertcast.errors import DataError, Problem
 from pertcast.files.h5ad import H5adReader, open_h5ad
@@ -18,7 +20,7 @@ from pertcast.submission.check.report import CheckItem, CheckReport, Findings, p
 from pertcast.submission.check.targets import check_targets, check_zero_targets
 from pertcast.submission.check.values import check_values
 
-__all__ = ["check", "resolve_season"]
+__all__ = ["Examination", "check", "examination", "resolve_season"]
 
 
 def resolve_season(season: str | Season, rules: Mapping[str, object]) -> Season:
@@ -64,54 +66,112 @@ def check(
     >>> report.ok, report.problems[0].message
     (False, 'no such file')
     """
-    rules_in_force = resolve_season(season, rules or {})
-    expected = read_gene_list(genes, rules_in_force)
-    target_list = None if targets is None else read_targets(targets, rules_in_force)
-    rules_in_force, bundle_notes = contexts_in_force(rules_in_force, targets, genes)
-    overrides = (*rules_in_force.describe_overrides(), *bundle_notes)
+    in_force = resolve_season(season, rules or {})
     try:
-        with open_h5ad(path) as reader:
-            findings = _examine(reader, rules_in_force, expected, genes, target_list, targets, progress)
-            facts = {"cells": reader.num_cells, "genes": reader.num_genes}
-    except DataError as error:
-        return CheckReport(str(path), rules_in_force.name, problems_of(error, str(path)), notes=overrides)
-    return CheckReport(
-        str(path),
-        rules_in_force.name,
-        tuple(problem for found in findings for problem in found.problems),
-        tuple(item for found in findings for item in found.items),
-        facts | {name: fact for found in findings for name, fact in found.facts.items()},
-        (*overrides, *(note for found in findings for note in found.notes)),
-    )
+        with examination(path, season=in_force, genes=genes, targets=targets) as examined:
+            return examined.finish(progress)
+    except _UnreadableError as error:
+        return error.report
 
 
-def _examine(
-    reader: H5adReader,
-    season: Season,
-    expected: tuple[str, ...],
-    genes: Path,
-    target_list: TargetList | None,
-    targets: Path | None,
-    progress: Progress,
-) -> list[Findings]:
-    labels, groups = check_labels(reader, season)
-    findings = [
-        check_genes(reader.genes, expected, path=reader.path, genes_path=genes),
-        labels,
-        check_values(reader, season, progress),
-        _size(reader, season),
-    ]
-    if groups is not None:
-        name = targets.name if targets else "the target list"
-        found = check_targets(groups, season, path=reader.path, genes=expected, targets=target_list, list_name=name)
-        findings.append(found)
-        zero_rows = next((values.zero_rows for values in findings if values.zero_rows is not None), None)
-        if zero_rows is not None:
-            findings.append(check_zero_targets(groups, season, zero_rows, path=reader.path))
-    elif targets is not None:
-        item = CheckItem(f"target list as {targets.name} has it", ok=False, evidence="no labels to compare")
-        findings.append(Findings((), (item,)))
-    return findings
+class _UnreadableError(DataError):
+    """A prediction that cannot be opened, with the report that says so."""
+
+    def __init__(self, report: CheckReport) -> None:
+        super().__init__(problems=report.problems)
+        self.report = report
+
+
+class Examination:
+    """A check under way: labels, genes and sizes are known at once, values when :meth:`finish` has read them.
+
+    Attributes
+    ----------
+    reader
+        The open prediction.
+    season
+        The rules in force, contexts of the lists' bundle included.
+    genes
+        The season's gene list.
+    """
+
+    def __init__(self, reader: H5adReader, season: Season, lists: _Lists, notes: tuple[str, ...]) -> None:
+        self.reader, self.season, self.genes = reader, season, lists.genes
+        self._notes = notes
+        genes = check_genes(reader.genes, lists.genes, path=reader.path, genes_path=lists.genes_path)
+        labels, self._groups = check_labels(reader, season)
+        self._first = [genes, labels]
+        self._last = [_size(reader, season)]
+        if self._groups is not None:
+            found = check_targets(
+                self._groups,
+                season,
+                path=reader.path,
+                genes=lists.genes,
+                targets=lists.targets,
+                list_name=lists.targets_name,
+            )
+            self._last.append(found)
+        elif lists.targets is not None:
+            item = CheckItem(f"target list as {lists.targets_name} has it", ok=False, evidence="no labels to compare")
+            self._last.append(Findings((), (item,)))
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong so far."""
+        return not any(found.problems for found in (*self._first, *self._last))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known before the values are read: ``cells``, ``genes``, ``stored_values`` and the labels' facts."""
+        size = {"cells": self.reader.num_cells, "genes": self.reader.num_genes, "stored_values": self.reader.num_stored}
+        return size | {name: fact for found in (*self._first, *self._last) for name, fact in found.facts.items()}
+
+    def finish(self, progress: Progress) -> CheckReport:
+        """Read the values once and return the report."""
+        values = check_values(self.reader, self.season, progress)
+        findings = [*self._first, values, *self._last]
+        if self._groups is not None and values.zero_rows is not None:
+            findings.append(check_zero_targets(self._groups, self.season, values.zero_rows, path=self.reader.path))
+        return CheckReport(
+            str(self.reader.path),
+            self.season.name,
+            tuple(problem for found in findings for problem in found.problems),
+            tuple(item for found in findings for item in found.items),
+            self.facts | {name: fact for found in findings for name, fact in found.facts.items()},
+            (*self._notes, *(note for found in findings for note in found.notes)),
+        )
+
+
+class _Lists(NamedTuple):
+    genes: tuple[str, ...]
+    genes_path: Path
+    targets: TargetList | None
+    targets_name: str
+
+
+@contextmanager
+def examination(path: Path, *, season: Season, genes: Path, targets: Path | None) -> Iterator[Examination]:
+    """Open a prediction for a check.
+
+    Raises
+    ------
+    DataError
+        If the gene list or the target list is wrong, or the prediction cannot be opened.
+    """
+    expected = read_gene_list(genes, season)
+    target_list = None if targets is None else read_targets(targets, season)
+    season, bundle_notes = contexts_in_force(season, targets, genes)
+    notes = (*season.describe_overrides(), *bundle_notes)
+    lists = _Lists(expected, genes, target_list, targets.name if targets else "the target list")
+    with ExitStack() as stack:
+        try:
+            examined = Examination(stack.enter_context(open_h5ad(path)), season, lists, notes)
+        except DataError as error:
+            raise _UnreadableError(
+                CheckReport(str(path), season.name, problems_of(error, str(path)), notes=notes)
+            ) from error
+        yield examined
 
 
 def _size(reader: H5adReader, season: Season) -> Findings:
