@@ -91,9 +91,7 @@ def generate(
     total = sum(part.num_cells for part in plan.parts)
     done = total - sum(part.num_cells for part in todo)
     with progress.task("generate", total, "cells", done=done) as advance:
-        for part in todo:
-            maker.make(out, part)
-            advance(part.num_cells, detail=part.target)
+        maker.make(out, todo, done=lambda part: advance(part.num_cells, detail=part.target))
     _finish(out, plan, experiment, run, maker)
     return out
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
+from pertcast.ahead import one_ahead
 from pertcast.config import Experiment
 from pertcast.data.features import PertFeatures
 from pertcast.data.inputs import read_inputs
@@ -82,20 +84,47 @@ class PartMaker:
         same = read_manifest(path, kind="part").matches(inputs=self.inputs, config=self._settings(part))
         return same and not verify_artefact(path)
 
-    def make(self, out: Path, part: Part) -> None:
-        """Write one part and its manifest."""
+    def make(self, out: Path, parts: Sequence[Part], *, done: Callable[[Part], None]) -> None:
+        """Write parts and their manifests, one after the other; `done` is called after each.
+
+        Cells are predicted one batch ahead of what is written, across parts, so that neither waits for the other.
+        """
+        batches = ((part, sets_BS) for part in parts if not part.copied for sets_BS in self._batches(part))
+        with closing(one_ahead(batches, lambda item: self._cells(*item))) as predicted:  # type: ignore[type-var]
+            for part in parts:
+                blocks = self._copied(part) if part.copied else self._predicted(part, predicted)
+                self._write(out, part, blocks)
+                done(part)
+
+    def _write(self, out: Path, part: Part, blocks: Iterator[sparse.csr_matrix]) -> None:
         path = out / part.file
         path.parent.mkdir(exist_ok=True)
         remove_leftovers(path)
         manifest_path(path).unlink(missing_ok=True)
-        rows, blocks = self._copied(part) if part.copied else self._predicted(part)
         with atomic_file(path) as temporary, CsrWriter(temporary, self._run.genes) as writer:
             for block in blocks:
                 writer.append(block)
-            writer.finish(self._obs(part, rows))
+            writer.finish(self._obs(part))
         write_manifest(path, Manifest("part", inputs=self.inputs, config=self._settings(part)))
 
-    def _obs(self, part: Part, rows: NDArray[np.int64]) -> pd.DataFrame:
+    def _rows(self, part: Part) -> NDArray[np.int64]:
+        """Return the rows of the control cells that the part's cells are copied or made from, in order."""
+        pool = control_rows(self._store, self._experiment, part.context)
+        seed = self._experiment.generate.seed
+        if part.copied:
+            return choose_controls(pool, self._store.batch_codes[pool], num=part.num_cells, seed=seed)
+        return generation_sets(
+            self._store,
+            context=self._store.contexts.index(part.context),
+            target=part.target,
+            num_cells=part.num_cells,
+            set_size=self._run.spec.set_size,
+            seed=seed,
+            controls=pool,
+        ).reshape(-1)
+
+    def _obs(self, part: Part) -> pd.DataFrame:
+        rows = self._rows(part)[: part.num_cells]
         season, store = self._experiment.submission.resolve(), self._store
         obs = pd.DataFrame({season.pert_column: pd.Categorical([part.target] * len(rows))})
         if season.context_column is not None:
@@ -106,37 +135,27 @@ class PartMaker:
         obs.index = obs.index.astype(str)
         return obs
 
-    def _copied(self, part: Part) -> tuple[NDArray[np.int64], Iterator[sparse.csr_matrix]]:
-        pool = control_rows(self._store, self._experiment, part.context)
-        seed = self._experiment.generate.seed
-        rows = choose_controls(pool, self._store.batch_codes[pool], num=part.num_cells, seed=seed)
-        step = 1024
-        return rows, (self._store.csr(rows[start : start + step]) for start in range(0, len(rows), step))
+    def _copied(self, part: Part) -> Iterator[sparse.csr_matrix]:
+        rows, step = self._rows(part), 1024
+        return (self._store.csr(rows[start : start + step]) for start in range(0, len(rows), step))
 
-    def _predicted(self, part: Part) -> tuple[NDArray[np.int64], Iterator[sparse.csr_matrix]]:
-        sets_NS = generation_sets(
-            self._store,
-            context=self._store.contexts.index(part.context),
-            target=part.target,
-            num_cells=part.num_cells,
-            set_size=self._run.spec.set_size,
-            seed=self._experiment.generate.seed,
-            controls=control_rows(self._store, self._experiment, part.context),
-        )
-        return sets_NS.reshape(-1)[: part.num_cells], self._predict(part, sets_NS)
+    def _batches(self, part: Part) -> Iterator[NDArray[np.int64]]:
+        sets_NS = self._rows(part).reshape(-1, self._run.spec.set_size)
+        size = self._experiment.generate.sets_per_step
+        return (sets_NS[start : start + size] for start in range(0, len(sets_NS), size))
 
-    def _predict(self, part: Part, sets_NS: NDArray[np.int64]) -> Iterator[sparse.csr_matrix]:
+    def _predicted(self, part: Part, predicted: Iterator[NDArray[np.float32]]) -> Iterator[sparse.csr_matrix]:
+        """Take the part's cells from the stream of all predicted cells; the surplus of the last set is dropped."""
         left = part.num_cells
-        for start in range(0, len(sets_NS), self._experiment.generate.sets_per_step):
-            sets_BS = sets_NS[start : start + self._experiment.generate.sets_per_step]
-            cells_CG = self._cells(part, sets_BS)[:left]
+        while left:
+            cells_CG = next(predicted)[:left]
             left -= len(cells_CG)
             if not np.isfinite(cells_CG).all():
                 raise CheckpointError(
                     f"{part.file}: the model predicts values that are not finite; its training has diverged: "
                     "train again with a lower train.learning_rate"
                 )
-            yield sparse.csr_matrix(cells_CG)
+            yield _sparse(cells_CG)
 
     @torch.inference_mode()
     def _cells(self, part: Part, sets_BS: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -163,3 +182,11 @@ class PartMaker:
     def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:
         # in torch's own, always equally aligned memory: matrix products may round by the alignment of their operands
         return torch.from_numpy(values).clone().to(self._device)
+
+
+def _sparse(cells_CG: NDArray[np.float32]) -> sparse.csr_matrix:
+    """Return the same cells as CSR; several times as fast as scipy's own way over coordinates."""
+    stored_CG = cells_CG != 0
+    indptr = np.concatenate([[0], np.cumsum(np.count_nonzero(stored_CG, axis=1))])
+    columns_CG = np.broadcast_to(np.arange(cells_CG.shape[1], dtype=np.int32), cells_CG.shape)
+    return sparse.csr_matrix((cells_CG[stored_CG], columns_CG[stored_CG], indptr), shape=cells_CG.shape)

@@ -5,9 +5,7 @@ Shapes: B sets, S cells in a set, I input width, F width of a perturbation featu
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pertcast.ahead import one_ahead
 from pertcast.config import Experiment
 from pertcast.data.features import PertFeatures
 from pertcast.data.inputs import input_dim, read_inputs
@@ -25,9 +24,6 @@ from pertcast.errors import ConfigError, DataError
 from pertcast.models.state import StateSpec, spec_for
 
 __all__ = ["Batch", "Place", "SetReader", "SetStream", "read_ahead"]
-
-# One batch waits while one is computed with: a single thread reads, so more would only hold memory.
-_READ_AHEAD = 1
 
 
 class Place(NamedTuple):
@@ -179,19 +175,5 @@ class SetReader:
 def read_ahead(
     stream: Iterator[tuple[CellSets, Place]], read: Callable[[CellSets], Batch]
 ) -> Iterator[tuple[Batch, Place]]:
-    """Yield what `read` makes of each piece of the stream; the next ones are read while the caller computes."""
-    with ThreadPoolExecutor(1, thread_name_prefix="pertcast-read") as executor:
-        # One thread, so the stream is drawn from in order.
-        def next_batch() -> tuple[Batch, Place] | None:
-            piece = next(stream, None)
-            return None if piece is None else (read(piece[0]), piece[1])
-
-        pending: deque[Future[tuple[Batch, Place] | None]] = deque()
-        pending.extend(executor.submit(next_batch) for _ in range(_READ_AHEAD))
-        try:
-            while (batch := pending.popleft().result()) is not None:
-                pending.append(executor.submit(next_batch))
-                yield batch
-        finally:
-            for future in pending:
-                future.cancel()
+    """Yield what `read` makes of each piece of the stream; the next one is read while the caller computes."""
+    return one_ahead(stream, lambda piece: (read(piece[0]), piece[1]))
