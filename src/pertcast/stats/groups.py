@@ -1,0 +1,221 @@
+"""Cells sorted by group and gene, so that statistics read the values of a group and gene where they lie together.
+
+Legend of shapes: P groups (perturbations), G genes. A value that is not stored is 0; none is negative.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+__all__ = [
+    "CellGroups",
+    "compiled",
+    "count_entries",
+    "entry_starts",
+    "group_cells",
+    "group_means",
+    "in_bands",
+    "place_entries",
+]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def compiled(function: _Function) -> _Function:
+    """Compile a function over arrays to machine code, at its first call; other threads run beside it."""
+    return cast(_Function, numba.njit(nogil=True, cache=True)(function))
+
+
+class CellGroups(NamedTuple):
+    """The values of groups of cells, gene by gene.
+
+    Attributes
+    ----------
+    values
+        Stored values of all groups, (n,), none of them 0; those of a group and gene lie together, in cell order.
+    starts
+        (P, G + 1) int64: gene ``g`` of group ``p`` has ``values[starts[p, g]:starts[p, g + 1]]``.
+    sizes
+        (P,) int64, cells of each group.
+    """
+
+    values: NDArray[np.floating]
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+    def select(self, groups: Sequence[int] | NDArray[np.int64]) -> CellGroups:
+        """Return some of the groups; the values are shared."""
+        return CellGroups(self.values, self.starts[groups], self.sizes[groups])
+
+
+@compiled
+def _count(indptr: Any, indices: Any, values: Any, codes: Any, counts: Any) -> None:
+    for row in range(len(indptr) - 1):
+        group = codes[row]
+        if group >= 0:
+            for entry in range(indptr[row], indptr[row + 1]):
+                if values[entry] != 0:
+                    counts[group, indices[entry]] += 1
+
+
+@compiled
+def _place(
+    indptr: Any, indices: Any, values: Any, codes: Any, cursor: Any, placed: Any, first_gene: int, last_gene: int
+) -> None:
+    for row in range(len(indptr) - 1):
+        group = codes[row]
+        if group < 0:
+            continue
+        low, high = indptr[row], indptr[row + 1]
+        while low < high:  # the row's first entry of these genes
+            middle = (low + high) // 2
+            if indices[middle] < first_gene:
+                low = middle + 1
+            else:
+                high = middle
+        for entry in range(low, indptr[row + 1]):
+            gene = indices[entry]
+            if gene >= last_gene:
+                break
+            if values[entry] != 0:
+                placed[cursor[group, gene]] = values[entry]
+                cursor[group, gene] += 1
+
+
+@compiled
+def _means(values: Any, starts: Any, sizes: Any, scales: Any, exact: Any, rounded: Any) -> None:
+    for group in range(starts.shape[0]):
+        for gene in range(starts.shape[1] - 1):
+            total = 0.0
+            for entry in range(starts[group, gene], starts[group, gene + 1]):
+                total += values[entry]
+                rounded[group, gene] += values[entry] * scales[group]  # in this precision and order, as pdex adds
+            exact[group, gene] = total / max(sizes[group], 1)
+
+
+def in_bands(work: Callable[[int, int], None], num_genes: int, threads: int, bands_per_thread: int) -> None:
+    """Call `work` on ranges ``[first, last)`` of genes, several at a time."""
+    num_bands = max(1, min(num_genes, threads * bands_per_thread if threads > 1 else 1))
+    bounds = np.linspace(0, num_genes, num_bands + 1).astype(np.int64).tolist()
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+        for done in [pool.submit(work, *band) for band in itertools.pairwise(bounds)]:
+            done.result()
+
+
+def group_cells(
+    log1p: sparse.csr_matrix | sparse.csc_matrix | sparse.coo_matrix | NDArray[np.floating], codes: NDArray[np.int64]
+) -> CellGroups:
+    """Return the values of a matrix of cells, (n, G), dense or sparse of any layout, by group and gene.
+
+    Parameters
+    ----------
+    log1p
+        Values, none negative.
+    codes
+        (n,) the group of each cell, from 0; cells of group -1 are left out.
+
+    Raises
+    ------
+    ValueError
+        If a value is negative or NaN, or there is not one code for each cell.
+    """
+    block = sparse.csr_matrix(log1p)
+    if not block.has_canonical_format:
+        block = block.copy()
+        block.sum_duplicates()
+    if block.nnz and not block.data.min() >= 0:
+        raise ValueError("expected values that are not negative and not NaN")
+    if codes.shape != (block.shape[0],):
+        raise ValueError(f"expected one code for each of {block.shape[0]} cells, got {codes.shape}")
+    codes = codes.astype(np.int64)
+    num_groups = int(codes.max(initial=-1)) + 1
+    counts = np.zeros((num_groups, block.shape[1]), dtype=np.int64)
+    count_entries(block, codes, counts)
+    starts = entry_starts(counts)
+    values = np.empty(int(counts.sum()), dtype=block.dtype if block.dtype.kind == "f" else np.float64)
+    place_entries(block, codes, cursor=starts[:, :-1].copy(), values=values)
+    return CellGroups(values, starts, np.bincount(codes[codes >= 0], minlength=num_groups).astype(np.int64))
+
+
+def entry_starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where the entries of each group and gene start, (P, G + 1), from their numbers, (P, G)."""
+    stops = np.cumsum(counts.ravel()).reshape(counts.shape)
+    starts = np.empty((counts.shape[0], counts.shape[1] + 1), dtype=np.int64)
+    starts[:, 1:] = stops
+    starts[:, 0] = stops[:, 0] - counts[:, 0]
+    return starts
+
+
+def count_entries(block: sparse.csr_matrix, codes: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+    """Add to `counts` (P, G) how many values other than 0 a block's cells have in each group and gene.
+
+    Parameters
+    ----------
+    block
+        Cells (n, G).
+    codes
+        (n,) the group of each cell; cells of group -1 are left out.
+    counts
+        (P, G) int64, changed in place.
+    """
+    _count(block.indptr, block.indices, block.data, codes, counts)
+
+
+def place_entries(
+    block: sparse.csr_matrix,
+    codes: NDArray[np.int64],
+    *,
+    cursor: NDArray[np.int64],
+    values: NDArray[np.floating],
+    threads: int = 1,
+) -> None:
+    """Copy a block's values into place; blocks follow each other in the order of cells.
+
+    Parameters
+    ----------
+    block
+        Cells (n, G), column indices ascending in each row.
+    codes
+        (n,) the group of each cell, or -1.
+    cursor
+        (P, G) int64, where the next value of each group and gene goes; changed in place, at first ``starts[:, :-1]``.
+    values
+        (n,) what :class:`CellGroups` will hold; changed in place.
+    threads
+        How many genes' ranges to work on at a time.
+    """
+    arrays = block.indptr, block.indices, block.data, codes, cursor, values
+    in_bands(lambda first, last: _place(*arrays, first, last), block.shape[1], threads, 1)
+
+
+def group_means(groups: CellGroups, *, from_dense: bool = False) -> tuple[NDArray[np.float64], NDArray[np.floating]]:
+    """Return the mean of each group and gene: exact, and as pdex rounds it.
+
+    Parameters
+    ----------
+    groups
+        The values.
+    from_dense
+        Whether the values lay in a dense array, where pdex divides the sum; of sparse values it adds up the shares.
+
+    Returns
+    -------
+    exact
+        (P, G) float64.
+    rounded
+        (P, G) in the number type of the values; fold changes are ranked by it, so that its last digit decides ties.
+    """
+    shape = groups.starts.shape[0], groups.starts.shape[1] - 1
+    exact, rounded = np.zeros(shape), np.zeros(shape, dtype=groups.values.dtype)
+    sizes = np.maximum(groups.sizes, 1)
+    scales = (np.ones(len(sizes)) if from_dense else 1.0 / sizes).astype(rounded.dtype)
+    _means(groups.values, groups.starts, groups.sizes, scales, exact, rounded)
+    return exact, (rounded / sizes[:, None]).astype(rounded.dtype) if from_dense else rounded
