@@ -8,9 +8,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "Gpt2Backbone"]
 
 _RMS_EPSILON = 1e-6
+_LAYER_NORM_EPSILON = 1e-5
 
 
 class _Attention(nn.Module):
@@ -89,4 +90,78 @@ class Backbone(nn.Module):
         for layer in self.layers:
             hidden_BSH = layer(hidden_BSH)
         output_BSH: Tensor = self.norm(hidden_BSH)
+        return output_BSH
+
+
+class _Gpt2Attention(nn.Module):
+    """Every cell of a set attends to every other; queries, keys and values come from one layer."""
+
+    def __init__(self, hidden: int, *, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.c_attn = nn.Linear(hidden, 3 * heads * head_dim)
+        self.c_proj = nn.Linear(heads * head_dim, hidden)
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        """Return the attended cells, ``(B, S, H)``."""
+        query_BNSD, key_BNSD, value_BNSD = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.c_attn(hidden_BSH).chunk(3, dim=-1)
+        )
+        attended_BNSD = functional.scaled_dot_product_attention(query_BNSD, key_BNSD, value_BNSD)
+        attended_BSH: Tensor = self.c_proj(attended_BNSD.transpose(1, 2).flatten(2))
+        return attended_BSH
+
+
+class _Gpt2Mlp(nn.Module):
+    """Two layers with the tanh form of GELU between them."""
+
+    def __init__(self, hidden: int, *, feedforward: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(hidden, feedforward)
+        self.c_proj = nn.Linear(feedforward, hidden)
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        """Return ``(B, S, H)``."""
+        output_BSH: Tensor = self.c_proj(functional.gelu(self.c_fc(hidden_BSH), approximate="tanh"))
+        return output_BSH
+
+
+class _Gpt2Layer(nn.Module):
+    def __init__(self, hidden: int, *, heads: int, head_dim: int, feedforward: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(hidden, eps=_LAYER_NORM_EPSILON)
+        self.attn = _Gpt2Attention(hidden, heads=heads, head_dim=head_dim)
+        self.ln_2 = nn.LayerNorm(hidden, eps=_LAYER_NORM_EPSILON)
+        self.mlp = _Gpt2Mlp(hidden, feedforward=feedforward)
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        """Return ``(B, S, H)``."""
+        hidden_BSH = hidden_BSH + self.attn(self.ln_1(hidden_BSH))
+        output_BSH: Tensor = hidden_BSH + self.mlp(self.ln_2(hidden_BSH))
+        return output_BSH
+
+
+class Gpt2Backbone(nn.Module):
+    """GPT-2's layers without mask and positions: attention and a GELU MLP, each on a LayerNorm, and a last LayerNorm.
+
+    Parameters
+    ----------
+    hidden, layers, heads, head_dim, feedforward
+        As in :class:`pertcast.models.spec.StateSpec`.
+    """
+
+    def __init__(self, hidden: int, layers: int, *, heads: int, head_dim: int, feedforward: int) -> None:
+        super().__init__()
+        self.h = nn.ModuleList(
+            _Gpt2Layer(hidden, heads=heads, head_dim=head_dim, feedforward=feedforward) for _ in range(layers)
+        )
+        self.ln_f = nn.LayerNorm(hidden, eps=_LAYER_NORM_EPSILON)
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        """Return ``(B, S, H)``."""
+        # as in Backbone: the residual stream stays float32 under autocast
+        hidden_BSH = hidden_BSH.to(self.ln_f.weight.dtype)
+        for layer in self.h:
+            hidden_BSH = layer(hidden_BSH)
+        output_BSH: Tensor = self.ln_f(hidden_BSH)
         return output_BSH

@@ -179,11 +179,16 @@ def _from_json(path: Path, raw: Mapping[str, Any]) -> Run:
             **{name: tuple(plain[name]) for name in ("genes", "perts", "contexts", "batches", "notes")},
             **{name: np.asarray(plain[name], dtype=np.int64) for name in ("output_genes", "hvg")},
             "path": path,
-            "spec": StateSpec(**plain["spec"]),
+            "spec": _spec(plain["spec"]),
             # A run that was moved together with its store finds it again.
             "store_path": beside if beside.is_dir() else Path(store["absolute"]),
         }
     )
+
+
+def _spec(raw: Mapping[str, Any]) -> StateSpec:
+    values: dict[str, Any] = dict(raw)
+    return StateSpec(**{**values, "decoder_widths": tuple(values.get("decoder_widths", ()))})
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

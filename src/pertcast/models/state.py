@@ -6,144 +6,21 @@ Shapes: B sets, S cells in a set, I input width, F width of a perturbation featu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import pairwise
-from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pertcast.config import ModelConfig
-from pertcast.errors import ConfigError
-from pertcast.models.backbone import Backbone
+from pertcast.models.backbone import Backbone, Gpt2Backbone
+from pertcast.models.heads import ConfidenceToken, bottleneck, mlp, normed_mlp
+from pertcast.models.spec import PRESETS, Preset, StateSpec, spec_for
 from pertcast.stats.draws import key_hash
 
 __all__ = ["PRESETS", "Prediction", "Preset", "StateSpec", "StateTransition", "spec_for"]
 
 _INIT_STD = 0.02
 _GENE_DECODER_LAYERS = 3
-
-
-class Preset(NamedTuple):
-    """The shape of a network, without what the data decide."""
-
-    set_size: int
-    hidden: int
-    layers: int
-    heads: int
-    feedforward: int
-    encoder_layers: int
-    decoder_layers: int
-
-
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "tiny": Preset(32, hidden=64, layers=2, heads=4, feedforward=256, encoder_layers=2, decoder_layers=2),
-        "state_sm": Preset(128, hidden=672, layers=4, heads=8, feedforward=2688, encoder_layers=4, decoder_layers=4),
-        "state": Preset(512, hidden=768, layers=8, heads=12, feedforward=3072, encoder_layers=1, decoder_layers=1),
-    }
-)
-
-
-@dataclass(frozen=True)
-class StateSpec:
-    """Everything that decides the shapes of a network and what it computes; JSON-able.
-
-    Attributes
-    ----------
-    input_dim, output_dim, pert_dim
-        Widths of a control cell, of what the backbone's head gives, and of a perturbation feature.
-    num_genes
-        Genes predicted: equal to `output_dim` in gene space, the gene decoder's width in latent space.
-    output_space
-        ``gene``: the head gives log1p expression, through a ReLU. ``latent``: it gives an embedding, and a gene decoder
-        turns that into log1p expression.
-    set_size, hidden, layers, heads, head_dim, feedforward, encoder_layers, decoder_layers
-        The preset, as overridden. ``heads * head_dim`` may differ from `hidden`.
-    dropout
-        Within the encoders' and decoders' MLPs; the backbone has none.
-    residual
-        Whether the encoded control cell is added to the backbone's output before the head.
-    num_batches, num_contexts
-        Rows of the batch and context embeddings; 0 where there is none.
-    unknown_batch
-        Whether the last row of the batch embedding stands for a batch that is not known (code -1).
-    """
-
-    input_dim: int
-    output_dim: int
-    pert_dim: int
-    num_genes: int
-    output_space: Literal["gene", "latent"]
-    set_size: int
-    hidden: int
-    layers: int
-    heads: int
-    head_dim: int
-    feedforward: int
-    encoder_layers: int
-    decoder_layers: int
-    dropout: float = 0.1
-    residual: bool = True
-    num_batches: int = 0
-    num_contexts: int = 0
-    unknown_batch: bool = False
-
-
-def spec_for(
-    config: ModelConfig,
-    *,
-    num_genes: int,
-    input_dim: int,
-    output_dim: int,
-    pert_dim: int,
-    num_batches: int,
-    num_contexts: int,
-) -> StateSpec:
-    """Return the network's specification: the preset, what the configuration overrides, and what the data decide.
-
-    Parameters
-    ----------
-    config
-        The ``[model]`` section.
-    num_genes, input_dim, output_dim, pert_dim
-        As in :class:`StateSpec`.
-    num_batches, num_contexts
-        Batches and contexts of the data; used where the configuration asks for their embeddings. The batch embedding
-        gets one row more, for a batch that is not known.
-
-    Raises
-    ------
-    ConfigError
-        If the heads do not divide the hidden width.
-    """
-    preset = PRESETS[config.preset]
-    shape = Preset(*((own if (own := getattr(config, name)) is not None else value) for name, value in _items(preset)))
-    if shape.hidden % shape.heads:
-        raise ConfigError(
-            f"[model] heads: expected a divisor of hidden = {shape.hidden}, got {shape.heads}; change one of the two"
-        )
-    return StateSpec(
-        input_dim=input_dim,
-        output_dim=output_dim,
-        pert_dim=pert_dim,
-        num_genes=num_genes,
-        output_space="latent" if config.input.startswith("obsm:") else "gene",
-        head_dim=shape.hidden // shape.heads,
-        dropout=config.dropout,
-        residual=config.residual,
-        num_batches=num_batches + 1 if config.batch_embedding else 0,
-        num_contexts=num_contexts if config.context_embedding else 0,
-        unknown_batch=config.batch_embedding,
-        **dict(_items(shape)),
-    )
-
-
-def _items(preset: Preset) -> list[tuple[str, int]]:
-    return list(zip(Preset._fields, preset, strict=True))
 
 
 class Prediction(NamedTuple):
@@ -155,10 +32,13 @@ class Prediction(NamedTuple):
         The head's output: log1p expression in gene space (`genes_BSG` is ``None``), an embedding in latent space.
     genes_BSG
         Log1p expression decoded from the embedding, or ``None`` in gene space.
+    confidence_B
+        The confidence of each set, from networks with a confidence token.
     """
 
     latent_BSO: Tensor  # noqa: N815
     genes_BSG: Tensor | None  # noqa: N815
+    confidence_B: Tensor | None = None  # noqa: N815
 
     @property
     def log1p_BSG(self) -> Tensor:  # noqa: N802
@@ -186,6 +66,7 @@ class StateTransition(nn.Module):
 
     Examples
     --------
+    >>> from pertcast.config import ModelConfig
     >>> config = ModelConfig(preset="tiny")
     >>> spec = spec_for(
     ...     config, num_genes=9, input_dim=9, output_dim=9, pert_dim=4, num_batches=0, num_contexts=1
@@ -200,19 +81,23 @@ class StateTransition(nn.Module):
         hidden, dropout = spec.hidden, spec.dropout
         # Weights take shape without values first, so that no draw comes from torch's global generator.
         with torch.device("meta"):
-            self.pert_encoder = _mlp(spec.pert_dim, hidden, hidden, layers=spec.encoder_layers, dropout=dropout)
-            self.basal_encoder = nn.Linear(spec.input_dim, hidden)
-            self.transformer_backbone = Backbone(
+            self.pert_encoder = mlp(spec.pert_dim, hidden, hidden, layers=spec.encoder_layers, dropout=dropout)
+            self.basal_encoder = (
+                nn.Linear(spec.input_dim, hidden)
+                if spec.basal_layers == 1
+                else mlp(spec.input_dim, hidden, hidden, layers=spec.basal_layers, dropout=dropout)
+            )
+            backbone = Gpt2Backbone if spec.backbone == "gpt2" else Backbone
+            self.transformer_backbone = backbone(
                 hidden, spec.layers, heads=spec.heads, head_dim=spec.head_dim, feedforward=spec.feedforward
             )
-            self.project_out = _mlp(hidden, hidden, spec.output_dim, layers=spec.decoder_layers, dropout=dropout)
+            self.project_out = mlp(hidden, hidden, spec.output_dim, layers=spec.decoder_layers, dropout=dropout)
+            self.final_down_then_up = bottleneck(spec.output_dim) if spec.bottleneck else None
             self.batch_encoder = nn.Embedding(spec.num_batches, hidden) if spec.num_batches else None
             self.context_encoder = nn.Embedding(spec.num_contexts, hidden) if spec.num_contexts else None
-            self.gene_decoder = (
-                _mlp(spec.output_dim, hidden, spec.num_genes, layers=_GENE_DECODER_LAYERS, dropout=dropout)
-                if spec.output_space == "latent"
-                else None
-            )
+            self.batch_token = nn.Parameter(torch.empty(1, 1, hidden)) if spec.batch_token else None
+            self.confidence_token = ConfidenceToken(hidden, dropout=dropout) if spec.confidence_token else None
+            self.gene_decoder = _gene_decoder(spec) if spec.output_space == "latent" else None
         if torch.get_default_device().type == "meta":
             return
         self.to_empty(device="cpu")
@@ -220,18 +105,25 @@ class StateTransition(nn.Module):
 
     @torch.no_grad()
     def _draw_weights(self, generator: torch.Generator) -> None:
-        """Draw the backbone and embeddings from N(0, 0.02), as Llama does, all else as ``nn.Linear`` does."""
+        """Draw the backbone, embeddings and tokens from N(0, 0.02), as Llama does, all else as ``nn.Linear`` does."""
         for name, module in self.named_modules():
-            if isinstance(module, nn.RMSNorm):
+            if isinstance(module, nn.RMSNorm | nn.LayerNorm):
                 module.weight.fill_(1)
+                if isinstance(module, nn.LayerNorm):
+                    module.bias.zero_()
             elif isinstance(module, nn.Embedding) or (
                 isinstance(module, nn.Linear) and name.startswith("transformer_backbone.")
             ):
                 module.weight.normal_(0, _INIT_STD, generator=generator)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
             elif isinstance(module, nn.Linear):
                 bound = module.in_features**-0.5
                 module.weight.uniform_(-bound, bound, generator=generator)
                 module.bias.uniform_(-bound, bound, generator=generator)
+        for token in (self.batch_token, getattr(self.confidence_token, "confidence_token", None)):
+            if token is not None:
+                token.normal_(0, _INIT_STD, generator=generator)
         if self.batch_encoder is not None and self.spec.unknown_batch:
             # Where training never meets an unknown batch, its row stays as if there were no batch embedding.
             self.batch_encoder.weight[-1].zero_()
@@ -290,20 +182,34 @@ class StateTransition(nn.Module):
             if context_B is None:
                 raise ValueError("this network has a context embedding: expected context_B, got None")
             hidden_BSH = hidden_BSH + self.context_encoder(context_B)[:, None]
-        hidden_BSH = self.transformer_backbone(hidden_BSH)
-        return self._read_out(hidden_BSH + basal_BSH if self.spec.residual else hidden_BSH)
-
-    def _read_out(self, hidden_BSH: Tensor) -> Prediction:
+        hidden_BSH, confidence_B = self._attend(hidden_BSH)
+        if self.spec.residual and self.final_down_then_up is None:
+            hidden_BSH = hidden_BSH + basal_BSH
         output_BSO = self.project_out(hidden_BSH)
+        if self.final_down_then_up is not None:
+            output_BSO = self.final_down_then_up(output_BSO + control_BSI if self.spec.residual else output_BSO)
         if self.gene_decoder is None:
-            return Prediction(functional.relu(output_BSO), None)
-        return Prediction(output_BSO, functional.relu(self.gene_decoder(output_BSO)))
+            return Prediction(functional.relu(output_BSO), None, confidence_B)
+        if self.spec.latent_relu:
+            output_BSO = functional.relu(output_BSO)
+        return Prediction(output_BSO, functional.relu(self.gene_decoder(output_BSO)), confidence_B)
+
+    def _attend(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Let the cells attend to one another and to the tokens; return them, and the sets' confidence."""
+        num_before, size = 0, hidden_BSH.shape[1]
+        if self.batch_token is not None:
+            num_before = 1
+            hidden_BSH = torch.cat([self.batch_token.expand(len(hidden_BSH), -1, -1), hidden_BSH], dim=1)
+        if self.confidence_token is not None:
+            token_BSH = self.confidence_token.confidence_token.expand(len(hidden_BSH), -1, -1)
+            hidden_BSH = torch.cat([hidden_BSH, token_BSH], dim=1)
+        hidden_BSH = self.transformer_backbone(hidden_BSH)
+        confidence_B = None if self.confidence_token is None else self.confidence_token(hidden_BSH[:, -1:])
+        return hidden_BSH[:, num_before : num_before + size], confidence_B
 
 
-def _mlp(width_in: int, hidden: int, width_out: int, *, layers: int, dropout: float) -> nn.Sequential:
-    """Return `layers` linear layers with GELU and dropout between them."""
-    widths = [width_in, *[hidden] * (layers - 1), width_out]
-    modules: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        modules += [nn.Linear(before, after), nn.GELU(), nn.Dropout(dropout)]
-    return nn.Sequential(*modules[:-2])
+def _gene_decoder(spec: StateSpec) -> nn.Sequential:
+    """Return what turns an embedding into log1p expression, but for the last ReLU."""
+    if spec.decoder_widths:
+        return normed_mlp((spec.output_dim, *spec.decoder_widths, spec.num_genes), dropout=spec.dropout)
+    return mlp(spec.output_dim, spec.hidden, spec.num_genes, layers=_GENE_DECODER_LAYERS, dropout=spec.dropout)

@@ -1,0 +1,154 @@
+"""What decides a State Transition network: its specification, and the presets that one starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+from pertcast.config import ModelConfig
+from pertcast.errors import ConfigError
+
+__all__ = ["PRESETS", "Preset", "StateSpec", "spec_for"]
+
+
+class Preset(NamedTuple):
+    """The shape of a network, without what the data decide."""
+
+    set_size: int
+    hidden: int
+    layers: int
+    heads: int
+    feedforward: int
+    encoder_layers: int
+    decoder_layers: int
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "tiny": Preset(32, hidden=64, layers=2, heads=4, feedforward=256, encoder_layers=2, decoder_layers=2),
+        "state_sm": Preset(128, hidden=672, layers=4, heads=8, feedforward=2688, encoder_layers=4, decoder_layers=4),
+        "state": Preset(512, hidden=768, layers=8, heads=12, feedforward=3072, encoder_layers=1, decoder_layers=1),
+    }
+)
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """Everything that decides the shapes of a network and what it computes; JSON-able.
+
+    The fields from `backbone` on are those of networks that arc-state trained; ours leave them as they are.
+
+    Attributes
+    ----------
+    input_dim, output_dim, pert_dim
+        Widths of a control cell, of what the backbone's head gives, and of a perturbation feature.
+    num_genes
+        Genes predicted: equal to `output_dim` in gene space, the gene decoder's width in latent space.
+    output_space
+        ``gene``: the head gives log1p expression, through a ReLU. ``latent``: it gives an embedding, and a gene decoder
+        turns that into log1p expression. ``embedding``: an embedding through a ReLU, and no genes.
+    set_size, hidden, layers, heads, head_dim, feedforward, encoder_layers, decoder_layers
+        The preset, as overridden. ``heads * head_dim`` may differ from `hidden`.
+    dropout
+        Within the encoders' and decoders' MLPs; the backbone has none.
+    residual
+        Whether the encoded control cell is added to the backbone's output before the head; with `bottleneck` it is the
+        control cell itself, added after the head.
+    num_batches, num_contexts
+        Rows of the batch and context embeddings; 0 where there is none.
+    unknown_batch
+        Whether the last row of the batch embedding stands for a batch that is not known (code -1).
+    backbone
+        ``llama`` (RMSNorm, SwiGLU) or ``gpt2`` (LayerNorm, GELU, biases).
+    basal_layers
+        Layers of the control cells' encoder.
+    bottleneck
+        Whether the head's output passes through two more layers, an eighth as wide between them.
+    latent_relu
+        Whether a ReLU stands before the gene decoder.
+    decoder_widths
+        Hidden widths of a gene decoder with LayerNorms; empty for our own gene decoder.
+    batch_token, confidence_token
+        Whether a learnt token stands before the cells of a set, and one after them that gives the set's confidence.
+    """
+
+    input_dim: int
+    output_dim: int
+    pert_dim: int
+    num_genes: int
+    output_space: Literal["gene", "latent", "embedding"]
+    set_size: int
+    hidden: int
+    layers: int
+    heads: int
+    head_dim: int
+    feedforward: int
+    encoder_layers: int
+    decoder_layers: int
+    dropout: float = 0.1
+    residual: bool = True
+    num_batches: int = 0
+    num_contexts: int = 0
+    unknown_batch: bool = False
+    backbone: Literal["llama", "gpt2"] = "llama"
+    basal_layers: int = 1
+    bottleneck: bool = False
+    latent_relu: bool = False
+    decoder_widths: tuple[int, ...] = ()
+    batch_token: bool = False
+    confidence_token: bool = False
+
+
+def spec_for(
+    config: ModelConfig,
+    *,
+    num_genes: int,
+    input_dim: int,
+    output_dim: int,
+    pert_dim: int,
+    num_batches: int,
+    num_contexts: int,
+) -> StateSpec:
+    """Return the network's specification: the preset, what the configuration overrides, and what the data decide.
+
+    Parameters
+    ----------
+    config
+        The ``[model]`` section.
+    num_genes, input_dim, output_dim, pert_dim
+        As in :class:`StateSpec`.
+    num_batches, num_contexts
+        Batches and contexts of the data; used where the configuration asks for their embeddings. The batch embedding
+        gets one row more, for a batch that is not known.
+
+    Raises
+    ------
+    ConfigError
+        If the heads do not divide the hidden width.
+    """
+    preset = PRESETS[config.preset]
+    shape = Preset(*((own if (own := getattr(config, name)) is not None else value) for name, value in _items(preset)))
+    if shape.hidden % shape.heads:
+        raise ConfigError(
+            f"[model] heads: expected a divisor of hidden = {shape.hidden}, got {shape.heads}; change one of the two"
+        )
+    return StateSpec(
+        input_dim=input_dim,
+        output_dim=output_dim,
+        pert_dim=pert_dim,
+        num_genes=num_genes,
+        output_space="latent" if config.input.startswith("obsm:") else "gene",
+        head_dim=shape.hidden // shape.heads,
+        dropout=config.dropout,
+        residual=config.residual,
+        num_batches=num_batches + 1 if config.batch_embedding else 0,
+        num_contexts=num_contexts if config.context_embedding else 0,
+        unknown_batch=config.batch_embedding,
+        **shape._asdict(),
+    )
+
+
+def _items(preset: Preset) -> list[tuple[str, int]]:
+    return list(zip(Preset._fields, preset, strict=True))
