@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from pertcast.files.artefacts import read_manifest, verify_artefact
 from pertcast.files.h5ad import CsrWriter
 from pertcast.progress import SILENT
 from pertcast.seasons import SEASONS
-from pertcast.submission import archive
+from pertcast.submission import archive, stream
 from pertcast.submission.pack import pack, unpack
 
 RULES = {"num_genes": len(SMALL_GENES)}
@@ -154,9 +153,9 @@ def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path, monkey
     source.write_bytes(np.random.default_rng(0).integers(0, 40, 20_000_000, dtype=np.uint8).tobytes())
     archives = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr(os, "cpu_count", lambda threads=threads: threads)
+        monkeypatch.setattr(stream, "available_cpus", lambda threads=threads: threads)
         written = tmp_path / f"{threads}.vcc"
-        archive.write_archive(source, written, season=SEASONS["vcc2025"], level=3, progress=SILENT)
+        stream.write_archive(source, written, season=SEASONS["vcc2025"], level=3, progress=SILENT)
         archives.append(written.read_bytes())
     assert archives[0] == archives[1] == archives[2]
 
@@ -175,7 +174,7 @@ def test_an_archive_that_reads_back_otherwise_is_not_kept(
     tmp_path: Path, genes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_small_h5ad(tmp_path / "p.h5ad", scale="log1p")
-    monkeypatch.setattr(archive, "_read_archive", lambda *args, **options: iter([b"something else"]))
+    monkeypatch.setattr(archive, "read_archive", lambda *args, **options: iter([b"something else"]))
     with pytest.raises(SubmissionError, match="not what was written"):
         pack(path, tmp_path / "p.vcc", season="vcc2025", genes=genes, rules=RULES)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["gene_names.csv", "p.h5ad"]

@@ -25,6 +25,7 @@ def pack(
     genes: GenesOption,
     targets: TargetsOption = None,
     set_: RulesOption = None,
+    level: int = 3,
 ) -> None:
     """Check a prediction and pack it as the season's archive; what `check` refuses is not packed.
 
@@ -38,8 +39,11 @@ def pack(
         The prediction, an h5ad file.
     out
         The archive, a .vcc file.
+    level
+        How hard zstd tries, 1 to 19: 3 is what the official packers use, 1 is faster and larger.
     """
     from pertcast.cli.console import Console
     from pertcast.submission.pack import pack as write
 
-    print(write(file, out, season=season, genes=genes, targets=targets, rules=parse_rules(set_), progress=Console()))
+    rules = parse_rules(set_)
+    print(write(file, out, season=season, genes=genes, targets=targets, rules=rules, level=level, progress=Console()))

@@ -21,7 +21,7 @@ def available_cpus() -> int:
     True
     """
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(there, math.ceil(_quota())))
+    return max(1, math.ceil(min(there, _quota())))
 
 
 def _quota() -> float:

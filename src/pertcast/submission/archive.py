@@ -1,13 +1,11 @@
 """The season's archive, byte by byte: an uncompressed tar of a zstd-compressed h5ad and a watermark.
 
-Invariants: equal h5ad files give equal archives (no clock, user or thread count in the bytes); nothing is believed that
-is read: names, kinds and sizes of members are checked before a byte of them is written. Memory does not grow with size.
+Invariants: nothing is believed that is read: names, kinds and sizes of members are checked before a byte of them is
+written. Memory does not grow with size. It is written by :mod:`pertcast.submission.stream`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,96 +15,21 @@ from typing import IO
 import zstandard
 
 from pertcast.errors import SubmissionError
+from pertcast.files.space import require_space
 from pertcast.progress import Advance, Progress
 from pertcast.seasons import SEASONS, Season
 
-__all__ = ["DEFAULT_LEVEL", "extract_archive", "write_archive"]
+__all__ = ["COMPRESSED", "META", "WATERMARK", "extract_archive", "read_archive"]
 
-DEFAULT_LEVEL = 3
-_SUFFIX = ".zst"
-_WATERMARK = "watermark.txt"
-_META = "meta.json"
-_READ_BYTES = 1 << 22
+COMPRESSED = ".zst"
+WATERMARK = "watermark.txt"
+META = "meta.json"
 # One zstd block of 4 bytes may stand for 128 KiB, so this bounds what one call can unfold to 256 MiB.
 _FEED_BYTES = 1 << 13
+_FRAME_HEADER_BYTES = 18
 _BYTES_PER_VALUE = 16
 _SLACK_BYTES = 1 << 30
 _DAMAGED = "copy or download it again, or pack the prediction again"
-
-
-def write_archive(
-    source: Path, archive: Path, *, season: Season, level: int, progress: Progress, meta: bytes | None = None
-) -> None:
-    """Write the archive of an h5ad file, read it back, and compare it with the file.
-
-    Parameters
-    ----------
-    source
-        The h5ad file, as it is to be packed.
-    archive
-        Where to write; give a temporary name.
-    season
-        Its members and watermark.
-    level
-        zstd's level.
-    meta
-        Content of ``meta.json``, where the season's archive has one.
-
-    Raises
-    ------
-    SubmissionError
-        If what was read back is not what was written.
-    """
-    total = source.stat().st_size
-    with archive.open("w+b") as stream:
-        for name in season.members:
-            start = stream.tell()
-            stream.write(bytes(tarfile.BLOCKSIZE))
-            if name.endswith(_SUFFIX):
-                with progress.task("pack", total, "B") as advance:
-                    digest = hashlib.sha256()
-                    compressor = zstandard.ZstdCompressor(
-                        level=level, threads=max(1, os.cpu_count() or 1), write_checksum=True
-                    )
-                    with (
-                        source.open("rb") as reading,
-                        compressor.stream_writer(stream, size=total, closefd=False) as writer,
-                    ):
-                        while chunk := reading.read(_READ_BYTES):
-                            digest.update(chunk)
-                            writer.write(chunk)
-                            advance(len(chunk))
-            else:
-                stream.write(_content(season, name, meta))
-            _close_member(stream, name, start)
-        stream.write(bytes(2 * tarfile.BLOCKSIZE))
-        stream.write(bytes(-stream.tell() % tarfile.RECORDSIZE))
-    with progress.task("read back", archive.stat().st_size, "B") as advance:
-        again = hashlib.sha256()
-        for chunk in _read_archive(archive, advance, max_bytes=total):
-            again.update(chunk)
-    if again.digest() != digest.digest():
-        raise SubmissionError(f"{archive}: what was read back is not what was written; check the disk, then pack again")
-
-
-def _content(season: Season, name: str, meta: bytes | None) -> bytes:
-    if name == _META and meta is not None:
-        return meta
-    if name == _WATERMARK and season.watermark is not None:
-        return season.watermark.encode()
-    raise SubmissionError(f"season {season.name}: this version of pertcast cannot write the member {name!r}; update it")
-
-
-def _close_member(stream: IO[bytes], name: str, start: int) -> None:
-    """Write the header of the member that ends here, into the block that was left free for it."""
-    end = stream.tell()
-    header = tarfile.TarInfo(name)
-    header.size = end - start - tarfile.BLOCKSIZE
-    header.mode = 0o644
-    stream.seek(start)
-    stream.write(header.tobuf(format=tarfile.GNU_FORMAT))
-    stream.seek(end)
-    stream.write(bytes(-end % tarfile.BLOCKSIZE))
 
 
 def extract_archive(archive: Path, out: Path, *, progress: Progress) -> None:
@@ -118,9 +41,33 @@ def extract_archive(archive: Path, out: Path, *, progress: Progress) -> None:
         If it is no archive of a season, is truncated or damaged, or unfolds to more than a season allows.
     """
     total = archive.stat().st_size if archive.is_file() else 0
+    require_space(out, _unfolded_bytes(archive) or total, what="the h5ad")
     with progress.task("unpack", total, "B") as advance, out.open("wb") as stream:
-        for chunk in _read_archive(archive, advance):
+        for chunk in read_archive(archive, advance):
             stream.write(chunk)
+
+
+def _unfolded_bytes(archive: Path) -> int | None:
+    """Return how large the h5ad says it is, where it says so; nothing else relies on it."""
+    if not archive.is_file():
+        return None
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for _ in range(_most_members()):
+                member = tar.next()
+                if member is None:
+                    return None
+                stream = tar.extractfile(member) if member.isreg() and member.name.endswith(COMPRESSED) else None
+                if stream is not None:
+                    size = zstandard.frame_content_size(stream.read(_FRAME_HEADER_BYTES))
+                    return size if 0 <= size <= max(map(_max_bytes, SEASONS.values())) else None
+    except (tarfile.TarError, zstandard.ZstdError, ValueError, OverflowError, EOFError):
+        return None
+    return None
+
+
+def _most_members() -> int:
+    return 1 + max(len(season.members) for season in SEASONS.values())
 
 
 def _season_of(archive: Path, names: list[str]) -> Season:
@@ -151,15 +98,14 @@ def _reading(archive: Path) -> Iterator[None]:
         raise SubmissionError(f"{archive}: not a whole tar archive ({error}); {_DAMAGED}") from error
 
 
-def _read_archive(archive: Path, advance: Advance, *, max_bytes: int | None = None) -> Iterator[bytes]:
+def read_archive(archive: Path, advance: Advance, *, max_bytes: int | None = None) -> Iterator[bytes]:
     """Check all members, then yield the bytes of the h5ad in bounded pieces; `advance` is told what was read."""
     if not archive.is_file():
         what = "a folder, not a file" if archive.is_dir() else "no such file"
         raise SubmissionError(f"{archive}: {what}; give the path of a .vcc file")
-    most = 1 + max(len(season.members) for season in SEASONS.values())
     with _reading(archive), tarfile.open(archive, "r:") as tar:
         members: list[tarfile.TarInfo] = []
-        while len(members) < most and (member := tar.next()) is not None:
+        while len(members) < _most_members() and (member := tar.next()) is not None:
             members.append(member)
         season = _season_of(archive, [member.name for member in members])
         for member in members:
@@ -170,10 +116,10 @@ def _read_archive(archive: Path, advance: Advance, *, max_bytes: int | None = No
             stream = tar.extractfile(by_name[name])
             if stream is None:
                 raise SubmissionError(f"{archive}: member {name!r} cannot be read; {_DAMAGED}")
-            if name.endswith(_SUFFIX):
+            if name.endswith(COMPRESSED):
                 limit = _max_bytes(season) if max_bytes is None else max_bytes
                 yield from _decompressed(archive, stream, advance, limit=limit)
-            elif name == _WATERMARK and season.watermark is not None:
+            elif name == WATERMARK and season.watermark is not None:
                 expected = season.watermark.encode()
                 got = stream.read(len(expected) + 1)
                 if got != expected or by_name[name].size != len(expected):

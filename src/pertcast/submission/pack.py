@@ -8,28 +8,40 @@ that is refused, or a disk that is full, leaves nothing behind.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
-from scipy import sparse
-
 from pertcast.errors import DataError, SubmissionError
-from pertcast.files.artefacts import Manifest, atomic_file, hash_file, remove_leftovers, write_manifest
-from pertcast.files.h5ad import CsrWriter, H5adReader, open_h5ad
-from pertcast.progress import SILENT, Progress
+from pertcast.files.artefacts import (
+    Manifest,
+    atomic_file,
+    hash_file,
+    manifest_path,
+    read_manifest,
+    remove_leftovers,
+    write_manifest,
+)
+from pertcast.files.h5ad import open_h5ad
+from pertcast.files.lock import locked
+from pertcast.files.season_lists import read_gene_list
+from pertcast.files.space import describe_write_error, require_space
+from pertcast.progress import SILENT, Advance, Progress
 from pertcast.seasons import Season
-from pertcast.submission.archive import DEFAULT_LEVEL, extract_archive, write_archive
-from pertcast.submission.check import check
-from pertcast.submission.check.whole import resolve_season
+from pertcast.submission.archive import META, extract_archive
+from pertcast.submission.check import CheckReport
+from pertcast.submission.check.whole import Examination, UnreadableError, examination, resolve_season
 from pertcast.submission.meta import meta_json
 from pertcast.submission.reuse import is_current
+from pertcast.submission.slim import is_slim, rewrite_slim
+from pertcast.submission.stream import DEFAULT_LEVEL, LEVELS, Packed, StoppedError, estimate_packed, write_archive
 
 __all__ = ["DEFAULT_LEVEL", "pack", "unpack"]
+
+_NORMALISED = "counts were scaled to the median of the cells' totals and log1p was taken, as the official packer does"
 
 
 def pack(
@@ -64,6 +76,9 @@ def pack(
 
     Examples
     --------
+    >>> import pandas as pd
+    >>> from scipy import sparse
+    >>> from pertcast.files.csr_writer import CsrWriter
     >>> folder = Path(tempfile.mkdtemp())
     >>> _ = (folder / "genes.csv").write_text("TP53")
     >>> with CsrWriter(folder / "p.h5ad", ["TP53"]) as writer:
@@ -75,111 +90,184 @@ def pack(
     True
     """
     in_force = resolve_season(season, rules or {})
+    if level not in LEVELS:
+        raise SubmissionError(f"level {level}: expected {LEVELS.start} to {LEVELS.stop - 1}; 3 is what others use")
     if out.exists() and path.exists() and out.samefile(path):
         raise SubmissionError(f"{out}: the archive would replace the prediction; give another --out")
-    report = check(path, season=in_force, genes=genes, targets=targets, progress=progress)
-    if not report.ok:
-        raise SubmissionError(
-            f"{path}: not packed, {len(report.problems)} problem(s) found by the check", problems=report.problems
-        )
-    sources = {"prediction": path, "genes": genes} | ({"targets": targets} if targets else {})
-    inputs = {name: hash_file(source) for name, source in sources.items()}
-    overrides = {rule: getattr(in_force, rule) for rule in in_force.overridden}
-    config = {"season": in_force.name, "rules": overrides, "level": level}
-    notes = list(report.notes)
-    normalise = report.facts["scale"] == "counts" and "log1p" in in_force.scales
-    if normalise:
-        notes.append(
-            "counts were scaled to the median of the cells' totals and log1p was taken, as the official packer does"
-        )
-    for note in notes:
-        progress.note(note)
-    if is_current(out, kind="submission", inputs=inputs, config=config):
-        progress.note(f"{out} is there and still true")
-        return out
-    facts = {**report.facts, "scale": "log1p" if normalise else report.facts["scale"]}
-    _write(path, out, in_force, facts, targets, normalise=normalise, level=level, progress=progress)
-    write_manifest(out, Manifest("submission", inputs=inputs, config=config, facts=facts, notes=tuple(notes)))
+    job = _Job(path, out, in_force, genes, targets, level, progress)
+    try:
+        with locked(out):
+            remove_leftovers(out)
+            if not job.is_done():
+                job.do()
+    except OSError as error:
+        raise SubmissionError(describe_write_error(out, error)) from error
     return out
 
 
-def _write(
-    path: Path,
-    out: Path,
-    season: Season,
-    facts: dict[str, Any],
-    targets: Path | None,
-    *,
-    normalise: bool,
-    level: int,
-    progress: Progress,
-) -> None:
-    try:
-        remove_leftovers(out)
+class _NotSlimError(Exception):
+    """The file has to be rewritten, which only its values tell; the check stands."""
+
+    def __init__(self, report: CheckReport) -> None:
+        super().__init__(report)
+        self.report = report
+
+
+class _Job:
+    """One prediction to be packed."""
+
+    def __init__(
+        self, path: Path, out: Path, season: Season, genes: Path, targets: Path | None, level: int, progress: Progress
+    ) -> None:
+        self._path, self._out, self._season, self._level = path, out, season, level
+        self._genes, self._targets, self._progress = genes, targets, progress
+        overrides = {rule: getattr(season, rule) for rule in season.overridden}
+        self._config = {"season": season.name, "rules": overrides, "level": level}
+
+    def _inputs(self, prediction: str) -> dict[str, str]:
+        lists = {"genes": self._genes} | ({"targets": self._targets} if self._targets else {})
+        return {"prediction": prediction} | {name: hash_file(path) for name, path in lists.items()}
+
+    def is_done(self) -> bool:
+        """Return whether the archive is there, whole, and made from just this; tell its notes again then."""
+        sources = [path for path in (self._path, self._genes, self._targets) if path is not None]
+        if not (self._out.is_file() and manifest_path(self._out).is_file() and all(map(Path.is_file, sources))):
+            return False
+        inputs = self._inputs(hash_file(self._path))
+        if not is_current(self._out, kind="submission", inputs=inputs, config=self._config):
+            return False
+        for note in (*read_manifest(self._out).notes, f"{self._out} is there and still true"):
+            self._progress.note(note)
+        return True
+
+    def do(self) -> None:
+        """Check and pack: at once where the file is slim already, after rewriting it where not."""
+        try:
+            opened = examination(self._path, season=self._season, genes=self._genes, targets=self._targets)
+            with opened as examined:
+                if examined.ok and is_slim(examined.reader, self._season, examined.genes):
+                    self._pack_as_it_is(examined)
+                    return
+                raise _NotSlimError(self._accepted(examined.finish(self._progress)))
+        except UnreadableError as error:
+            raise self._refused(error.report) from error
+        except _NotSlimError as found:
+            self._pack_rewritten(found.report)
+
+    def _refused(self, report: CheckReport) -> SubmissionError:
+        head = f"{self._path}: not packed, {len(report.problems)} problem(s) found by the check"
+        return SubmissionError(head, problems=report.problems)
+
+    def _accepted(self, report: CheckReport) -> CheckReport:
+        if not report.ok:
+            raise self._refused(report)
+        return report
+
+    def _pack_as_it_is(self, examined: Examination) -> None:
+        """Compress the file while another thread checks its values."""
+        require_space(self._out, estimate_packed(self._path, level=self._level), what="the archive")
+        with ThreadPoolExecutor(1) as pool, atomic_file(self._out) as temporary:
+            watch = _Watch()
+            checking = pool.submit(examined.finish, watch)
+
+            def stop() -> bool:
+                return checking.done() and (checking.exception() is not None or not self._stands(checking.result()))
+
+            try:
+                meta = self._meta(examined.facts)
+                packed = self._write(self._path, temporary, meta, stop)
+            except StoppedError:
+                packed = None
+            except BaseException:
+                watch.cancelled.set()
+                raise
+            report = self._accepted(checking.result())
+            if packed is None or not self._stands(report) or not examined.reader.in_order:
+                raise _NotSlimError(report)
+            self._finish(packed, report, packed.source, report.facts)
+
+    def _stands(self, report: CheckReport) -> bool:
+        return report.ok and not self._normalises(report)
+
+    def _normalises(self, report: CheckReport) -> bool:
+        return report.facts["scale"] == "counts" and "log1p" in self._season.scales
+
+    def _pack_rewritten(self, report: CheckReport) -> None:
+        self._require_space_to_rewrite(report)
+        genes = read_gene_list(self._genes, self._season)
+        prefix = f".{self._out.name}.partial-"
         with (
-            atomic_file(out) as temporary,
-            tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as folder,
+            ThreadPoolExecutor(1) as pool,
+            atomic_file(self._out) as temporary,
+            tempfile.TemporaryDirectory(prefix=prefix, dir=self._out.parent) as folder,
         ):
-            source = path
-            if normalise or not _is_slim(path, season):
-                source = Path(folder) / "pred.h5ad"
-                _write_slim(path, source, season, from_counts=normalise, progress=progress)
-            with open_h5ad(source) as reader:
-                facts["stored_values"] = reader.num_stored
-            meta = meta_json(season, facts=facts, targets=targets) if "meta.json" in season.members else None
-            write_archive(source, temporary, season=season, level=level, meta=meta, progress=progress)
-    except OSError as error:
-        raise SubmissionError(f"{out}: cannot be written ({error}); give another --out, or make room") from error
+            hashing = pool.submit(hash_file, self._path)
+            source = Path(folder) / "pred.h5ad"
+            stored = rewrite_slim(
+                self._path,
+                source,
+                season=self._season,
+                genes=genes,
+                normalise=self._normalises(report),
+                progress=self._progress,
+            )
+            facts = {**report.facts, "stored_values": stored}
+            packed = self._write(source, temporary, self._meta(facts), lambda: False)
+            self._finish(packed, report, hashing.result(), facts)
+
+    def _require_space_to_rewrite(self, report: CheckReport) -> None:
+        values = int(report.facts["nonzero_values"])  # type: ignore[arg-type]
+        require_space(self._out, int(values * 8 * 1.5), what="the rewritten prediction and its archive")
+
+    def _write(self, source: Path, temporary: Path, meta: bytes | None, stop: Callable[[], bool]) -> Packed:
+        season, level = self._season, self._level
+        return write_archive(
+            source, temporary, season=season, level=level, meta=meta, stop=stop, progress=self._progress
+        )
+
+    def _meta(self, facts: Mapping[str, Any]) -> bytes | None:
+        if META not in self._season.members:
+            return None
+        return meta_json(self._season, facts=facts, targets=self._targets)
+
+    def _finish(self, packed: Packed, report: CheckReport, prediction: str, facts: Mapping[str, Any]) -> None:
+        """Write the manifest; the archive takes its name right after."""
+        notes = list(report.notes)
+        if self._normalises(report):
+            notes.append(_NORMALISED)
+            facts = {**facts, "scale": "log1p"}
+        for note in notes:
+            self._progress.note(note)
+        manifest = Manifest(
+            "submission",
+            inputs=self._inputs(prediction),
+            config=self._config,
+            files={self._out.name: packed.archive},
+            facts=dict(facts),
+            notes=tuple(notes),
+        )
+        write_manifest(self._out, manifest)
 
 
-def _is_slim(path: Path, season: Season) -> bool:
-    """Return whether a file is just what is to be packed: nothing but X, the target and names, in the right form."""
-    with open_h5ad(path) as reader:
-        names = reader.obs_names()
-        if reader.layout != "csr" or reader.obs_columns != _columns(season):
-            return False
-        if not np.array_equal(names, np.arange(reader.num_cells).astype(str).astype(object)):
-            return False
-    with h5py.File(path, "r") as file:
-        others = [node for name, node in file.items() if name not in ("X", "obs", "var")]
-        empty = all(isinstance(node, h5py.Group) and not len(node) for node in others)
-        labelled = all(isinstance(file["obs"][column], h5py.Group) for column in _columns(season))
-        return empty and len(file["var"]) == 1 and labelled
+class _Watch:
+    """The progress of the check in its own thread: silent, and ended where the archive is given up."""
 
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
 
-def _columns(season: Season) -> tuple[str, ...]:
-    """Return the columns of obs that are packed."""
-    return (season.pert_column, season.context_column) if season.context_column else (season.pert_column,)
+    @contextmanager
+    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:  # noqa: ARG002
+        def advance(amount: int, detail: str = "") -> None:  # noqa: ARG001
+            if self.cancelled.is_set():
+                raise StoppedError
 
+        yield advance
 
-def _write_slim(path: Path, out: Path, season: Season, *, from_counts: bool, progress: Progress) -> None:
-    """Write the cells with nothing but what is packed; counts are normalised on the way."""
-    with open_h5ad(path) as reader, CsrWriter(out, reader.genes) as writer:
-        totals = _totals(reader) if from_counts else None
-        median = np.float32(1.0) if totals is None else np.median(totals)
-        with progress.task("slim down", reader.num_cells, "cells") as advance:
-            for first, block in reader.chunks():
-                if totals is not None:
-                    block = _normalised(block, totals[first : first + block.shape[0]], median)
-                writer.append(block)
-                advance(block.shape[0])
-        labels = {name: pd.Categorical(np.asarray(reader.obs(name), dtype=object)) for name in _columns(season)}
-        names = pd.RangeIndex(reader.num_cells).astype(str)
-        writer.finish(pd.DataFrame(labels, index=names))
+    def note(self, text: str) -> None:
+        """Do nothing."""
 
-
-def _totals(reader: H5adReader) -> NDArray[np.float32]:
-    """Return the counts of each cell, (num_cells,) float32."""
-    sums = [np.asarray(block.sum(axis=1)).ravel() for _, block in reader.chunks()]
-    return np.concatenate(sums).astype(np.float32)
-
-
-def _normalised(block: sparse.csr_matrix, totals: NDArray[np.float32], median: np.floating) -> sparse.csr_matrix:
-    """Return log1p(counts / (total / median)), in float32 at every step, so that it equals the official packer's."""
-    factors = (totals / median).astype(np.float32)
-    factors[factors == 0] = 1
-    data = np.log1p(block.data.astype(np.float32) / np.repeat(factors, np.diff(block.indptr)))
-    return sparse.csr_matrix((data, block.indices, block.indptr), shape=block.shape)
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Do nothing."""
 
 
 def unpack(vcc: Path, out: Path, *, progress: Progress = SILENT) -> Path:
@@ -200,13 +288,19 @@ def unpack(vcc: Path, out: Path, *, progress: Progress = SILENT) -> Path:
     if out.exists() and vcc.exists() and out.samefile(vcc):
         raise SubmissionError(f"{out}: the h5ad would replace the archive; give another --out")
     try:
-        remove_leftovers(out)
-        with atomic_file(out) as temporary:
-            extract_archive(vcc, temporary, progress=progress)
-            with open_h5ad(temporary):
-                pass
+        with locked(out):
+            remove_leftovers(out)
+            with atomic_file(out) as temporary:
+                extract_archive(vcc, temporary, progress=progress)
+                _open(vcc, temporary)
+    except OSError as error:
+        raise SubmissionError(describe_write_error(out, error)) from error
+    return out
+
+
+def _open(vcc: Path, path: Path) -> None:
+    try:
+        with open_h5ad(path):
+            pass
     except DataError as error:
         raise SubmissionError(f"{vcc}: what is in it is no h5ad file ({error}); pack the prediction again") from error
-    except OSError as error:
-        raise SubmissionError(f"{out}: cannot be written ({error}); give another --out, or make room") from error
-    return out

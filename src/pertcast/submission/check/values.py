@@ -132,6 +132,7 @@ def check_values(reader: H5adReader, season: Season, progress: Progress) -> Find
         "max_cell_sum": float(scan.sums.max(initial=0.0)),
         "median_cell_sum": float(np.median(scan.sums)) if reader.num_cells else None,
         "zero_cells": len(zeros),
+        "nonzero_values": int(scan.num_values.sum()),
     }
     words = {"log1p": "all log1p-normalised", "counts": "all whole counts", "mixed": "two scales"}
     evidence = f"{reader.dtype}, {words.get(scale or '', 'no value above 0')}, largest value {facts['max_value']:.6g}"

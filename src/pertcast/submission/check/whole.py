@@ -20,7 +20,7 @@ from pertcast.submission.check.report import CheckItem, CheckReport, Findings, p
 from pertcast.submission.check.targets import check_targets, check_zero_targets
 from pertcast.submission.check.values import check_values
 
-__all__ = ["Examination", "check", "examination", "resolve_season"]
+__all__ = ["Examination", "UnreadableError", "check", "examination", "resolve_season"]
 
 
 def resolve_season(season: str | Season, rules: Mapping[str, object]) -> Season:
@@ -70,11 +70,11 @@ def check(
     try:
         with examination(path, season=in_force, genes=genes, targets=targets) as examined:
             return examined.finish(progress)
-    except _UnreadableError as error:
+    except UnreadableError as error:
         return error.report
 
 
-class _UnreadableError(DataError):
+class UnreadableError(DataError):
     """A prediction that cannot be opened, with the report that says so."""
 
     def __init__(self, report: CheckReport) -> None:
@@ -168,7 +168,7 @@ def examination(path: Path, *, season: Season, genes: Path, targets: Path | None
         try:
             examined = Examination(stack.enter_context(open_h5ad(path)), season, lists, notes)
         except DataError as error:
-            raise _UnreadableError(
+            raise UnreadableError(
                 CheckReport(str(path), season.name, problems_of(error, str(path)), notes=notes)
             ) from error
         yield examined
