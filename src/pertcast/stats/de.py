@@ -18,6 +18,9 @@ __all__ = ["FDR", "DeTable", "adjust_fdr", "differential_expression", "log2_fold
 
 FDR = 0.05
 
+_DIGIT_BITS = 11
+_DIGIT_MASK = (1 << _DIGIT_BITS) - 1
+
 
 class DeTable(NamedTuple):
     """Statistics of every group against the control, each (P, G) float64.
@@ -49,17 +52,6 @@ def _log2_ratio(means: Any, control_mean: Any, out: Any) -> None:
 
 
 @compiled
-def _lower_bound(values: Any, low: int, high: int, wanted: float) -> int:
-    while low < high:
-        middle = (low + high) // 2
-        if values[middle] < wanted:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-@compiled
 def _two_sided(above: float, size: float, num_control: float, ties: float) -> float:
     num_cells = size + num_control
     pairs = size * num_control
@@ -73,11 +65,67 @@ def _two_sided(above: float, size: float, num_control: float, ties: float) -> fl
 
 
 @compiled
+def _sort(bits: Any, tags: Any, length: int, spare_bits: Any, spare_tags: Any, counts: Any) -> bool:
+    """Sort by bits, equal ones staying in order (radix sort); return whether the result lies in the spare arrays."""
+    in_spare = False
+    for digit in range(counts.shape[0]):
+        counts[digit, :] = 0
+    for entry in range(length):
+        for digit in range(counts.shape[0]):
+            counts[digit, (bits[entry] >> (digit * _DIGIT_BITS)) & _DIGIT_MASK] += 1
+    for digit in range(counts.shape[0]):
+        shift = digit * _DIGIT_BITS
+        if counts[digit, (bits[0] >> shift) & _DIGIT_MASK] == length:
+            continue
+        before = 0
+        for value in range(counts.shape[1]):
+            number = counts[digit, value]
+            counts[digit, value] = before
+            before += number
+        for entry in range(length):
+            value = (bits[entry] >> shift) & _DIGIT_MASK
+            place = counts[digit, value]
+            counts[digit, value] += 1
+            spare_bits[place] = bits[entry]
+            spare_tags[place] = tags[entry]
+        bits, spare_bits = spare_bits, bits
+        tags, spare_tags = spare_tags, tags
+        in_spare = not in_spare
+    return in_spare
+
+
+@compiled
+def _tally(bits: Any, tags: Any, length: int, zeros_control: float, above: Any, ties: Any) -> None:
+    """Add up the pairs that each group wins and its ties with the control, over sorted values other than 0."""
+    below, ties_control = zeros_control, 0.0
+    start = 0
+    while start < length:
+        stop = start
+        while stop < length and bits[stop] == bits[start] and tags[stop] < 0:
+            stop += 1
+        equal = float(stop - start)
+        alone = equal * equal * equal - equal
+        ties_control += alone
+        entry = stop
+        while entry < length and bits[entry] == bits[start]:
+            group, first = tags[entry], entry
+            while entry < length and bits[entry] == bits[start] and tags[entry] == group:
+                entry += 1
+            ours = float(entry - first)
+            both = ours + equal
+            above[group] += ours * (below + 0.5 * equal)
+            ties[group] += both * both * both - both - alone
+        below += equal
+        start = entry
+    ties += ties_control
+
+
+@compiled
 def _rank_sum(
-    values: Any,
+    bits: Any,
     starts: Any,
     sizes: Any,
-    control_values: Any,
+    control_bits: Any,
     control_starts: Any,
     num_control: int,
     first_gene: int,
@@ -85,56 +133,39 @@ def _rank_sum(
     p_value: Any,
     statistic: Any,
 ) -> None:
-    most = np.int64(1)
+    num_groups = starts.shape[0]
+    most = 1
     for gene in range(first_gene, last_gene):
-        most = max(most, control_starts[gene + 1] - control_starts[gene])
-        for group in range(starts.shape[0]):
-            most = max(most, starts[group, gene + 1] - starts[group, gene])
-    distinct = np.empty(most, dtype=control_values.dtype)
-    below = np.empty(most + 1, dtype=np.int64)  # control cells with a stored value below each distinct one
-    buffer = np.empty(most, dtype=values.dtype)
+        number = control_starts[gene + 1] - control_starts[gene]
+        for group in range(num_groups):
+            number += starts[group, gene + 1] - starts[group, gene]
+        most = max(most, number)
+    pool, spare = np.empty(most, dtype=bits.dtype), np.empty(most, dtype=bits.dtype)
+    tags, spare_tags = np.empty(most, dtype=np.int32), np.empty(most, dtype=np.int32)
+    num_digits = (8 * bits.itemsize + _DIGIT_BITS - 1) // _DIGIT_BITS
+    counts = np.empty((num_digits, _DIGIT_MASK + 1), dtype=np.int32)
+    above, ties = np.empty(num_groups), np.empty(num_groups)
     for gene in range(first_gene, last_gene):
-        control = np.sort(control_values[control_starts[gene] : control_starts[gene + 1]])
-        num_distinct, ties_control = 0, 0.0
-        below[0] = 0
-        for rank in range(len(control)):
-            if rank == 0 or control[rank] != control[rank - 1]:
-                distinct[num_distinct] = control[rank]
-                below[num_distinct] = rank
-                num_distinct += 1
-        below[num_distinct] = len(control)
-        for number in range(num_distinct):
-            tied = float(below[number + 1] - below[number])
-            ties_control += tied * tied * tied - tied
-        zeros_control = float(num_control - len(control))
-        for group in range(starts.shape[0]):
+        length = 0
+        for entry in range(control_starts[gene], control_starts[gene + 1]):
+            pool[length], tags[length] = control_bits[entry], -1
+            length += 1
+        zeros_control = float(num_control - length)
+        for group in range(num_groups):
             first, last = starts[group, gene], starts[group, gene + 1]
-            length, size = last - first, sizes[group]
-            ours = buffer[:length]
-            for entry in range(length):
-                ours[entry] = values[first + entry]
-            ours.sort()
-            zeros = float(size - length)
-            above = 0.5 * zeros * zeros_control
+            zeros = float(sizes[group] - (last - first))
             block = zeros + zeros_control
-            ties = ties_control + block * block * block - block
-            place, entry = 0, 0
-            while entry < length:
-                value = ours[entry]
-                stop = entry + 1
-                while stop < length and ours[stop] == value:
-                    stop += 1
-                mine = float(stop - entry)
-                place = _lower_bound(distinct, place, num_distinct, value)
-                equal = 0.0
-                if place < num_distinct and distinct[place] == value:
-                    equal = float(below[place + 1] - below[place])
-                above += mine * (zeros_control + below[place] + 0.5 * equal)
-                both = mine + equal
-                ties += (both * both * both - both) - (equal * equal * equal - equal)
-                entry = stop
-            statistic[group, gene] = above
-            p_value[group, gene] = _two_sided(above, float(size), float(num_control), ties)
+            above[group], ties[group] = 0.5 * zeros * zeros_control, block * block * block - block
+            for entry in range(first, last):
+                pool[length], tags[length] = bits[entry], group
+                length += 1
+        if length > 0 and _sort(pool, tags, length, spare, spare_tags, counts):
+            _tally(spare, spare_tags, length, zeros_control, above, ties)
+        else:
+            _tally(pool, tags, length, zeros_control, above, ties)
+        for group in range(num_groups):
+            statistic[group, gene] = above[group]
+            p_value[group, gene] = _two_sided(above[group], float(sizes[group]), float(num_control), ties[group])
 
 
 def rank_sum(
@@ -158,6 +189,11 @@ def rank_sum(
     p_value, statistic
         (P, G) each; the statistic is U of the group: pairs in which its cell is above the control's, ties as halves.
 
+    Raises
+    ------
+    ValueError
+        If the two sides are not on one number type.
+
     Examples
     --------
     >>> from pertcast.stats.groups import group_cells
@@ -169,8 +205,13 @@ def rank_sum(
     """
     num_groups, num_genes = groups.starts.shape[0], groups.starts.shape[1] - 1
     p_value, statistic = np.empty((num_groups, num_genes)), np.empty((num_groups, num_genes))
-    ours = groups.values, groups.starts, groups.sizes
-    theirs = control.values, control.starts[0], int(control.sizes[0])
+    if groups.values.dtype != control.values.dtype or groups.values.dtype.itemsize not in (4, 8):
+        raise ValueError(
+            f"expected float32 or float64 on both sides, got {groups.values.dtype}, {control.values.dtype}"
+        )
+    as_int = np.dtype(f"i{groups.values.dtype.itemsize}")  # floats that are not negative order as their bits do
+    ours = groups.values.view(as_int), groups.starts, groups.sizes
+    theirs = control.values.view(as_int), control.starts[0], int(control.sizes[0])
     in_bands(lambda first, last: _rank_sum(*ours, *theirs, first, last, p_value, statistic), num_genes, threads, 8)
     return p_value, statistic
 
