@@ -122,8 +122,13 @@ def first_gene_twice(cells: ad.AnnData) -> None:
     cells.var_names = ["G0", "G0", *SMALL_GENES[2:]]
 
 
-def as_float64(cells: ad.AnnData) -> None:
+def too_large(cells: ad.AnnData) -> None:
     cells.X = cells.X.astype(np.float64)
+    cells.X.data[0] = 1e300
+
+
+def misspell_gene(cells: ad.AnnData) -> None:
+    cells.var_names = ["g0", *cells.var_names[1:]]
 
 
 def features_file(name: str, write: Callable[[Path], None]) -> Spoil:
@@ -354,10 +359,10 @@ DEFECTS: dict[str, tuple[Spoil, tuple[str, ...], tuple[str, ...]]] = {
         ("G2.h5ad", "pertcast generate"),
     ),
     "prediction: not HDF5": (write_text("out/prediction.h5ad", "x"), CHECK, ("prediction.h5ad", "HDF5")),
-    "prediction: genes out of order": (
-        edit_cells(lambda cells: cells[:, [1, 0, *range(2, 20)]].copy(), prediction=True),
+    "prediction: a gene misspelt": (
+        edit_cells(misspell_gene, prediction=True),
         PACK,
-        ("prediction.h5ad", "position 0", "'G0'", "'G1'"),
+        ("prediction.h5ad", "'G0'", "'g0'"),
     ),
     "prediction: a gene is missing": (
         edit_cells(lambda cells: cells[:, 1:].copy(), prediction=True),
@@ -386,7 +391,11 @@ DEFECTS: dict[str, tuple[Spoil, tuple[str, ...], tuple[str, ...]]] = {
         PACK,
         ("G1", "29"),
     ),
-    "prediction: float64": (edit_cells(as_float64, prediction=True), PACK, ("float64", "float32")),
+    "prediction: more than float32 holds": (
+        edit_cells(too_large, prediction=True),
+        PACK,
+        ("1 infinite value", "1e+300"),
+    ),
     "prediction: NaN": (edit_cells(set_value(np.nan), prediction=True), PACK, ("5", "G3")),
     "prediction: negative": (edit_cells(set_value(-1), prediction=True), PACK, ("5", "G3")),
     "prediction: two scales": (edit_cells(counts_in_some_rows, prediction=True), PACK, ("4", "counts", "log1p")),

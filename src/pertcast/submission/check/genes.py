@@ -1,4 +1,4 @@
-"""Genes of a prediction against the season's list: the same names in the same order, nothing else."""
+"""Genes of a prediction against the season's list: the same names, nothing else; another order is a note."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from pertcast.submission.check.report import CheckItem, Findings, counted, named
 __all__ = ["check_genes"]
 
 _NUM_SUGGESTIONS = 10
-_ASSEMBLE = "put the columns in the list's order: adata[:, genes]"
 
 
 def check_genes(got: tuple[str, ...], expected: tuple[str, ...], *, path: Path, genes_path: Path) -> Findings:
-    """Compare genes and their order.
+    """Compare genes; where they are the list's in another order, a note says so, for packing puts them in order.
 
     Parameters
     ----------
@@ -24,7 +23,7 @@ def check_genes(got: tuple[str, ...], expected: tuple[str, ...], *, path: Path, 
     path, genes_path
         The files they come from, for the messages.
     """
-    question = "gene set and order"
+    question = "genes of the list"
     if got == expected:
         item = CheckItem(question, ok=True, evidence=f"{len(got):,} genes in the order of {genes_path.name}")
         return Findings((), (item,))
@@ -42,14 +41,14 @@ def check_genes(got: tuple[str, ...], expected: tuple[str, ...], *, path: Path, 
     if extra:
         message = f"{counted(len(extra), 'gene')} not in {genes_path.name}: {named(extra)}"
         problems.append(Problem(place, message, _spelling(extra, missing) or "remove them"))
-    first = next((i for i, (one, other) in enumerate(zip(got, expected, strict=False)) if one != other), None)
-    if first is not None:
-        message = f"gene order differs at position {first}: expected {expected[first]!r}, got {got[first]!r}"
-        problems.append(Problem(place, message, _ASSEMBLE))
-    evidence = f"{len(missing):,} missing, {len(extra):,} not in {genes_path.name}" if missing or extra else ""
-    if first is not None and not evidence:
-        evidence = f"order differs at position {first}: expected {expected[first]!r}, got {got[first]!r}"
-    return Findings(tuple(problems), (CheckItem(question, ok=False, evidence=evidence),))
+    if problems:
+        evidence = f"{len(missing):,} missing, {len(extra):,} not in {genes_path.name}"
+        return Findings(tuple(problems), (CheckItem(question, ok=False, evidence=evidence),))
+    first = next(i for i, (one, other) in enumerate(zip(got, expected, strict=True)) if one != other)
+    where = f"from position {first} on: expected {expected[first]!r}, got {got[first]!r}"
+    note = f"genes are in another order than in {genes_path.name} {where}; `pertcast pack` puts them in its order"
+    item = CheckItem(question, ok=True, evidence=f"{len(got):,} genes, in another order than {genes_path.name}")
+    return Findings((), (item,), notes=(note,))
 
 
 def _spelling(extra: list[str], missing: list[str]) -> str:

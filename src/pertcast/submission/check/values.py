@@ -48,7 +48,7 @@ class _Scan:
         if not len(values):
             return
         least, most = values.min(), values.max()
-        if not (least >= 0 and most < np.inf):
+        if not (least >= 0 and most <= _MAX_FLOAT32):
             values = self._clean(first, block)
             least = 0
         # reduceat needs starts of rows that hold something; rows without entries keep their zeros.
@@ -66,7 +66,9 @@ class _Scan:
         """Note the values that no scale allows, and return all values with zeros in their places."""
         values: NDArray[Any] = block.data
         clean = values
-        for kind, wrong in {"NaN": np.isnan(values), "infinite": np.isinf(values), "negative": values < 0}.items():
+        # float32, in which values are packed, makes what it cannot hold infinite
+        infinite = np.abs(values) > _MAX_FLOAT32
+        for kind, wrong in {"NaN": np.isnan(values), "infinite": infinite, "negative": values < 0}.items():
             if wrong.any():
                 self._note_bad(kind, first, block, wrong)
                 clean = np.where(wrong, np.zeros(1, dtype=values.dtype), clean)
