@@ -23,10 +23,10 @@ from pertcast.files.artefacts import (
     atomic_dir,
     hash_file,
     read_manifest,
-    remove_leftovers,
     write_manifest,
 )
 from pertcast.files.h5ad import open_h5ad
+from pertcast.files.lock import claimed
 from pertcast.files.season_lists import read_gene_list
 from pertcast.progress import SILENT, Progress
 
@@ -63,6 +63,11 @@ def prepare(experiment: Experiment, out: Path, *, progress: Progress = SILENT) -
     DataError
         If a file, a column, the scale, the genes or the split is wrong; nothing is left behind.
     """
+    with claimed(out):
+        return _prepare(experiment, out, progress)
+
+
+def _prepare(experiment: Experiment, out: Path, progress: Progress) -> Path:
     cells = read_cells(experiment)
     inputs = _hash_inputs(experiment, cells, progress)
     if _is_current(experiment, out, inputs):
@@ -71,7 +76,6 @@ def prepare(experiment: Experiment, out: Path, *, progress: Progress = SILENT) -
     flags = assign_split(experiment, cells.keys)
     genes, maps, gene_notes = _gene_maps(experiment, cells)
     _check_embedding(experiment, cells)
-    remove_leftovers(out)
     with atomic_dir(out) as folder:
         with StoreWriter(experiment, cells, flags, genes, folder) as writer:
             with progress.task("prepare", len(flags), "cells") as advance:

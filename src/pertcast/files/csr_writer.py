@@ -6,7 +6,8 @@ column order, without duplicates and without explicit zeros; a file that was not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,15 @@ __all__ = ["CsrWriter"]
 
 _CHUNK_VALUES = (1 << 20) // 4
 _STRING = h5py.string_dtype()
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn what HDF5 raises where a disk fails into an OSError; it has not always the number of the system's error."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 class _Column:
@@ -106,11 +116,19 @@ class CsrWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if not self._finished:
-            self._path.unlink(missing_ok=True)
+        try:
+            with _disk_errors(self._path):
+                self._file.close()
+        except OSError:
+            self._finished = False
+            # where one write has failed already, that error is the one to tell
             if error is None:
-                raise RuntimeError("CsrWriter.finish() was not called")
+                raise
+        finally:
+            if not self._finished:
+                self._path.unlink(missing_ok=True)
+        if not self._finished and error is None:
+            raise RuntimeError("CsrWriter.finish() was not called")
 
     def append(self, block: sparse.csr_matrix) -> None:
         """Append rows (n, genes); values become float32, explicit zeros are dropped, duplicates are summed.
@@ -140,12 +158,13 @@ class CsrWriter:
             before = np.concatenate([[0], np.cumsum(kept)])
             data, indices, indptr = data[kept], indices[kept], before[indptr]
         start = 0
-        while start < len(data):
-            # both columns reach the end of a chunk together, so that chunks lie in the file in one order
-            part = slice(start, start + self._data.room)
-            start = min(part.stop, len(data))
-            self._data.append(data[part])
-            self._indices.append(indices[part])
+        with _disk_errors(self._path):
+            while start < len(data):
+                # both columns reach the end of a chunk together, so that chunks lie in the file in one order
+                part = slice(start, start + self._data.room)
+                start = min(part.stop, len(data))
+                self._data.append(data[part])
+                self._indices.append(indices[part])
         self._indptr.append(indptr[1:] - indptr[0] + self._values_done)
         self._values_done += len(data)
         self._rows_done += block.shape[0]
@@ -174,17 +193,23 @@ class CsrWriter:
             raise DataError(
                 problems=[Problem(f"{self._path}, obs_names", f"{first!r} names two cells", "name each cell once")]
             )
+        with _disk_errors(self._path):
+            self._write_rest(obs.set_axis(names, axis=0))
+        self._finished = True
+
+    def _write_rest(self, obs: pd.DataFrame) -> None:
         self._data.finish()
         self._indices.finish()
         self._matrix.create_dataset("indptr", data=np.concatenate(self._indptr), track_times=False)
         self._matrix.attrs["encoding-type"] = "csr_matrix"
         self._matrix.attrs["encoding-version"] = "0.1.0"
         self._matrix.attrs["shape"] = np.array([self._rows_done, len(self._genes)], dtype=np.int64)
-        _write_table(self._file, "obs", obs.set_axis(names, axis=0))
+        _write_table(self._file, "obs", obs)
         _write_table(self._file, "var", pd.DataFrame(index=self._genes))
         self._file.attrs["encoding-type"] = "anndata"
         self._file.attrs["encoding-version"] = "0.1.0"
-        self._finished = True
+        # a full disk is to be found here, not when the file is closed
+        self._file.flush()
 
 
 def _encode(node: Any, encoding: str, version: str) -> None:

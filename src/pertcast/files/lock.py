@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pertcast.errors import DataError
+from pertcast.files.artefacts import manifest_path, remove_leftovers
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["locked"]
+__all__ = ["claimed", "locked"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,25 @@ def locked(destination: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextmanager
+def claimed(destination: Path) -> Iterator[None]:
+    """Lock an output, and remove what dead runs left beside and in it under temporary names.
+
+    Raises
+    ------
+    DataError
+        If another run is writing it now.
+    """
+    with locked(destination):
+        remove_leftovers(destination)
+        remove_leftovers(manifest_path(destination))
+        if destination.is_dir():
+            for path in {leftover.parent for leftover in destination.rglob(".*.partial-*")}:
+                for name in {name.name[1:].rpartition(".partial-")[0] for name in path.glob(".*.partial-*")}:
+                    remove_leftovers(path / name)
+        yield
 
 
 def _take(path: Path, destination: Path) -> int:

@@ -29,6 +29,7 @@ from pertcast.files.artefacts import (
     write_json,
     write_manifest,
 )
+from pertcast.files.lock import claimed
 from pertcast.generate.parts import PartMaker
 from pertcast.generate.plan import Part, Plan, plan_parts
 from pertcast.models.checkpoint import Run, open_run
@@ -84,6 +85,12 @@ def generate(
     _show(plan, progress)
     if any_content(out) and not (out / "plan.json").is_file():
         raise DataError(f"{out}: it is there already and holds no parts; give another --out, or remove it first")
+    with claimed(out):
+        _make_parts(out, plan, experiment, run, maker, progress)
+    return out
+
+
+def _make_parts(out: Path, plan: Plan, experiment: Experiment, run: Run, maker: PartMaker, progress: Progress) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
     write_json(out / "plan.json", _plan_json(plan, experiment))
@@ -93,7 +100,6 @@ def generate(
     with progress.task("generate", total, "cells", done=done) as advance:
         maker.make(out, todo, done=lambda part: advance(part.num_cells, detail=part.target))
     _finish(out, plan, experiment, run, maker)
-    return out
 
 
 def _open_store(run: Run, run_path: Path, store_path: Path | None) -> Store:

@@ -22,11 +22,12 @@ from pertcast.files.artefacts import (
     hash_file,
     read_json,
     read_manifest,
-    remove_leftovers,
     write_manifest,
 )
 from pertcast.files.h5ad import CsrWriter, H5adReader, open_h5ad
+from pertcast.files.lock import claimed
 from pertcast.files.season_lists import read_gene_list
+from pertcast.files.space import describe_write_error, require_space
 from pertcast.progress import SILENT, Progress
 from pertcast.seasons import season as season_by_name
 from pertcast.submission.reuse import is_current
@@ -85,23 +86,26 @@ def assemble(parts: Path, out: Path, *, progress: Progress = SILENT) -> Path:
             Problem(str(parts / part.file), f"the part of {part.target!r} is missing", _AGAIN) for part in missing
         ]
         raise SubmissionError(f"{parts}: {len(missing)} of {len(plan.parts)} parts are missing", problems=problems)
+    try:
+        with claimed(out):
+            _assemble(parts, out, plan, genes, progress)
+    except OSError as error:
+        raise SubmissionError(describe_write_error(out, error)) from error
+    return out
+
+
+def _assemble(parts: Path, out: Path, plan: _Plan, genes: Sequence[str], progress: Progress) -> None:
     inputs = {name: hash_file(parts / name) for name in (PLAN, GENES, *(part.file for part in plan.parts))}
     config = {"season": plan.season, "rules": plan.rules}
     if is_current(out, kind="prediction", inputs=inputs, config=config):
         progress.note(f"{out} is there and still true")
-        return out
+        return
     problems = [
         *_changed(parts, inputs),
         *(found for part in plan.parts for found in _examine(parts, part, plan, genes)),
     ]
     if problems:
         raise SubmissionError(f"{parts}: {len(problems)} problem(s) in the parts", problems=problems)
-    try:
-        remove_leftovers(out)
-        with atomic_file(out) as temporary:
-            _join(parts, plan, genes, temporary, progress)
-    except OSError as error:
-        raise SubmissionError(f"{out}: cannot be written ({error}); give another --out, or make room") from error
     controls = sum(part.num_cells for part in plan.parts if part.target == plan.control_label)
     facts = {
         "cells": sum(part.num_cells for part in plan.parts),
@@ -109,8 +113,13 @@ def assemble(parts: Path, out: Path, *, progress: Progress = SILENT) -> Path:
         "targets": len({part.target for part in plan.parts} - {plan.control_label}),
         "scale": plan.scale,
     }
-    write_manifest(out, Manifest("prediction", inputs=inputs, config=config, facts=facts, notes=plan.notes))
-    return out
+    require_space(out, sum((parts / part.file).stat().st_size for part in plan.parts), what="the prediction")
+    with atomic_file(out) as temporary:
+        _join(parts, plan, genes, temporary, progress)
+        files = {out.name: hash_file(temporary)}
+        # before the file takes its name: a manifest that does not fit its file is found out, the other way round too
+        manifest = Manifest("prediction", inputs=inputs, config=config, files=files, facts=facts, notes=plan.notes)
+        write_manifest(out, manifest)
 
 
 def _read_plan(path: Path) -> _Plan:

@@ -22,11 +22,10 @@ from pertcast.files.artefacts import (
     hash_file,
     manifest_path,
     read_manifest,
-    remove_leftovers,
     write_manifest,
 )
 from pertcast.files.h5ad import open_h5ad
-from pertcast.files.lock import locked
+from pertcast.files.lock import claimed
 from pertcast.files.season_lists import read_gene_list
 from pertcast.files.space import describe_write_error, require_space
 from pertcast.progress import SILENT, Advance, Progress
@@ -96,8 +95,7 @@ def pack(
         raise SubmissionError(f"{out}: the archive would replace the prediction; give another --out")
     job = _Job(path, out, in_force, genes, targets, level, progress)
     try:
-        with locked(out):
-            remove_leftovers(out)
+        with claimed(out):
             if not job.is_done():
                 job.do()
     except OSError as error:
@@ -288,11 +286,9 @@ def unpack(vcc: Path, out: Path, *, progress: Progress = SILENT) -> Path:
     if out.exists() and vcc.exists() and out.samefile(vcc):
         raise SubmissionError(f"{out}: the h5ad would replace the archive; give another --out")
     try:
-        with locked(out):
-            remove_leftovers(out)
-            with atomic_file(out) as temporary:
-                extract_archive(vcc, temporary, progress=progress)
-                _open(vcc, temporary)
+        with claimed(out), atomic_file(out) as temporary:
+            extract_archive(vcc, temporary, progress=progress)
+            _open(vcc, temporary)
     except OSError as error:
         raise SubmissionError(describe_write_error(out, error)) from error
     return out

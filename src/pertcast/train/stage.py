@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from pertcast.data.features import PertFeatures, coverage, load_features, open_f
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
 from pertcast.files.artefacts import MANIFEST, any_content, read_json, remove_leftovers, write_json
+from pertcast.files.lock import claimed
 from pertcast.files.season_lists import read_targets
 from pertcast.models.checkpoint import RUN_JSON, WEIGHTS, Run, open_run, save_run
 from pertcast.models.state import StateTransition
@@ -68,6 +71,16 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
     CheckpointError
         If `out` holds a run that was begun otherwise, or training diverges.
     """
+    with claimed(out) if _is_first_process() else nullcontext():
+        return _train(experiment, store_path, out, progress)
+
+
+def _is_first_process() -> bool:
+    """Return whether no launcher says that this is another than the first process of a run on many devices."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progress) -> Path:
     store = Store.open(store_path)
     _require_losses(experiment)
     identity = identity_of(experiment, store.fingerprint)
