@@ -94,7 +94,7 @@ class Backbone(nn.Module):
 
 
 class _Gpt2Attention(nn.Module):
-    """Every cell of a set attends to every other; queries, keys and values come from one layer."""
+    """A cell attends to itself and to those before it; queries, keys and values come from one layer."""
 
     def __init__(self, hidden: int, *, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class _Gpt2Attention(nn.Module):
         query_BNSD, key_BNSD, value_BNSD = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.c_attn(hidden_BSH).chunk(3, dim=-1)
         )
-        attended_BNSD = functional.scaled_dot_product_attention(query_BNSD, key_BNSD, value_BNSD)
+        attended_BNSD = functional.scaled_dot_product_attention(query_BNSD, key_BNSD, value_BNSD, is_causal=True)
         attended_BSH: Tensor = self.c_proj(attended_BNSD.transpose(1, 2).flatten(2))
         return attended_BSH
 
@@ -142,7 +142,10 @@ class _Gpt2Layer(nn.Module):
 
 
 class Gpt2Backbone(nn.Module):
-    """GPT-2's layers without mask and positions: attention and a GELU MLP, each on a LayerNorm, and a last LayerNorm.
+    """GPT-2's layers without positions: attention and a GELU MLP, each on a LayerNorm, and a last LayerNorm.
+
+    A cell does not see those after it in its set. arc-state means to lift that mask, and does not in the versions of
+    transformers that its GPT-2 runs with (4.52 to 4.57 were tried); weights that were trained so are computed so.
 
     Parameters
     ----------

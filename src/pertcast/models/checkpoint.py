@@ -33,7 +33,17 @@ from pertcast.files.artefacts import (
 )
 from pertcast.models.state import StateSpec, StateTransition
 
-__all__ = ["RUN_JSON", "WEIGHTS", "Run", "load_tensors", "load_weights", "open_run", "save_run", "save_tensors"]
+__all__ = [
+    "RUN_JSON",
+    "WEIGHTS",
+    "Run",
+    "load_tensors",
+    "load_weights",
+    "open_run",
+    "require_shapes",
+    "save_run",
+    "save_tensors",
+]
 
 WEIGHTS = "weights.safetensors"
 RUN_JSON = "run.json"
@@ -165,7 +175,7 @@ def open_run(path: Path) -> Run:
         ) from None
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in StateTransition(run.spec).state_dict().items()}
-    _require_shapes(path / WEIGHTS, _shapes(path / WEIGHTS), expected)
+    require_shapes(path / WEIGHTS, _shapes(path / WEIGHTS), expected)
     return run
 
 
@@ -226,7 +236,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     """
     tensors = load_tensors(path)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    _require_shapes(path, {name: tuple(value.shape) for name, value in tensors.items()}, expected)
+    require_shapes(path, {name: tuple(value.shape) for name, value in tensors.items()}, expected)
     model.load_state_dict(tensors, assign=True)
 
 
@@ -245,7 +255,14 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path}: not a readable safetensors file ({error}); {_REMEDY}")
 
 
-def _require_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+def require_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Require that a file's tensors are those that a network expects.
+
+    Raises
+    ------
+    CheckpointError
+        Naming every tensor that is missing, not known, or of another shape.
+    """
     problems = []
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:

@@ -1,0 +1,6 @@
+"""Run folders of arc-state's ``state tx train``: read without running any code of theirs, and written."""
+
+from pertcast.models.arc.convert import ArcNames, ArcNetwork, convert_run
+from pertcast.models.arc.folder import ArcFolder, read_arc_folder
+
+__all__ = ["ArcFolder", "ArcNames", "ArcNetwork", "convert_run", "read_arc_folder"]

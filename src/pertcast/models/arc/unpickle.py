@@ -1,0 +1,152 @@
+"""Reads pickled data without running code: tensors, NumPy scalars and plain containers, and nothing else.
+
+Invariant: nothing is looked up by name but what the two lists here give, and what they give stands in this file, in
+torch's own list for ``weights_only``, or is a plain container. Whatever else a file names is refused by that name.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch._utils import _rebuild_tensor_v2
+
+from pertcast.errors import CheckpointError
+
+__all__ = ["read_pickle", "read_tensors"]
+
+# what torch's and Python's readers were seen to raise on files that were cut or are something else
+_READ_ERRORS = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+    NotImplementedError,
+    OverflowError,
+)
+_SCALAR_KINDS = frozenset("biufSU")
+_REMEDY = "only tensors, numbers, names and plain containers are read; give the folder as `state tx train` wrote it"
+
+
+class _Dtype:
+    """A NumPy dtype that holds numbers or text, and no objects."""
+
+    def __init__(self, code: str, *_flags: object) -> None:
+        self.dtype = np.dtype(str(code))
+        if self.dtype.kind not in _SCALAR_KINDS:
+            raise pickle.UnpicklingError(f"numpy dtype {code!r}")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if len(state) > 1 and state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def _scalar(dtype: _Dtype, content: bytes) -> object:
+    if type(dtype) is not _Dtype or type(content) is not bytes or len(content) != dtype.dtype.itemsize:
+        raise pickle.UnpicklingError("a NumPy scalar that is no number and no text")
+    return np.frombuffer(content, dtype=dtype.dtype)[0].item()
+
+
+def _latin1(text: str, encoding: str = "latin1") -> bytes:
+    """Stand in for ``_codecs.encode``, which would run any registered codec."""
+    if type(text) is not str or encoding != "latin1":
+        raise pickle.UnpicklingError(f"_codecs.encode with the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _storage(content: bytes) -> Any:
+    """Stand in for ``torch.storage._load_from_bytes``, which would unpickle anything."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+_SCALARS: dict[str, Any] = {
+    "numpy.dtype": _Dtype,
+    "numpy._core.multiarray.scalar": _scalar,
+    "numpy.core.multiarray.scalar": _scalar,
+    "_codecs.encode": _latin1,
+}
+_PICKLED: dict[str, Any] = {
+    **_SCALARS,
+    "collections.OrderedDict": OrderedDict,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
+    "torch.storage._load_from_bytes": _storage,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds nothing but what `_PICKLED` lists."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what a listed name stands for."""
+        full = f"{module}.{name}"
+        if full not in _PICKLED:
+            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {full}")
+        return _PICKLED[full]
+
+
+def read_pickle(path: Path) -> Any:
+    """Return what a ``.pkl`` file holds.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged, or names anything that is not on the list; that is named and not run.
+    """
+
+    def read() -> Any:
+        with path.open("rb") as stream:
+            return _Unpickler(stream).load()
+
+    return _guarded(path, read)
+
+
+def read_tensors(path: Path) -> Any:
+    """Return what a ``.pt``, ``.torch`` or ``.ckpt`` file holds, its tensors on the CPU.
+
+    Raises
+    ------
+    CheckpointError
+        As :func:`read_pickle`.
+    """
+
+    def read() -> Any:
+        allowed: list[Any] = [(value, name) for name, value in _SCALARS.items()]
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols that torch writes less often
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+    return _guarded(path, read)
+
+
+def _guarded(path: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; give a folder that `state tx train` wrote") from None
+    except _READ_ERRORS as error:
+        text = str(error) or type(error).__name__
+        if found := re.search(r"GLOBAL ([\w.]+)", text):
+            raise CheckpointError(
+                f"{path}: refused, for it names {found[1]}, and nothing of it was run; {_REMEDY}"
+            ) from None
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        reason = next((line for line in lines if "Unpickler error: " in line), lines[0]).partition("error: ")
+        raise CheckpointError(f"{path}: refused or damaged ({reason[2] or reason[0]}); {_REMEDY}") from None

@@ -1,0 +1,130 @@
+"""Networks that arc-state trained give arc-state's numbers; PERTCAST_ARC_PYTHON names a Python that has it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from arc_oracle import OPTIONS
+from pertcast.errors import CheckpointError
+from pertcast.models.arc import ArcFolder, convert_run, read_arc_folder
+from pertcast.models.state import StateTransition
+
+ORACLE = Path(__file__).with_name("arc_oracle.py")
+
+
+def call_oracle(*arguments: str | Path) -> None:
+    """Run the oracle in a Python that has arc-state; skip where there is none."""
+    python = os.environ.get("PERTCAST_ARC_PYTHON")
+    if python is None:
+        pytest.skip("PERTCAST_ARC_PYTHON names no Python with arc-state")
+    ran = subprocess.run([python, ORACLE, *arguments], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+@pytest.fixture(scope="session")
+def arc_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one run for each option; given as PERTCAST_ARC_RUNS, or trained here."""
+    if "PERTCAST_ARC_RUNS" in os.environ:
+        return Path(os.environ["PERTCAST_ARC_RUNS"])
+    folder = tmp_path_factory.mktemp("arc")
+    call_oracle("make", folder)
+    return folder
+
+
+def run_of(arc_runs: Path, name: str) -> Path:
+    if not (arc_runs / name / "out.npz").is_file():
+        pytest.skip("arc-state's GPT-2 does not start with this version of transformers")
+    return arc_runs / name
+
+
+def require_same_output(model: StateTransition, path: Path) -> None:
+    out = {name: torch.from_numpy(value) for name, value in np.load(path / "out.npz").items()}
+    with torch.inference_mode():
+        found = model(out["control"], out["pert"], out["batch"])
+    assert out["latent"].std() > 0.01
+    torch.testing.assert_close(found.latent_BSO, out["latent"], atol=1e-5, rtol=1e-5)
+    if found.genes_BSG is not None:
+        assert out["genes"].std() > 0.01
+        torch.testing.assert_close(found.genes_BSG, out["genes"], atol=1e-5, rtol=1e-5)
+    assert (found.confidence_B is None) == ("confidence" not in out)
+    if found.confidence_B is not None:
+        torch.testing.assert_close(found.confidence_B, out["confidence"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_imported_network_gives_arc_states_output(arc_runs: Path, name: str) -> None:
+    path = run_of(arc_runs, name)
+    folder = read_arc_folder(path)
+    assert list(folder.perts) == ["G1", "G2", "G3", "non-targeting"]
+    assert (folder.batches, folder.contexts) == (("b1", "b2"), ("H1", "K562"))
+    network = convert_run(folder)
+    assert (network.spec.output_space == "latent") == (name in {"all_decoded", "embedding_to_hvg", "embedding_to_all"})
+    assert any("LoRA" in note for note in network.notes) == ("lora" in name)
+    require_same_output(network.model(), path)
+
+
+def small_folder(**options: Any) -> ArcFolder:
+    """A folder as `state tx train` makes it, without files: one layer, three genes."""
+    backbone: dict[str, Any] = {
+        "bidirectional_attention": True,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 6,
+    }
+    backbone |= options.pop("transformer_backbone_kwargs", {})
+    given = {
+        "input_dim": 3,
+        "output_dim": 3,
+        "pert_dim": 2,
+        "hidden_dim": 4,
+        "embed_key": "X_hvg",
+        "cell_set_len": 4,
+        "transformer_backbone_key": "llama",
+        "transformer_backbone_kwargs": {name: value for name, value in backbone.items() if value is not None},
+        **options,
+    }
+    return ArcFolder(Path("run"), Path("run/final.ckpt"), {}, given, ("A", "B", "C"), {}, (), (), {}, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"mask_attn": True}, "model.kwargs.mask_attn"),
+        ({"finetune_vci_decoder": True}, "model.kwargs.finetune_vci_decoder"),
+        ({"residual_decoder": True}, "model.kwargs.residual_decoder"),
+        ({"nb_decoder": True}, "model.kwargs.nb_decoder"),
+        ({"batch_predictor": True}, "model.kwargs.batch_predictor"),
+        ({"activation": "relu"}, "model.kwargs.activation"),
+        ({"a_new_option": 3}, "model.kwargs.a_new_option"),
+        ({"transformer_backbone_key": "mamba"}, "model.kwargs.transformer_backbone_key"),
+        ({"lora": {"enable": True, "use_dora": True}}, "model.kwargs.lora.use_dora"),
+        ({"transformer_backbone_kwargs": {"bidirectional_attention": False}}, "bidirectional_attention"),
+        ({"transformer_backbone_kwargs": {"bidirectional_attention": None}}, "bidirectional_attention: true"),
+        ({"transformer_backbone_kwargs": {"hidden_act": "gelu"}}, "transformer_backbone_kwargs.hidden_act"),
+        ({"transformer_backbone_kwargs": {"num_key_value_heads": 1}}, "num_key_value_heads"),
+        ({"transformer_backbone_kwargs": {"sliding_window": 4}}, "sliding_window"),
+    ],
+)
+def test_an_option_that_is_not_covered_is_named(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        convert_run(small_folder(**options))
+    assert len(caught.value.problems) == 1
+    assert named in str(caught.value)
+
+
+def test_every_option_that_is_not_covered_is_named_at_once() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        convert_run(small_folder(mask_attn=True, activation="relu"))
+    assert len(caught.value.problems) == 2
+
+
+def test_missing_weights_are_named() -> None:
+    with pytest.raises(CheckpointError, match=r"tensor pert_encoder.0.weight: expected shape \(4, 2\)"):
+        convert_run(small_folder())
