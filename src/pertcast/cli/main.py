@@ -29,6 +29,7 @@ COMMANDS = {
     "check": "Name every problem of a prediction, with its place and remedy.",
     "pack": "Check a prediction and pack it as the season's .vcc archive.",
     "unpack": "Take the h5ad out of a .vcc archive.",
+    "score": "Score predicted cells against held-out real ones with the official metrics.",
     "sample": "Write a valid submission of random cells, to try the upload with.",
     "verify": "Tell whether an artefact is whole and still what its manifest says.",
 }

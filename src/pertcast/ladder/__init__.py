@@ -1,0 +1,1 @@
+"""What came back: scores of predictions whose truth the user has."""

@@ -1,0 +1,191 @@
+"""The metrics of season 2025, equal to cell-eval's profile ``vcc`` and `cell-eval score`: MAE, PDS, DES, overall.
+
+Legend of shapes: P perturbations, G genes. Means are of log1p values; an effect is a mean minus the control's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
+
+from pertcast.stats.de import FDR
+
+__all__ = [
+    "BEST",
+    "Overlap",
+    "de_overlap",
+    "discrimination",
+    "effect_correlation",
+    "is_significant",
+    "mean_absolute_error",
+    "overall",
+    "relative",
+    "spearman_brown",
+]
+
+BEST: Mapping[str, float] = {"mae": 0.0, "pds": 1.0, "des": 1.0}
+"""The metrics that the overall averages, and their best value."""
+
+
+class Overlap(NamedTuple):
+    """How well predicted DE genes find the real ones.
+
+    Attributes
+    ----------
+    score
+        (P,) DES: shared genes over real ones, 0 where there is no real one.
+    num_real, num_predicted, num_shared
+        (P,) DE genes of each side; shared ones among as many predicted ones as there are real ones.
+    num_tied
+        (P,) predicted genes whose fold change is that of the last one taken, where not all of them are taken: which of
+        them counts is arbitrary (file order here; cell-eval's order is that of an unstable sort).
+    """
+
+    score: NDArray[np.float64]
+    num_real: NDArray[np.int64]
+    num_predicted: NDArray[np.int64]
+    num_shared: NDArray[np.int64]
+    num_tied: NDArray[np.int64]
+
+
+def is_significant(fdr: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Return where an adjusted p-value, rounded to single precision as cell-eval does, is below 0.05."""
+    return fdr.astype(np.float32) < np.float32(FDR)
+
+
+def de_overlap(
+    real: NDArray[np.bool_], predicted: NDArray[np.bool_], predicted_log2_fold_change: NDArray[np.floating]
+) -> Overlap:
+    """Return the differential expression score (cell-eval: ``overlap_at_N``).
+
+    Of the predicted DE genes as many are taken as there are real ones, those of largest absolute fold change (in single
+    precision, infinite ones first); the score is the share of the real genes among them.
+
+    Parameters
+    ----------
+    real, predicted
+        (P, G) which genes are DE.
+    predicted_log2_fold_change
+        (P, G).
+
+    Examples
+    --------
+    >>> real, predicted = np.array([[True, True, False]]), np.array([[True, True, True]])
+    >>> de_overlap(real, predicted, np.array([[0.5, -2.0, 1.0]])).score.tolist()
+    [0.5]
+    """
+    size = np.abs(predicted_log2_fold_change).astype(np.float32)
+    shared, tied = np.zeros(len(real), dtype=np.int64), np.zeros(len(real), dtype=np.int64)
+    num_real, num_predicted = real.sum(axis=1), predicted.sum(axis=1)
+    for pert, number in enumerate(num_real):
+        called = np.flatnonzero(predicted[pert])
+        ranked = called[np.argsort(-size[pert, called], kind="stable")]
+        shared[pert] = np.count_nonzero(real[pert, ranked[:number]])
+        if 0 < number < len(ranked) and size[pert, ranked[number - 1]] == size[pert, ranked[number]]:
+            tied[pert] = np.count_nonzero(size[pert, ranked] == size[pert, ranked[number]])
+    score = np.divide(shared, num_real, out=np.zeros(len(real)), where=num_real > 0)
+    return Overlap(score, num_real, num_predicted, shared, tied)
+
+
+def discrimination(
+    real_effects: NDArray[np.floating], predicted_effects: NDArray[np.floating], own_gene: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return the perturbation discrimination score (cell-eval: ``discrimination_score_l1``), (P,).
+
+    1 minus the share of perturbations whose real effect is nearer (in L1) to the predicted effect than its own is; the
+    perturbation's own gene is left out.
+
+    Parameters
+    ----------
+    real_effects, predicted_effects
+        (P, G).
+    own_gene
+        (P,) position of each perturbation's own gene, -1 where it is none of the genes.
+
+    Examples
+    --------
+    >>> real = np.array([[1.0, 0.0, 9.0], [0.0, 1.0, 9.0]])
+    >>> discrimination(real, real[::-1], np.array([2, -1])).tolist()
+    [0.5, 0.5]
+    """
+    num_perts = len(real_effects)
+    scores = np.empty(num_perts)
+    for pert in range(num_perts):
+        kept = np.arange(real_effects.shape[1]) != own_gene[pert]
+        distances = cdist(real_effects[:, kept], predicted_effects[pert : pert + 1, kept], "cityblock")[:, 0]
+        # the sort that cell-eval takes, so that equal distances fall as they do there
+        rank = np.flatnonzero(np.argsort(distances) == pert)[0]
+        scores[pert] = 1 - rank / num_perts
+    return scores
+
+
+def mean_absolute_error(real_means: NDArray[np.floating], predicted_means: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the mean over genes of |predicted - real| of each perturbation, (P,).
+
+    Examples
+    --------
+    >>> mean_absolute_error(np.array([[1.0, 2.0]]), np.array([[1.5, 1.0]])).tolist()
+    [0.75]
+    """
+    errors: NDArray[np.float64] = np.abs(predicted_means.astype(np.float64) - real_means).mean(axis=1)
+    return errors
+
+
+def effect_correlation(
+    real_effects: NDArray[np.floating], predicted_effects: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """Return Pearson's correlation of effects over genes (cell-eval: ``pearson_delta``), (P,); NaN for a constant one.
+
+    Examples
+    --------
+    >>> effect_correlation(np.array([[1.0, 2.0, 3.0]]), np.array([[2.0, 4.0, 6.0]])).round(9).tolist()
+    [1.0]
+    """
+    real, predicted = (
+        effects - effects.mean(axis=1, keepdims=True)
+        for effects in (real_effects.astype(np.float64), predicted_effects.astype(np.float64))
+    )
+    scale = np.linalg.norm(real, axis=1) * np.linalg.norm(predicted, axis=1)
+    flat = (np.ptp(real_effects, axis=1) == 0) | (np.ptp(predicted_effects, axis=1) == 0)
+    correlation = np.full(len(real), np.nan)
+    np.divide((real * predicted).sum(axis=1), scale, out=correlation, where=~flat & (scale > 0))
+    return correlation
+
+
+def relative(values: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
+    """Return how far each metric of :data:`BEST` has come from the baseline (0) to the best (1); below 0 where worse.
+
+    NaN where the baseline is the best already.
+    """
+    gained = {}
+    for name, best in BEST.items():
+        distance = best - baseline[name]
+        gained[name] = (values[name] - baseline[name]) / distance if distance else float("nan")
+    return gained
+
+
+def overall(values: Mapping[str, float], baseline: Mapping[str, float]) -> float:
+    """Return the mean of the relative metrics, each clipped at 0 (`cell-eval score`: ``avg_score``).
+
+    Examples
+    --------
+    >>> overall({"mae": 0.5, "pds": 0.75, "des": 0.1}, {"mae": 1.0, "pds": 0.5, "des": 0.2})
+    0.3333333333333333
+    """
+    gained = relative(values, baseline).values()
+    return sum(max(value, 0.0) if value == value else 0.0 for value in gained) / len(BEST)
+
+
+def spearman_brown(score: float) -> float:
+    """Return what a score of one half of the cells against the other means at full depth; NaN at 0 and below.
+
+    Examples
+    --------
+    >>> spearman_brown(0.5)
+    0.6666666666666666
+    """
+    return 2 * score / (1 + score) if score > 0 else float("nan")
