@@ -1,5 +1,7 @@
 """Runs an official packer over cases: ``python agreement_official.py vcc|cell_eval < cases.json > verdicts.json``.
 
+With ``read_vcc`` it has the official reader of archives look at the case's own archive instead, and tells what it read.
+
 It imports nothing of pertcast, so that it also runs in the environment of the official tool.
 """
 
@@ -44,6 +46,15 @@ def run_cell_eval(case: Case) -> None:
     prep.run_prep(parser.parse_args([str(argument) for argument in files + limits]))
 
 
+def read_vcc(case: Case) -> dict[str, object]:
+    """Return what the official tools take from an archive before they upload it; an archive that they refuse raises."""
+    vccfile = importlib.import_module("vcc.vccfile")
+    path = case["archive"]
+    vccfile.validate_vcc(path)
+    contexts = vccfile.contexts_from_vcc(path)
+    return {"meta": vccfile.read_vcc_meta(path), "nnz": vccfile.nnz_from_vcc(path), "contexts": contexts}
+
+
 def verdict(run: Callable[[Case], None], case: Case) -> str:
     """Return ``accepted``, or ``refused`` with the first line of the reason."""
     try:
@@ -56,6 +67,11 @@ def verdict(run: Callable[[Case], None], case: Case) -> str:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     with redirect_stdout(sys.stderr):
-        run = {"vcc": run_vcc, "cell_eval": run_cell_eval}[sys.argv[1]]
-        verdicts = {name: verdict(run, case) for name, case in json.load(sys.stdin).items()}
-    json.dump(verdicts, sys.stdout)
+        asked = json.load(sys.stdin)
+        said: dict[str, object]
+        if sys.argv[1] == "read_vcc":
+            said = {name: read_vcc(case) for name, case in asked.items()}
+        else:
+            run = {"vcc": run_vcc, "cell_eval": run_cell_eval}[sys.argv[1]]
+            said = {name: verdict(run, case) for name, case in asked.items()}
+    json.dump(said, sys.stdout)
