@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import h5py
 import numpy as np
@@ -30,7 +30,7 @@ from pertcast.stats.draws import generator
 
 __all__ = ["Lists", "find_shared", "rewrite", "write_lists", "write_prediction"]
 
-Form = Literal["dense", "csc", "int32", "shuffled"]
+Form = Literal["dense", "int32", "shuffled"]
 _NUM_CONTROLS = 5_000
 _BLOCK_CELLS = 512
 _DISPERSION = 0.12
@@ -107,7 +107,7 @@ def write_prediction(path: Path, lists: Lists, *, seed: int = 0) -> Path:
 
 
 def rewrite(path: Path, out: Path, form: Form) -> Path:
-    """Write the same prediction in another form: dense, column-wise, as int32 counts, or with its genes shuffled."""
+    """Write the same prediction in another form: dense, as int32 counts, or with its genes shuffled."""
     with open_h5ad(path) as reader, h5py.File(path, "r") as source, h5py.File(out, "w") as file:
         for name in ("obs", "var"):
             source.copy(name, file)
@@ -116,8 +116,6 @@ def rewrite(path: Path, out: Path, form: Form) -> Path:
         if form == "dense":
             _write_dense(file, reader.chunks(max_values=1 << 22), (reader.num_cells, reader.num_genes))
             return out
-        if form == "csc":
-            raise ValueError("column-wise files are written with anndata")
         if form == "shuffled":
             names = np.array(reader.genes, dtype=object)[order]
             del file["var"]["_index"]
@@ -150,9 +148,15 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--season", required=True)
     parser.add_argument("--out", type=Path, required=True, help="a folder: genes.csv, targets.csv, prediction.h5ad")
     parser.add_argument("--cells-per-target", type=int)
+    parser.add_argument("--form", choices=get_args(Form), help="rewrite the prediction that is there as FORM.h5ad")
     given = parser.parse_args(arguments)
+    prediction = given.out / "prediction.h5ad"
+    if given.form:
+        rewrite(prediction, given.out / f"{given.form}.h5ad", given.form)
+        return
     lists = write_lists(given.out, given.season, cells_per_target=given.cells_per_target)
-    print(write_prediction(given.out / "prediction.h5ad", lists))
+    write_prediction(prediction, lists)
+    print(len(lists.obs))
 
 
 if __name__ == "__main__":
