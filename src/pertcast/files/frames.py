@@ -19,6 +19,8 @@ from pertcast.errors import DataError, Problem
 
 __all__ = ["column_names", "near_misses", "read_column", "read_index", "reading"]
 
+# what h5py and NumPy raise on what a damaged or hostile file declares
+_BROKEN = (OSError, LookupError, RuntimeError, AttributeError, TypeError, ValueError, ArithmeticError, MemoryError)
 _REWRITE = "write it again with a current anndata: anndata.read_h5ad(path).write_h5ad(path)"
 
 
@@ -27,7 +29,7 @@ def reading(path: Path, part: str) -> Iterator[None]:
     """Turn what h5py raises on a broken part of a file into one DataError that names it."""
     try:
         yield
-    except (OSError, KeyError, RuntimeError, UnicodeDecodeError, AttributeError, TypeError, ValueError) as error:
+    except _BROKEN as error:
         text = str(error).strip("'\"")
         problem = Problem(
             f"{path}, {part}", f"cannot be read ({text})", "the file is damaged or incomplete; copy it again"
@@ -72,11 +74,13 @@ def table(file: Any, path: Path, name: str) -> Any:
     DataError
         If there is none, or it is in a form that AnnData has not written since 0.7.
     """
-    if name not in file:
+    with reading(path, name):
+        group = file[name] if name in file else None
+    if group is None:
         raise DataError(problems=[Problem(str(path), f"no {name} in it: this is no AnnData file", "give a .h5ad file")])
-    if not isinstance(file[name], h5py.Group):
+    if not isinstance(group, h5py.Group):
         raise DataError(problems=[Problem(f"{path}, {name}", "written by an AnnData older than 0.7", _REWRITE)])
-    return file[name]
+    return group
 
 
 def column_names(file: Any, path: Path, name: str) -> tuple[str, ...]:
@@ -86,20 +90,21 @@ def column_names(file: Any, path: Path, name: str) -> tuple[str, ...]:
         ordered = [
             item.decode() if isinstance(item, bytes) else str(item) for item in group.attrs.get("column-order", [])
         ]
-    index = _index_name(group, path, name)
-    others = sorted(key for key in group if key not in (index, "__categories", *ordered))
-    return (*(key for key in ordered if key in group), *others)
+        index = _index_name(group, path, name)
+        others = sorted(key for key in group if key not in (index, "__categories", *ordered))
+        return (*(key for key in ordered if key in group), *others)
 
 
 def read_index(file: Any, path: Path, name: str) -> np.ndarray:
     """Return the row names of ``obs`` or ``var`` as an array of str objects."""
     group = table(file, path, name)
-    node = group[_index_name(group, path, name)]
     with reading(path, f"{name} index"):
-        values = _strings(node)
-    if isinstance(values, pd.Categorical):
-        values = np.asarray(values, dtype=object)
-    missing = np.flatnonzero(pd.isna(values))
+        values = _strings(group[_index_name(group, path, name)])
+        if isinstance(values, pd.Categorical):
+            values = np.asarray(values, dtype=object)
+        if values.ndim != 1:
+            raise ValueError(f"{values.ndim} dimensions where one is expected")
+        missing = np.flatnonzero(pd.isna(values))
     if len(missing):
         raise DataError(
             problems=[

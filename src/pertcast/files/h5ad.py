@@ -78,7 +78,8 @@ def open_h5ad(path: Path) -> Iterator[H5adReader]:
         remedy = "copy or download it again" if truncated else "give a .h5ad file, as anndata writes it"
         raise DataError(problems=[Problem(str(path), f"{what} ({error})", remedy)]) from error
     with file:
-        reader = H5adReader(path, file)
+        with reading(path, "its structure"):
+            reader = H5adReader(path, file)
         try:
             yield reader
         finally:
@@ -219,12 +220,16 @@ class H5adReader:
 
     def _indptr(self, length: int) -> np.ndarray:
         with reading(self.path, "X/indptr"):
-            indptr = np.asarray(self._file["X/indptr"][()], dtype=np.int64)
-            num_indices = int(self._file["X/indices"].shape[0])
-        if num_indices != self.num_stored:
-            self._broken("X", f"{num_indices} indices for {self.num_stored} values")
-        if indptr.shape != (length + 1,):
-            self._broken("X/indptr", f"expected {length + 1} entries, got {indptr.shape}")
+            node = self._file["X/indptr"]
+            shapes = {name: self._file[f"X/{name}"].shape for name in ("data", "indices", "indptr")}
+            for name in ("data", "indices"):
+                if shapes[name] != (self.num_stored,):
+                    self._broken("X", f"{shapes[name]} {name} for {self.num_stored} values")
+            if shapes["indptr"] != (length + 1,):
+                self._broken("X/indptr", f"expected {length + 1} entries, got {shapes['indptr']}")
+            if node.dtype.kind not in "iu":
+                self._broken("X/indptr", f"expected whole numbers, got {node.dtype}")
+            indptr = np.asarray(node[()], dtype=np.int64)
         if indptr[0] != 0 or indptr[-1] != self.num_stored:
             self._broken("X/indptr", f"expected 0 to {self.num_stored}, got {indptr[0]} to {indptr[-1]}")
         falls = np.flatnonzero(np.diff(indptr) < 0)
