@@ -159,7 +159,7 @@ def test_an_embedding_has_a_decoder_to_genes() -> None:
 
 
 def test_without_residual_the_control_cell_is_only_seen_through_the_backbone() -> None:
-    spec = tiny_spec(residual=False)
+    spec = tiny_spec(residual="none")
     model, other = StateTransition(spec).eval(), StateTransition(tiny_spec()).eval()
     other.load_state_dict(model.state_dict())
     control, pert, _, _ = inputs(spec)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from conftest import write_small_h5ad
-from pertcast.config import Experiment, load_experiment
+from pertcast.config import Experiment, load_experiment, rung_overrides
 from pertcast.data.features import open_features
 from pertcast.data.sets import CellSets
 from pertcast.data.split import Split
@@ -59,6 +59,8 @@ val_every = 4
 checkpoint_every = 3
 """
 
+ALL_TERMS = (*rung_overrides("c4"), "loss.warmup_steps=5", "loss.rank_margin=0.5")
+
 
 class Watcher:
     """A progress that keeps notes and details, and does something once a step is done."""
@@ -71,14 +73,15 @@ class Watcher:
 
     @contextmanager
     def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
-        self.begun_at.append(done)
+        if label == "train":
+            self.begun_at.append(done)
         position = done
 
         def advance(amount: int, detail: str = "") -> None:
             nonlocal position
             position += amount
             self.details.append(detail)
-            if amount and position == self.at_step:
+            if label == "train" and amount and position == self.at_step:
                 self.act()
 
         yield advance
@@ -340,10 +343,13 @@ def test_training_stops_when_validation_no_longer_improves(bench: Bench, tmp_pat
         ("model.input=hvg", "model.output=hvg"),
         ("model.input=hvg",),
         ("model.batch_embedding=true", "model.context_embedding=true", "train.match=context"),
-        ("model.residual=false", "train.control_sets=false", "train.optimizer=adam", "train.accumulate=3"),
+        ("model.residual=none", "train.control_sets=false", "train.optimizer=adam", "train.accumulate=3"),
         ("train.precision=bf16", "features.kind=coexpression", "features.num_loadings=3"),
+        ("model.residual=shift",),
+        (*ALL_TERMS, "train.accumulate=2"),
+        (*ALL_TERMS, "loss.de_form=focal", "loss.rank_distance=cosine", "model.input=hvg", "model.output=hvg"),
     ],
-    ids=["hvg", "hvg-to-genes", "embeddings", "no-residual", "bf16"],
+    ids=["hvg", "hvg-to-genes", "embeddings", "no-residual", "bf16", "shift", "all-terms", "all-terms-hvg"],
 )
 def test_every_kind_of_run_resumes_exactly(bench: Bench, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     calm = bench.train(tmp_path / "calm", "train.steps=6", *overrides)
@@ -498,3 +504,49 @@ def test_validation_cells_never_train(bench: Bench, monkeypatch: pytest.MonkeyPa
     bench.train(tmp_path / "run")
     assert seen[True] == set(store.rows(split=Split.TRAIN).tolist())
     assert seen[False] == set(store.rows(split=Split.VAL).tolist())
+
+
+def test_each_term_is_logged_and_weighs_what_it_should(bench: Bench, tmp_path: Path) -> None:
+    run = bench.train(tmp_path / "run", *ALL_TERMS)
+    for kind in ("train", "val"):
+        for entry in lines(run, kind):
+            share = min(1.0, entry["step"] / 5) if kind == "train" else 1.0
+            expected = entry["energy"] + share * (entry["mae"] + entry["de"] / 2 + entry["rank"] / 2)
+            assert entry["loss"] == pytest.approx(expected, rel=1e-5)
+            assert min(entry[name] for name in ("energy", "mae", "de", "rank")) > 0
+
+
+def test_the_de_head_lies_in_the_run_and_nobody_else_needs_it(bench: Bench, tmp_path: Path) -> None:
+    run = bench.train(tmp_path / "run", *ALL_TERMS)
+    names = {name for name in load_file(run / "weights.safetensors") if name.startswith("de_head.")}
+    assert len(names) == 5
+    model = open_run(run).model()
+    assert not names & model.state_dict().keys()
+    assert open_run(run).spec == open_run(bench.train(tmp_path / "plain", "train.steps=1")).spec
+
+
+def test_an_embedding_trains_with_every_term(bench: Bench, tmp_path: Path) -> None:
+    store = ["model.input=obsm:X_small"]
+    run = bench.train(tmp_path / "run", "train.steps=3", *ALL_TERMS, store=store)
+    assert {"energy", "decoder", "mae", "de", "rank"} < lines(run)[-1].keys()
+
+
+def test_one_auxiliary_term_alone_trains(bench: Bench, tmp_path: Path) -> None:
+    for term in ("mae", "de", "rank"):
+        overrides = ("train.steps=2", "loss.energy=0", f"loss.{term}=1", "loss.rank_margin=1")
+        entry = lines(bench.train(tmp_path / term, *overrides))[-1]
+        assert entry[term] > 0
+        assert entry["grad_norm"] > 0
+
+
+def test_a_run_begun_before_there_were_rungs_goes_on(bench: Bench, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        bench.train(out, progress=Watcher(6, interrupt))
+    begun = json.loads((out / "training.json").read_text())
+    begun["loss"] = {"energy": 1.0, "decoder": 1.0}
+    begun["model"]["residual"] = True
+    (out / "training.json").write_text(json.dumps(begun))
+    with pytest.raises(CheckpointError, match=r"loss\.mae"):
+        bench.train(out, "loss.mae=1")
+    assert_same_run(bench.train(out), whole)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-__all__ = ["GenesOption", "SeasonOption", "SetOption", "TargetsOption", "parse_rules"]
+__all__ = ["GenesOption", "RungOption", "SeasonOption", "SetOption", "TargetsOption", "parse_rules"]
 
 SetOption = Annotated[
     list[str] | None,
     Parameter(
         name="--set", negative="", help="Change one key of the experiment: --set train.steps=100. May be repeated."
+    ),
+]
+RungOption = Annotated[
+    Literal["c1", "c2", "c3", "c4"] | None,
+    Parameter(
+        name="--rung",
+        negative="",
+        help="A rung of the ladder, as weights of the loss: c1 energy distance, c2 and pseudobulk MAE, c3 and DE head, "
+        "c4 and ranking. --set goes on top.",
     ),
 ]
 RulesOption = Annotated[

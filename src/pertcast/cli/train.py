@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from pertcast.cli.options import SetOption
+from pertcast.cli.options import RungOption, SetOption
 
 __all__ = ["command", "train"]
 
@@ -15,7 +15,9 @@ command = App(name="train")
 
 
 @command.default
-def train(experiment: Path, /, *, out: Path, store: Path | None = None, set_: SetOption = None) -> None:
+def train(
+    experiment: Path, /, *, out: Path, store: Path | None = None, rung: RungOption = None, set_: SetOption = None
+) -> None:
     """Train STATE on a store; the same command goes on where an interrupted run stopped.
 
     The run is a folder: weights.safetensors, run.json, metrics.jsonl and the newest checkpoints.
@@ -32,11 +34,11 @@ def train(experiment: Path, /, *, out: Path, store: Path | None = None, set_: Se
         The folder that `pertcast prepare` wrote; default: the folder `store` beside the run, prepared if need be.
     """
     from pertcast.cli.console import Console
-    from pertcast.config import load_experiment
+    from pertcast.config import load_experiment, rung_overrides
     from pertcast.data.store import prepare
     from pertcast.train import train as fit
 
-    resolved, console = load_experiment(experiment, set_ or ()), Console()
+    resolved, console = load_experiment(experiment, (*rung_overrides(rung), *(set_ or ()))), Console()
     if store is None:
         store = prepare(resolved, out.parent / "store", progress=console)
     print(fit(resolved, store, out, progress=console))

@@ -1,6 +1,7 @@
 """Every knob: one frozen, validated section per stage; TOML in, TOML out; unknown keys are errors."""
 
-from pertcast.config.load import load_experiment, rebuild_experiment
+from pertcast.config.load import load_experiment, rebuild_experiment, upgrade
+from pertcast.config.rungs import RUNGS, rung_overrides
 from pertcast.config.sections import (
     ColumnsConfig,
     Experiment,
@@ -15,6 +16,7 @@ from pertcast.config.sections import (
 )
 
 __all__ = [
+    "RUNGS",
     "ColumnsConfig",
     "Experiment",
     "FeaturesConfig",
@@ -27,4 +29,6 @@ __all__ = [
     "TrainConfig",
     "load_experiment",
     "rebuild_experiment",
+    "rung_overrides",
+    "upgrade",
 ]

@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pertcast.config.sections import Experiment, FewshotConfig
+from pertcast.config.sections import RESIDUAL_OF_SWITCH, Experiment, FewshotConfig
 from pertcast.errors import ConfigError, Problem
 
-__all__ = ["load_experiment", "rebuild_experiment"]
+__all__ = ["load_experiment", "rebuild_experiment", "upgrade"]
 
 
 def _set_key(tree: dict[str, Any], assignment: str) -> Problem | None:
@@ -123,7 +123,15 @@ def rebuild_experiment(tree: Mapping[str, Any], overrides: Sequence[str] = (), *
     ConfigError
         As :func:`load_experiment`; a file that has moved since is named with its section and key.
     """
-    return _resolve(copy.deepcopy(dict(tree)), overrides, path=place, text="")
+    return _resolve(copy.deepcopy(upgrade(tree)), overrides, path=place, text="")
+
+
+def upgrade(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that an artefact stores in today's words; what it lacks stays away and is the default."""
+    model = tree.get("model")
+    if isinstance(model, Mapping) and isinstance(model.get("residual"), bool):
+        return {**tree, "model": {**model, "residual": RESIDUAL_OF_SWITCH[model["residual"]]}}
+    return dict(tree)
 
 
 def _resolve(tree: dict[str, Any], overrides: Sequence[str], *, path: Path, text: str) -> Experiment:

@@ -28,6 +28,7 @@ from pertcast.errors import ConfigError, Problem
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN, Season, season
 
 __all__ = [
+    "RESIDUAL_OF_SWITCH",
     "ColumnsConfig",
     "Experiment",
     "FeaturesConfig",
@@ -41,6 +42,10 @@ __all__ = [
 ]
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+# What `model.residual` was called when it was a switch.
+RESIDUAL_OF_SWITCH = {True: "state", False: "none"}
 
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
@@ -123,6 +128,10 @@ class ModelConfig(Section):
 
     `input` is what control cells are read as: ``genes``, ``hvg``, or ``obsm:NAME`` (an embedding, with a decoder to
     genes). `output` is ``genes`` (all of the gene list) or ``hvg``.
+
+    `residual` says what the network's output is added to: ``state``, the encoded control cell, as in STATE; ``shift``,
+    the control cell itself, so that the control condition comes out unchanged (input and output must be the same
+    genes); or ``none``.
     """
 
     preset: Literal["tiny", "state_sm", "state"] = "state_sm"
@@ -136,9 +145,18 @@ class ModelConfig(Section):
     encoder_layers: PositiveInt | None = None
     decoder_layers: PositiveInt | None = None
     dropout: Share = 0.1
-    residual: bool = True
+    residual: Literal["state", "shift", "none"] = "state"
     batch_embedding: bool = False
     context_embedding: bool = False
+
+    @field_validator("residual", mode="before")
+    @classmethod
+    def _no_switch(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError(  # noqa: TRY004 (pydantic takes no TypeError)
+                f'expected "state", "shift" or "none"; what was {str(value).lower()} is "{RESIDUAL_OF_SWITCH[value]}"'
+            )
+        return value
 
     @field_validator("input")
     @classmethod
@@ -149,10 +167,27 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    """Weights of the terms of the loss; 0 switches a term off. `decoder` applies where the input is an embedding."""
+    """Weights of the terms of the loss; 0 switches a term off. `decoder` applies where the input is an embedding.
 
-    energy: Annotated[float, Field(ge=0)] = 1.0
-    decoder: Annotated[float, Field(ge=0)] = 1.0
+    `mae` is of the pseudobulk, `de` of the head that says which genes are differentially expressed, `rank` of how much
+    nearer a predicted effect is to its own real one than to others'; their weights rise linearly over `warmup_steps`.
+    The DE head learns by cross-entropy, ``bce`` with a weight for differentially expressed genes ("balanced": as many
+    times as they are rarer), or ``focal`` with `de_gamma`. Ranking measures ``l1`` or ``cosine`` and compares with
+    the other sets of the batch and with `rank_negatives` effects of other training perturbations.
+    """
+
+    energy: Weight = 1.0
+    decoder: Weight = 1.0
+    mae: Weight = 0.0
+    de: Weight = 0.0
+    rank: Weight = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    de_form: Literal["bce", "focal"] = "bce"
+    de_positive_weight: PositiveFloat | Literal["balanced"] = "balanced"
+    de_gamma: Weight = 2.0
+    rank_distance: Literal["l1", "cosine"] = "l1"
+    rank_margin: Weight = 0.01
+    rank_negatives: Annotated[int, Field(ge=0)] = 16
 
 
 class TrainConfig(Section):

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from pertcast.files.artefacts import (
     write_json,
     write_manifest,
 )
+from pertcast.models.heads import DE_HEAD_PREFIX
 from pertcast.models.state import StateSpec, StateTransition
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
 WEIGHTS = "weights.safetensors"
 RUN_JSON = "run.json"
 _REMEDY = "train again, or give the folder of another run"
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def open_run(path: Path) -> Run:
         ) from None
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in StateTransition(run.spec).state_dict().items()}
-    require_shapes(path / WEIGHTS, _shapes(path / WEIGHTS), expected)
+    require_shapes(path / WEIGHTS, _without_de_head(_shapes(path / WEIGHTS)), expected)
     return run
 
 
@@ -227,7 +229,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Read a network's weights.
+    """Read a network's weights; those of a DE head are passed over where the network has none.
 
     Raises
     ------
@@ -236,8 +238,14 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     """
     tensors = load_tensors(path)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if not any(name.startswith(DE_HEAD_PREFIX) for name in expected):
+        tensors = _without_de_head(tensors)
     require_shapes(path, {name: tuple(value.shape) for name, value in tensors.items()}, expected)
     model.load_state_dict(tensors, assign=True)
+
+
+def _without_de_head(tensors: Mapping[str, _Value]) -> dict[str, _Value]:
+    return {name: value for name, value in tensors.items() if not name.startswith(DE_HEAD_PREFIX)}
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:

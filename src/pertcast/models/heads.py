@@ -1,6 +1,6 @@
-"""What stands around the transformer: MLPs, the gene decoder, the last mixing of genes, the confidence token.
+"""What stands around the transformer: MLPs, decoders, the last mixing of genes, the confidence token, the DE head.
 
-Shapes: B sets, S cells in a set, H hidden.
+Shapes: B sets, S cells in a set, H hidden, G genes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ConfidenceToken", "bottleneck", "mlp", "normed_mlp"]
+__all__ = ["DE_HEAD_PREFIX", "ConfidenceToken", "DeHead", "bottleneck", "mlp", "normed_mlp"]
+
+# Tensors of a run that bear it serve training alone; whoever only predicts passes over them.
+DE_HEAD_PREFIX = "de_head."
+_FIRST_GAIN = 10.0
 
 
 def mlp(width_in: int, hidden: int, width_out: int, *, layers: int, dropout: float) -> nn.Sequential:
@@ -56,3 +60,36 @@ class ConfidenceToken(nn.Module):
         """Return the confidence of each set, ``(B,)``, at least 0; the token's own output goes in."""
         confidence_B: Tensor = self.confidence_projection(token_B1H).relu().flatten()
         return confidence_B
+
+
+class DeHead(nn.Module):
+    """Says for each gene whether the perturbation changes it: a logit from the set's pooled state and predicted effect.
+
+    ``logit = linear(layer norm(pooled state)) + gain * |predicted effect|``, so that its gradient reaches the predicted
+    cells themselves, in gene space. It serves training alone: predictions are the same with and without it.
+
+    Parameters
+    ----------
+    hidden, num_genes
+        H and G.
+    """
+
+    def __init__(self, hidden: int, num_genes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden)
+        self.state = nn.Linear(hidden, num_genes)
+        self.gain_G = nn.Parameter(torch.empty(num_genes))
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Set the first weights: every logit is the gain of 10 times the size of the effect."""
+        self.norm.weight.fill_(1)
+        self.norm.bias.zero_()
+        self.state.weight.zero_()
+        self.state.bias.zero_()
+        self.gain_G.fill_(_FIRST_GAIN)
+
+    def forward(self, pooled_BH: Tensor, effect_BG: Tensor) -> Tensor:
+        """Return the logits, ``(B, G)``."""
+        logits_BG: Tensor = self.state(self.norm(pooled_BH)) + self.gain_G * effect_BG.abs()
+        return logits_BG

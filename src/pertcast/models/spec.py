@@ -38,7 +38,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 class StateSpec:
     """Everything that decides the shapes of a network and what it computes; JSON-able.
 
-    The fields from `backbone` on are those of networks that arc-state trained; ours leave them as they are.
+    The fields from `backbone` to `confidence_token` are those of networks that arc-state trained; ours leave them as
+    they are.
 
     Attributes
     ----------
@@ -72,6 +73,8 @@ class StateSpec:
         Hidden widths of a gene decoder with LayerNorms; empty for our own gene decoder.
     batch_token, confidence_token
         Whether a learnt token stands before the cells of a set, and one after them that gives the set's confidence.
+    shift
+        Whether the head's output is added to the control cell itself, and is 0 for the control condition.
     """
 
     input_dim: int
@@ -99,6 +102,7 @@ class StateSpec:
     decoder_widths: tuple[int, ...] = ()
     batch_token: bool = False
     confidence_token: bool = False
+    shift: bool = False
 
 
 def spec_for(
@@ -126,13 +130,18 @@ def spec_for(
     Raises
     ------
     ConfigError
-        If the heads do not divide the hidden width.
+        If the heads do not divide the hidden width, or a shift is asked for and cells are not read as they are given.
     """
     preset = PRESETS[config.preset]
     shape = Preset(*((own if (own := getattr(config, name)) is not None else value) for name, value in _items(preset)))
     if shape.hidden % shape.heads:
         raise ConfigError(
             f"[model] heads: expected a divisor of hidden = {shape.hidden}, got {shape.heads}; change one of the two"
+        )
+    if config.residual == "shift" and config.input != config.output:
+        raise ConfigError(
+            f'[model] residual: "shift" adds to the control cell itself, so input and output must be the same '
+            f'genes, got input = "{config.input}" and output = "{config.output}"; set both to "genes" or both to "hvg"'
         )
     return StateSpec(
         input_dim=input_dim,
@@ -142,7 +151,8 @@ def spec_for(
         output_space="latent" if config.input.startswith("obsm:") else "gene",
         head_dim=shape.hidden // shape.heads,
         dropout=config.dropout,
-        residual=config.residual,
+        residual=config.residual == "state",
+        shift=config.residual == "shift",
         num_batches=num_batches + 1 if config.batch_embedding else 0,
         num_contexts=num_contexts if config.context_embedding else 0,
         unknown_batch=config.batch_embedding,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pertcast.models.backbone import Backbone, Gpt2Backbone
-from pertcast.models.heads import ConfidenceToken, bottleneck, mlp, normed_mlp
+from pertcast.models.heads import ConfidenceToken, DeHead, bottleneck, mlp, normed_mlp
 from pertcast.models.spec import PRESETS, Preset, StateSpec, spec_for
 from pertcast.stats.draws import key_hash
 
@@ -34,11 +34,14 @@ class Prediction(NamedTuple):
         Log1p expression decoded from the embedding, or ``None`` in gene space.
     confidence_B
         The confidence of each set, from networks with a confidence token.
+    de_BG
+        Logits of the DE head, in training with one.
     """
 
     latent_BSO: Tensor  # noqa: N815
     genes_BSG: Tensor | None  # noqa: N815
     confidence_B: Tensor | None = None  # noqa: N815
+    de_BG: Tensor | None = None  # noqa: N815
 
     @property
     def log1p_BSG(self) -> Tensor:  # noqa: N802
@@ -75,6 +78,8 @@ class StateTransition(nn.Module):
     torch.Size([2, 32, 9])
     """
 
+    control_feature: Tensor
+
     def __init__(self, spec: StateSpec, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.spec = spec
@@ -98,6 +103,9 @@ class StateTransition(nn.Module):
             self.batch_token = nn.Parameter(torch.empty(1, 1, hidden)) if spec.batch_token else None
             self.confidence_token = ConfidenceToken(hidden, dropout=dropout) if spec.confidence_token else None
             self.gene_decoder = _gene_decoder(spec) if spec.output_space == "latent" else None
+            if spec.shift:
+                self.register_buffer("control_feature", torch.empty(spec.pert_dim))
+        self.de_head: DeHead | None = None
         if torch.get_default_device().type == "meta":
             return
         self.to_empty(device="cpu")
@@ -127,6 +135,21 @@ class StateTransition(nn.Module):
         if self.batch_encoder is not None and self.spec.unknown_batch:
             # Where training never meets an unknown batch, its row stays as if there were no batch embedding.
             self.batch_encoder.weight[-1].zero_()
+        if self.spec.shift:
+            # Training starts at the control cells themselves.
+            for value in (*self.project_out[-1].parameters(), self.control_feature):
+                value.zero_()
+
+    def add_de_head(self) -> None:
+        """Add the DE head, which serves training alone."""
+        self.de_head = DeHead(self.spec.hidden, self.spec.num_genes)
+        self.de_head.start()
+
+    @torch.no_grad()
+    def set_control_feature(self, feature_F: Tensor) -> None:
+        """Say which perturbation feature is the control condition's; a shift is exactly 0 for it."""
+        if self.spec.shift:
+            self.control_feature.copy_(feature_F)
 
     @torch.no_grad()
     def start_at_mean(self, mean_log1p_G: Tensor) -> None:
@@ -139,7 +162,14 @@ class StateTransition(nn.Module):
         ----------
         mean_log1p_G
             ``(num_genes,)``, mean log1p expression.
+
+        Raises
+        ------
+        ValueError
+            If it is of other genes, or the network predicts a shift, which starts at 0.
         """
+        if self.spec.shift:
+            raise ValueError("a network that predicts a shift starts at the control cells, not at a mean")
         last = (self.gene_decoder if self.gene_decoder is not None else self.project_out)[-1]
         if not isinstance(last, nn.Linear) or mean_log1p_G.shape != last.bias.shape:
             raise ValueError(f"expected a mean of {self.spec.num_genes} genes, got shape {tuple(mean_log1p_G.shape)}")
@@ -151,6 +181,7 @@ class StateTransition(nn.Module):
         pert_BF: Tensor,
         batch_BS: Tensor | None = None,
         context_B: Tensor | None = None,
+        control_mean_BG: Tensor | None = None,
     ) -> Prediction:
         """Predict perturbed cells.
 
@@ -164,6 +195,9 @@ class StateTransition(nn.Module):
             Batch codes of the control cells, -1 where unknown; needed with a batch embedding, ignored without.
         context_B
             Context codes of the sets; needed with a context embedding, ignored without.
+        control_mean_BG
+            Mean log1p expression of control cells; where given, the DE head, if there is one, says what it makes of
+            the predicted effect.
 
         Raises
         ------
@@ -188,11 +222,22 @@ class StateTransition(nn.Module):
         output_BSO = self.project_out(hidden_BSH)
         if self.final_down_then_up is not None:
             output_BSO = self.final_down_then_up(output_BSO + control_BSI if self.spec.residual else output_BSO)
+        if self.spec.shift:
+            is_perturbed_B11 = (pert_BF != self.control_feature).any(-1)[:, None, None]
+            # Unlike relu, clamp_min lets the gradient through at 0, where most values of control cells are.
+            output_BSO = (control_BSI + output_BSO * is_perturbed_B11).clamp_min(0)
         if self.gene_decoder is None:
-            return Prediction(functional.relu(output_BSO), None, confidence_B)
-        if self.spec.latent_relu:
-            output_BSO = functional.relu(output_BSO)
-        return Prediction(output_BSO, functional.relu(self.gene_decoder(output_BSO)), confidence_B)
+            prediction = Prediction(
+                functional.relu(output_BSO) if not self.spec.shift else output_BSO, None, confidence_B
+            )
+        else:
+            if self.spec.latent_relu:
+                output_BSO = functional.relu(output_BSO)
+            prediction = Prediction(output_BSO, functional.relu(self.gene_decoder(output_BSO)), confidence_B)
+        if self.de_head is None or control_mean_BG is None:
+            return prediction
+        effect_BG = prediction.log1p_BSG.mean(1) - control_mean_BG
+        return prediction._replace(de_BG=self.de_head(hidden_BSH.mean(1), effect_BG))
 
     def _attend(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor | None]:
         """Let the cells attend to one another and to the tokens; return them, and the sets' confidence."""

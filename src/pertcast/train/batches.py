@@ -42,6 +42,7 @@ class Batch(NamedTuple):
     context_B: Tensor  # noqa: N815
     real_BSO: Tensor  # noqa: N815
     genes_BSG: Tensor | None  # noqa: N815
+    pert_B: Tensor  # noqa: N815
 
 
 class SetStream:
@@ -160,6 +161,7 @@ class SetReader:
                 self._tensor(read_inputs(store, perturbed, source=source), shape) if self._is_latent else genes_BSG
             ),
             genes_BSG=genes_BSG if self._is_latent else None,
+            pert_B=torch.from_numpy(sets.pert.astype(np.int64)),
         )
 
     def _gene_choice(self) -> NDArray[np.int64] | None:

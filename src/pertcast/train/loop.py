@@ -24,38 +24,16 @@ from torch import Tensor, nn
 from pertcast.config import LossConfig, TrainConfig
 from pertcast.data.sets import CellSets
 from pertcast.errors import CheckpointError
-from pertcast.models.losses import energy_distance
-from pertcast.models.state import Prediction
 from pertcast.progress import Advance
 from pertcast.stats.draws import key_hash
 from pertcast.train.batches import Batch, Place, SetReader, SetStream, read_ahead
 from pertcast.train.resume import MetricsLog, Position, save_state
+from pertcast.train.terms import loss_terms, total_loss
+from pertcast.train.truth import Truth
 
-__all__ = ["Loop", "loss_terms", "make_optimizer"]
+__all__ = ["Loop", "make_optimizer"]
 
 _SMOOTHING = 0.9
-
-
-def loss_terms(prediction: Prediction, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
-    """Return the terms of the loss that are switched on, each a mean over the sets, without weights.
-
-    Parameters
-    ----------
-    prediction, batch
-        What the network gives, and the cells that it should give.
-    config
-        Weights; a term with weight 0 is not computed.
-    """
-    terms = {}
-    if config.energy:
-        terms["energy"] = energy_distance(prediction.latent_BSO, batch.real_BSO).mean()
-    if config.decoder and prediction.genes_BSG is not None and batch.genes_BSG is not None:
-        terms["decoder"] = energy_distance(prediction.genes_BSG, batch.genes_BSG).mean()
-    return terms
-
-
-def _weighted(terms: Mapping[str, Tensor], config: LossConfig) -> Tensor:
-    return torch.stack([getattr(config, name) * value for name, value in terms.items()]).sum()
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -91,6 +69,8 @@ class Loop:
         The sets that validate; none if empty.
     log
         metrics.jsonl, on the first process alone.
+    truth
+        Effects and labels of the training split, where a term needs them.
     """
 
     out: Path
@@ -106,6 +86,7 @@ class Loop:
     best: dict[str, Tensor] | None
     val_sets: CellSets
     log: MetricsLog | None
+    truth: Truth | None = None
     _saved_step: int = -1
     _is_whole: bool = True
     _rates: dict[str, float] = field(default_factory=dict)
@@ -177,8 +158,8 @@ class Loop:
             for turn in range(self.train.accumulate):
                 batch, place = next(batches)
                 with self.fabric.no_backward_sync(self.model, enabled=turn + 1 < self.train.accumulate):
-                    terms = self._terms(batch)
-                    loss = _weighted(terms, self.loss)
+                    terms = self._terms(batch, "train", step, turn)
+                    loss = total_loss(terms, self.loss, step=step)
                     self.fabric.backward(loss / self.train.accumulate)
                 for name, value in {"loss": loss, **terms}.items():
                     totals[name] = totals.get(name, 0) + value.detach() / self.train.accumulate
@@ -197,10 +178,35 @@ class Loop:
         loss_now, rate_now = self._smooth("loss", values["loss"]), self._smooth("rate", rate)
         advance(1, detail=f"loss {loss_now:.4g} · {rate_now:.3g} sets/s")
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
-        batch = self.fabric.to_device(batch)
-        prediction = self.model(batch.control_BSI, batch.pert_BF, batch.batch_BS, batch.context_B)
-        return loss_terms(prediction, batch, self.loss)
+    def _terms(self, batch: Batch, *key: str | int) -> dict[str, Tensor]:
+        """Predict a batch and measure it; the key decides which other perturbations a set is compared with."""
+        if self.truth is None:
+            batch = self.fabric.to_device(batch)
+            prediction = self.model(batch.control_BSI, batch.pert_BF, batch.batch_BS, batch.context_B)
+            return loss_terms(prediction, batch, self.loss)
+        others_BK = self.truth.draw_others(
+            batch.context_B,
+            batch.pert_B,
+            num=self.loss.rank_negatives if self.loss.rank else 0,
+            seed=self.train.seed,
+            key=(*key, self.fabric.global_rank),
+        )
+        batch, others_BK = self.fabric.to_device(batch), self.fabric.to_device(others_BK)
+        known = self.truth.of(batch.context_B, batch.pert_B)
+        prediction = self.model(
+            batch.control_BSI, batch.pert_BF, batch.batch_BS, batch.context_B, known.control_mean_BG
+        )
+        return loss_terms(
+            prediction,
+            batch,
+            self.loss,
+            known=known,
+            others_BKG=self.truth.effects_NG[others_BK.clamp_min(0)],
+            others_exist_BK=others_BK >= 0,
+            positive_weight=self.truth.positive_weight
+            if self.loss.de_positive_weight == "balanced"
+            else self.loss.de_positive_weight,
+        )
 
     def _set_learning_rate(self, step: int) -> float:
         """Set and return the learning rate of a step: a linear rise over the warm-up, then level."""
@@ -240,8 +246,8 @@ class Loop:
         self.model.eval()
         with closing(read_ahead(pieces, self.reader.read)) as batches, torch.no_grad():  # type: ignore[type-var]
             for batch, place in batches:
-                terms = self._terms(batch)
-                for name, value in {"loss": _weighted(terms, self.loss), **terms}.items():
+                terms = self._terms(batch, "val", place.offset)
+                for name, value in {"loss": total_loss(terms, self.loss, step=None), **terms}.items():
                     sums[name] = sums.get(name, 0) + value * len(batch.context_B)
                 advance(0, detail=f"validating, {place.offset:,} of {len(own):,} sets")
         self.model.train()

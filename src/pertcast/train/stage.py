@@ -11,7 +11,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from pertcast.config import Experiment, TrainConfig
+from pertcast.config import Experiment, LossConfig, TrainConfig, upgrade
 from pertcast.data.features import PertFeatures, coverage, load_features, open_features, save_features
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
@@ -34,6 +34,8 @@ from pertcast.train.resume import (
     load_newest,
     restore,
 )
+from pertcast.train.terms import needs_truth
+from pertcast.train.truth import learn_truth
 
 __all__ = ["train"]
 
@@ -93,7 +95,7 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
         progress = SILENT
     features = _features(experiment, store, out)
     reader = SetReader(store, experiment, features)
-    network = _new_network(reader, store, experiment.train.seed)
+    network = _new_network(reader, store, experiment, features)
     optimizer = make_optimizer(network, experiment.train, fabric.device)
     model, stepper = fabric.setup(network, optimizer)
     saved, notes = load_newest(out)
@@ -120,6 +122,9 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
         val_sets=reader.validation(),
         log=log,
     )
+    if needs_truth(experiment.loss):
+        truth = learn_truth(store, reader.output_genes, labels=bool(experiment.loss.de), progress=progress)
+        loop.truth = truth.to(fabric.device)
     facts = _notes(reader, loop, features)
     _show_coverage(features, store, experiment, progress)
     for note in facts:
@@ -141,7 +146,7 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
 
 def _require_losses(experiment: Experiment) -> None:
     loss, is_latent = experiment.loss, experiment.model.input.startswith("obsm:")
-    if not loss.energy and not (is_latent and loss.decoder):
+    if not (loss.energy or loss.mae or loss.de or loss.rank or (is_latent and loss.decoder)):
         raise ConfigError("[loss]: every term is switched off; give loss.energy a weight above 0")
 
 
@@ -150,7 +155,10 @@ def _require_same_run(out: Path, identity: dict[str, Any]) -> None:
         return
     if not (out / IDENTITY).is_file():
         raise DataError(f"{out}: it is there already and holds no run; give another --out, or remove it first")
-    problems = identity_problems(read_json(out / IDENTITY), identity)
+    begun = upgrade(read_json(out / IDENTITY))
+    # A run that was begun before there were some terms was begun without them.
+    begun["loss"] = {**LossConfig().model_dump(mode="json"), **begun.get("loss", {})}
+    problems = identity_problems(begun, identity)
     if problems:
         raise CheckpointError(
             f"{out}: it holds a run that was begun otherwise; give another --out, or remove the folder to train anew",
@@ -212,9 +220,15 @@ def _targets(experiment: Experiment) -> tuple[str, ...]:
     return tuple(read_targets(submission.targets, submission.resolve()))
 
 
-def _new_network(reader: SetReader, store: Store, seed: int) -> StateTransition:
-    network = StateTransition(reader.spec, generator=torch.Generator().manual_seed(key_hash(seed, "init") % 2**63))
-    network.start_at_mean(torch.from_numpy(store.control_mean_log1p[reader.output_genes]))
+def _new_network(reader: SetReader, store: Store, experiment: Experiment, features: PertFeatures) -> StateTransition:
+    seed = key_hash(experiment.train.seed, "init") % 2**63
+    network = StateTransition(reader.spec, generator=torch.Generator().manual_seed(seed))
+    if reader.spec.shift:
+        network.set_control_feature(torch.from_numpy(features.of([store.control])[0]))
+    else:
+        network.start_at_mean(torch.from_numpy(store.control_mean_log1p[reader.output_genes]))
+    if experiment.loss.de:
+        network.add_de_head()
     return network
 
 

@@ -1,0 +1,28 @@
+"""The rungs of the ladder, as weights of the loss; each adds one term to the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+__all__ = ["RUNGS", "rung_overrides"]
+
+RUNGS: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {
+        "c1": {"energy": 1.0, "mae": 0.0, "de": 0.0, "rank": 0.0},
+        "c2": {"energy": 1.0, "mae": 1.0, "de": 0.0, "rank": 0.0},
+        "c3": {"energy": 1.0, "mae": 1.0, "de": 0.5, "rank": 0.0},
+        "c4": {"energy": 1.0, "mae": 1.0, "de": 0.5, "rank": 0.5},
+    }
+)
+
+
+def rung_overrides(rung: str | None) -> tuple[str, ...]:
+    """Return a rung as ``section.key=value`` overrides, to go before the user's own; none for ``None``.
+
+    Examples
+    --------
+    >>> rung_overrides("c2")
+    ('loss.energy=1.0', 'loss.mae=1.0', 'loss.de=0.0', 'loss.rank=0.0')
+    """
+    return () if rung is None else tuple(f"loss.{name}={weight}" for name, weight in RUNGS[rung].items())

@@ -1,0 +1,234 @@
+"""What the auxiliary terms of the loss know of the training split: mean effects, and which genes are differential.
+
+Invariant: cells that are held out, and control cells of other splits, are never read.
+Shapes: N training perturbations (each in its context), C contexts, P perturbations, G predicted genes, B sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pertcast.data.split import Split
+from pertcast.data.store import Store
+from pertcast.files.cpus import available_cpus
+from pertcast.progress import Advance, Progress
+from pertcast.stats.de import FDR, differential_expression
+from pertcast.stats.draws import generator
+from pertcast.stats.groups import group_cells
+
+__all__ = ["Known", "Truth", "learn_truth"]
+
+_CELLS_AT_ONCE = 512
+_GROUPS_AT_ONCE = 16
+_LARGEST_WEIGHT = 100.0
+
+
+class Known(NamedTuple):
+    """What is known of the sets of a batch, on its device.
+
+    Attributes
+    ----------
+    control_mean_BG
+        Mean log1p expression of the training control cells of each set's context.
+    effect_BG
+        The training effect of each set's perturbation; 0 where there is none.
+    has_effect_B
+        Where there is one.
+    labels_BG, valid_BG
+        Whether a gene is differentially expressed, and where that is known.
+    own_gene_B
+        The position of the perturbation's own gene among those predicted, -1 where it is not.
+    is_control_B
+        Whether the set is of control cells.
+    """
+
+    control_mean_BG: Tensor  # noqa: N815
+    effect_BG: Tensor  # noqa: N815
+    has_effect_B: Tensor  # noqa: N815
+    labels_BG: Tensor | None  # noqa: N815
+    valid_BG: Tensor | None  # noqa: N815
+    own_gene_B: Tensor  # noqa: N815
+    is_control_B: Tensor  # noqa: N815
+
+
+class Truth:
+    """Effects and labels of the training split.
+
+    Parameters
+    ----------
+    store
+        Whose TRAIN cells are meant.
+    contexts, perts
+        (N,) codes of what has an effect.
+    effects_NG
+        Mean log1p expression of the training cells, minus that of the control cells of the context.
+    control_mean_CG
+        Of each context's training control cells; of all contexts together where one has none.
+    labels_NG
+        Which genes are differentially expressed, where the DE head is trained.
+    output_genes
+        Positions of the predicted genes in the store.
+
+    Attributes
+    ----------
+    effects_NG
+        As given.
+    positive_weight
+        How many times rarer differentially expressed genes are than the others; between 1 and 100.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        contexts: NDArray[np.int64],
+        perts: NDArray[np.int64],
+        effects_NG: NDArray[np.float32],
+        control_mean_CG: NDArray[np.float32],
+        labels_NG: NDArray[np.bool_] | None,
+        output_genes: NDArray[np.int64],
+    ) -> None:
+        self._store, self._contexts, self._perts = store, contexts, perts
+        row_CP = np.full((len(store.contexts), len(store.perts)), -1, dtype=np.int64)
+        row_CP[contexts, perts] = np.arange(len(perts))
+        place = {store.genes[gene]: number for number, gene in enumerate(output_genes.tolist())}
+        own_gene = [place.get(name, -1) for name in store.perts]
+        self._row_CP, self._own_gene_P = torch.from_numpy(row_CP), torch.tensor(own_gene)
+        self.effects_NG, self._control_mean_CG = torch.from_numpy(effects_NG), torch.from_numpy(control_mean_CG)
+        self._labels_NG = None if labels_NG is None else torch.from_numpy(labels_NG)
+        share = 0.0 if labels_NG is None else float(labels_NG.mean())
+        self.positive_weight = float(np.clip((1 - share) / share, 1, _LARGEST_WEIGHT)) if share else 1.0
+
+    def to(self, device: torch.device) -> Truth:
+        """Put everything on a device; returns itself."""
+        for name in ("_row_CP", "_own_gene_P", "effects_NG", "_control_mean_CG", "_labels_NG"):
+            value = getattr(self, name)
+            setattr(self, name, value if value is None else value.to(device))
+        return self
+
+    def of(self, context_B: Tensor, pert_B: Tensor) -> Known:
+        """Return what is known of some sets, by their codes."""
+        row_B = self._row_CP[context_B, pert_B]
+        has_effect_B = row_B >= 0
+        found_B = row_B.clamp_min(0)
+        labels = self._labels_NG
+        return Known(
+            control_mean_BG=self._control_mean_CG[context_B],
+            effect_BG=self.effects_NG[found_B] * has_effect_B[:, None],
+            has_effect_B=has_effect_B,
+            labels_BG=None if labels is None else labels[found_B] & has_effect_B[:, None],
+            valid_BG=None if labels is None else has_effect_B[:, None].expand(-1, labels.shape[1]),
+            own_gene_B=self._own_gene_P[pert_B],
+            is_control_B=pert_B == self._store.control_code,
+        )
+
+    def draw_others(
+        self, context_B: Tensor, pert_B: Tensor, *, num: int, seed: int, key: tuple[str | int, ...]
+    ) -> Tensor:
+        """Return rows of `effects_NG` of other perturbations of each set's context, (B, num) int64, -1 where too few.
+
+        The draw depends on the seed and the key alone.
+        """
+        rows_BK = np.full((len(context_B), num), -1, dtype=np.int64)
+        for place, (context, pert) in enumerate(zip(context_B.tolist(), pert_B.tolist(), strict=True)):
+            others = np.flatnonzero((self._contexts == context) & (self._perts != pert))
+            random = generator(seed, "others", *key, place)
+            drawn = random.choice(others, size=min(num, len(others)), replace=False)
+            rows_BK[place, : len(drawn)] = drawn
+        return torch.from_numpy(rows_BK)
+
+
+def learn_truth(store: Store, output_genes: NDArray[np.int64], *, labels: bool, progress: Progress) -> Truth:
+    """Read the TRAIN cells once, group by group, and return their effects; twice where labels are wanted.
+
+    Parameters
+    ----------
+    store
+        The training store.
+    output_genes
+        Positions of the predicted genes, ascending.
+    labels
+        Whether to compute which genes are differentially expressed, by the official statistics.
+    progress
+        Where groups are counted.
+    """
+    groups = _training_groups(store)
+    genes = None if len(output_genes) == len(store.genes) else output_genes
+    named = [key for key in groups if key[1] != store.control_code and (key[0], store.control_code) in groups]
+    num_groups = len(groups) + (len(named) if labels else 0)
+    with progress.task(
+        "training effects and labels" if labels else "training effects", num_groups, "groups"
+    ) as advance:
+        means = {}
+        for (context, pert), rows in groups.items():
+            means[context, pert] = _mean(store, rows, genes)
+            advance(1)
+        control = store.control_code
+        missing = store.control_mean_log1p if genes is None else store.control_mean_log1p[genes]
+        control_mean_CG = np.stack([means.get((code, control), missing) for code in range(len(store.contexts))])
+        effects = [means[key] - control_mean_CG[key[0]] for key in named]
+        labels_NG = _labels(store, groups, named, genes, advance) if labels else None
+    codes = np.array(named, dtype=np.int64).reshape(-1, 2)
+    return Truth(
+        store,
+        contexts=codes[:, 0],
+        perts=codes[:, 1],
+        effects_NG=np.stack(effects).astype(np.float32) if effects else np.zeros((1, len(output_genes)), np.float32),
+        control_mean_CG=control_mean_CG.astype(np.float32),
+        labels_NG=labels_NG,
+        output_genes=output_genes,
+    )
+
+
+def _training_groups(store: Store) -> dict[tuple[int, int], NDArray[np.int64]]:
+    """Return the rows of each (context, perturbation) of the training split, in the order of codes."""
+    rows = store.rows(split=Split.TRAIN)
+    keys = store.context_codes[rows].astype(np.int64) * len(store.perts) + store.pert_codes[rows]
+    order = np.argsort(keys, kind="stable")
+    distinct, starts = np.unique(keys[order], return_index=True)
+    pieces = np.split(rows[order], starts[1:])
+    return {divmod(int(key), len(store.perts)): piece for key, piece in zip(distinct, pieces, strict=True)}
+
+
+def _mean(store: Store, rows: NDArray[np.int64], genes: NDArray[np.int64] | None) -> NDArray[np.float32]:
+    total = np.zeros(len(store.genes), dtype=np.float64)
+    for start in range(0, len(rows), _CELLS_AT_ONCE):
+        block = store.csr(rows[start : start + _CELLS_AT_ONCE])
+        total += np.bincount(block.indices, weights=block.data, minlength=len(total))
+    mean = (total / len(rows)).astype(np.float32)
+    return mean if genes is None else mean[genes]
+
+
+def _labels(
+    store: Store,
+    groups: dict[tuple[int, int], NDArray[np.int64]],
+    named: list[tuple[int, int]],
+    genes: NDArray[np.int64] | None,
+    advance: Advance,
+) -> NDArray[np.bool_]:
+    """Return which genes are differentially expressed, over all genes of the store, (N, G) of those predicted."""
+    result = np.zeros((max(1, len(named)), len(store.genes) if genes is None else len(genes)), dtype=bool)
+    for context in sorted({context for context, _ in named}):
+        control_rows = groups[context, store.control_code]
+        control = group_cells(store.csr(control_rows), np.zeros(len(control_rows), dtype=np.int64))
+        places = [number for number, key in enumerate(named) if key[0] == context]
+        for some in _pieces(places, _GROUPS_AT_ONCE):
+            rows = [groups[named[number]] for number in some]
+            codes = np.repeat(np.arange(len(rows)), [len(piece) for piece in rows])
+            cells = group_cells(store.csr(np.concatenate(rows)), codes)
+            # The adjustment is over all genes, whichever of them are predicted.
+            found = differential_expression(cells, control, threads=available_cpus()).fdr < FDR
+            result[some] = found if genes is None else found[:, genes]
+            advance(len(some))
+    return result
+
+
+def _pieces(values: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

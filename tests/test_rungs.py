@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pertcast.cli.main import main
+from pertcast.config import RUNGS, LossConfig, load_experiment, rung_overrides, upgrade
+from pertcast.data.split import Split
+from pertcast.data.store import Store, prepare
+from pertcast.errors import ConfigError
+from pertcast.models.checkpoint import open_run
+from pertcast.progress import SILENT
+from pertcast.stats.de import differential_expression
+from pertcast.stats.groups import group_cells
+from pertcast.train.terms import total_loss
+from pertcast.train.truth import Truth, learn_truth
+from workspace import make_workspace
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "ladder"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    workspace = make_workspace(tmp_path_factory.mktemp("rungs") / "w")
+    return Store.open(prepare(load_experiment(workspace.experiment), workspace.folder / "store"))
+
+
+def test_each_rung_adds_one_term_and_the_first_is_the_default() -> None:
+    switched_on = [[name for name, weight in RUNGS[rung].items() if weight] for rung in ("c1", "c2", "c3", "c4")]
+    assert switched_on == [["energy"], ["energy", "mae"], ["energy", "mae", "de"], ["energy", "mae", "de", "rank"]]
+    assert all(getattr(LossConfig(), name) == weight for name, weight in RUNGS["c1"].items())
+    assert rung_overrides(None) == ()
+
+
+@pytest.mark.parametrize("rung", list(RUNGS))
+def test_a_recipe_is_the_first_one_with_its_rung(rung: str) -> None:
+    first, own = (tomllib.loads((RECIPES / f"{name}.toml").read_text("utf-8")) for name in ("c1", rung))
+    expected = {**LossConfig().model_dump(), **RUNGS[rung]}
+    assert {**LossConfig().model_dump(), **own.pop("loss")} == expected
+    first.pop("loss")
+    assert own == first
+
+
+def test_a_rung_stands_before_what_is_set_and_is_kept_in_the_run(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path / "w")
+    out = tmp_path / "run"
+    arguments = [
+        "train",
+        str(workspace.experiment),
+        "--out",
+        str(out),
+        "--set",
+        "loss.mae=0.25",
+        "--set",
+        "loss.rank=0",
+    ]
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--rung", "c4"])
+    loss = open_run(out).experiment["loss"]
+    assert (loss["energy"], loss["mae"], loss["de"], loss["rank"]) == (1.0, 0.25, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_a_rung_that_is_not_there_is_refused(command: str, tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path / "w")
+    with pytest.raises(SystemExit):
+        main([command, str(workspace.experiment), "--out", str(tmp_path / "out"), "--rung", "c5"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("value", "word"), [("true", "state"), ("false", "none")])
+def test_the_old_switch_is_refused_with_its_new_word_and_read_from_artefacts(
+    tmp_path: Path, value: str, word: str
+) -> None:
+    workspace = make_workspace(tmp_path / "w")
+    with pytest.raises(ConfigError, match=f'what was {value} is "{word}"'):
+        load_experiment(workspace.experiment, [f"model.residual={value}"])
+    assert upgrade({"model": {"residual": value == "true"}}) == {"model": {"residual": word}}
+
+
+def test_auxiliary_weights_rise_over_the_warm_up_and_energy_does_not() -> None:
+    config = LossConfig(energy=2.0, mae=1.0, rank=4.0, warmup_steps=4)
+    terms = {"energy": torch.tensor(1.0), "mae": torch.tensor(10.0), "rank": torch.tensor(100.0)}
+    found = [float(total_loss(terms, config, step=step)) for step in (0, 1, 3, 9)]
+    assert found == [2 + 410 / 4, 2 + 410 / 2, 2 + 410, 2 + 410]
+    assert float(total_loss(terms, config, step=None)) == 412
+
+
+def truth_of(store: Store) -> Truth:
+    return learn_truth(store, np.arange(len(store.genes)), labels=True, progress=SILENT)
+
+
+def test_the_truth_is_the_means_and_the_official_statistics_of_training_cells(store: Store) -> None:
+    truth = truth_of(store)
+    controls = store.log1p(store.rows(split=Split.TRAIN, pert=store.control_code))
+    for pert in range(len(store.perts)):
+        known = truth.of(torch.tensor([0]), torch.tensor([pert]))
+        assert bool(known.is_control_B) == (pert == store.control_code) != bool(known.has_effect_B)
+        np.testing.assert_allclose(known.control_mean_BG[0], controls.mean(0), atol=1e-5)
+        if pert == store.control_code:
+            assert known.valid_BG is not None
+            assert not known.valid_BG.any()
+            continue
+        cells = store.log1p(store.rows(split=Split.TRAIN, pert=pert))
+        np.testing.assert_allclose(known.effect_BG[0], cells.mean(0) - controls.mean(0), atol=1e-5)
+        groups = [group_cells(values, np.zeros(len(values), dtype=np.int64)) for values in (cells, controls)]
+        assert known.labels_BG is not None
+        assert known.labels_BG[0].tolist() == (differential_expression(*groups).fdr[0] < 0.05).tolist()
+        assert store.genes[int(known.own_gene_B)] == store.perts[pert]
+        assert known.labels_BG[0, known.own_gene_B]
+
+
+def test_others_are_of_the_same_context_and_never_the_perturbation_itself(store: Store) -> None:
+    truth = truth_of(store)
+    perts = torch.tensor([pert for pert in range(len(store.perts)) if pert != store.control_code])
+    contexts = torch.zeros_like(perts)
+    drawn = truth.draw_others(contexts, perts, num=5, seed=0, key=("train", 3))
+    assert drawn.shape == (3, 5)
+    known = truth.of(contexts, perts)
+    for place, rows in enumerate(drawn.tolist()):
+        assert rows[2:] == [-1, -1, -1]
+        assert len({*rows[:2]}) == 2
+        for row in rows[:2]:
+            assert not torch.equal(truth.effects_NG[row], known.effect_BG[place])
+    assert torch.equal(drawn, truth.draw_others(contexts, perts, num=5, seed=0, key=("train", 3)))
+
+
+def test_held_out_cells_are_never_read_for_the_truth(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    read = Store.csr
+
+    def spy(self: Store, rows: np.ndarray) -> object:
+        seen.update(rows.tolist())
+        return read(self, rows)
+
+    monkeypatch.setattr(Store, "csr", spy)
+    truth_of(store)
+    assert seen == set(store.rows(split=Split.TRAIN).tolist())
+    assert len(seen) < store.num_cells
