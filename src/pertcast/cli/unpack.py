@@ -26,6 +26,7 @@ def unpack(file: Path, /, *, out: Annotated[Path, Parameter(name=["--out", "-o"]
     out
         The h5ad file to write.
     """
+    from pertcast.cli.console import Console
     from pertcast.submission.pack import unpack as take_out
 
-    print(take_out(file, out))
+    print(take_out(file, out, progress=Console()))

@@ -75,7 +75,7 @@ def table(file: Any, path: Path, name: str) -> Any:
         If there is none, or it is in a form that AnnData has not written since 0.7.
     """
     with reading(path, name):
-        group = file[name] if name in file else None
+        group = file.get(name)
     if group is None:
         raise DataError(problems=[Problem(str(path), f"no {name} in it: this is no AnnData file", "give a .h5ad file")])
     if not isinstance(group, h5py.Group):
