@@ -17,9 +17,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy import sparse
 
+import pertcast.ladder.baseline
 from pertcast.cli.main import main
 from pertcast.errors import ConfigError, DataError
 from pertcast.ladder import official
+from pertcast.ladder.baseline import TrainingMean
 from pertcast.ladder.score import Score, score
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN
 
@@ -175,6 +177,34 @@ def test_scores_are_those_of_cell_eval(case: str, tmp_path: Path, request: pytes
             table.loc[NAMES[ours], "from_baseline"], abs=1e-6
         )
     assert score(pair.predicted, pair.real, baseline=of_baseline).overall == pytest.approx(found.overall, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["csr", "dense"])
+@pytest.mark.parametrize("max_values", [1, 1 << 27])
+def test_the_mean_of_training_cells_is_the_baseline_of_cell_eval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, max_values: int
+) -> None:
+    cell_eval = pytest.importorskip("cell_eval")
+    monkeypatch.setattr(pertcast.ladder.baseline, "_MAX_VALUES", max_values)
+    pair = simulate(tmp_path)
+    (tmp_path / "other").mkdir()
+    training = simulate(tmp_path / "other", perts=("G7", "G8", "G9"), layouts=(layout, "csr"), num_cells=30).predicted
+    cells = ad.read_h5ad(pair.real)
+    real = tmp_path / "uneven.h5ad"
+    cells[np.flatnonzero((cells.obs[PERT_COLUMN] != "G2") | (np.arange(cells.n_obs) % 3 > 0))].write_h5ad(real)
+    sizes = ad.read_h5ad(real).obs[PERT_COLUMN].value_counts().rename_axis(PERT_COLUMN).reset_index(name="n_cells")
+    sizes.to_csv(tmp_path / "counts.csv", index=False)
+    cell_eval.build_base_mean_adata(
+        str(training), counts_df=str(tmp_path / "counts.csv"), output_path=str(tmp_path / "mean.h5ad")
+    )
+    found = score(pair.predicted, real, baseline=TrainingMean(training))
+    theirs, _ = run_cell_eval(tmp_path / "mean.h5ad", real, tmp_path / "out")
+    for ours in ("mae", "pds", "des"):
+        assert found.baseline[ours] == pytest.approx(theirs[NAMES[ours]].mean(), abs=1e-6)
+    with pytest.raises(SystemExit) as end:
+        main(["score", str(pair.predicted), str(real), "--train", str(training), "--baseline", str(training)])
+    assert end.value.code == 1
 
 
 @pytest.mark.filterwarnings("ignore")

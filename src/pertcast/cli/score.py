@@ -27,6 +27,7 @@ def score(
     *,
     season: SeasonOption = "vcc2025",
     baseline: Annotated[Path | None, Parameter(name="--baseline")] = None,
+    train: Annotated[Path | None, Parameter(name="--train")] = None,
     ceiling: Annotated[bool, Parameter(name="--ceiling", negative="")] = False,
     set_: RulesOption = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
@@ -48,20 +49,27 @@ def score(
     baseline
         What the overall is relative to: an h5ad (as `cell-eval baseline` writes), the JSON of an earlier score, or
         cell-eval's agg_results.csv.
+    train
+        Training cells, an h5ad file with control cells: the overall is relative to their mean, as `cell-eval baseline`
+        makes it. In place of --baseline.
     ceiling
         Score one half of the real cells for the other half, too.
     json_
         Print the score as JSON.
     """
     from pertcast.cli.console import Console
+    from pertcast.errors import ConfigError
+    from pertcast.ladder.baseline import TrainingMean
     from pertcast.ladder.score import score as compute
 
+    if train is not None and baseline is not None:
+        raise ConfigError("--baseline and --train both say what the overall is relative to; give one of them")
     found = compute(
         predicted,
         real,
         season=season,
         rules=parse_rules(set_),
-        baseline=baseline,
+        baseline=TrainingMean(train) if train is not None else baseline,
         ceiling=ceiling,
         progress=Console(),
     )

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -28,7 +30,7 @@ from pertcast.stats.de import differential_expression
 from pertcast.stats.groups import CellGroups, count_entries, entry_starts, group_means, place_entries
 from pertcast.stats.metrics import is_significant
 
-__all__ = ["Side", "cache_folder", "read_halves", "read_side"]
+__all__ = ["LabelledGroups", "Side", "cache_folder", "read_groups", "read_halves", "read_side"]
 
 _FORMAT = "1"
 
@@ -65,6 +67,20 @@ class Side:
         return self.means_log1p - self.control_mean_log1p
 
 
+class LabelledGroups(NamedTuple):
+    """Cells by label: the groups, their names, and which of them there are enough cells of.
+
+    With halves, the second halves follow as groups ``len(names) + code``.
+    """
+
+    groups: CellGroups
+    names: tuple[str, ...]
+    kept: NDArray[np.int64]
+    control: int
+    genes: tuple[str, ...]
+    from_dense: bool
+
+
 def cache_folder() -> Path:
     """Return where scored truths are kept: ``$PERTCAST_CACHE``, else ``pertcast`` in the user's cache folder."""
     named = os.environ.get("PERTCAST_CACHE")
@@ -89,7 +105,7 @@ def read_side(path: Path, rules: Season, *, cache: Path | None = None, progress:
         If the file cannot be read, its values are on no one scale, or it has no control cells or nothing else.
     """
     if cache is None:
-        (side,) = _compute(path, rules, None, progress)
+        (side,) = _sides(read_groups(path, rules, progress=progress), parts=1)
         return side
     if not path.is_file():
         raise DataError(problems=[Problem(str(path), "no such file", "give the path of a .h5ad file")])
@@ -100,7 +116,7 @@ def read_side(path: Path, rules: Season, *, cache: Path | None = None, progress:
     if found is not None:
         progress.note(f"{path}: its statistics were kept from an earlier score ({kept})")
         return found
-    (side,) = _compute(path, rules, None, progress)
+    (side,) = _sides(read_groups(path, rules, progress=progress), parts=1)
     _save(side, kept)
     return side
 
@@ -116,49 +132,56 @@ def read_halves(path: Path, rules: Season, *, seed: int = 0, progress: Progress 
     DataError
         As :func:`read_side`; and if there are fewer than two control cells.
     """
-    first, second = _compute(path, rules, np.random.default_rng(seed), progress)
+    read = read_groups(path, rules, halves=np.random.default_rng(seed), progress=progress)
+    first, second = _sides(read, parts=2)
     return first, second
 
 
-def _compute(path: Path, rules: Season, halves: np.random.Generator | None, progress: Progress) -> tuple[Side, ...]:
-    pert_column, control_label = rules.pert_column, rules.control_label
+def read_groups(
+    path: Path, rules: Season, *, halves: np.random.Generator | None = None, progress: Progress = SILENT
+) -> LabelledGroups:
+    """Read cells by label; with a generator, each label's cells as two random halves.
+
+    Raises
+    ------
+    DataError
+        As :func:`read_side` and :func:`read_halves`.
+    """
+    column, control_label = rules.pert_column, rules.control_label
     with open_h5ad(path) as reader:
-        labels = reader.obs(pert_column)
-        names, codes = _sorted_labels(path, pert_column, labels)
+        labels = reader.obs(column)
+        names, codes = _sorted_labels(path, column, labels)
         if control_label not in names or len(names) < 2:
             what = "cells of another label" if control_label in names else f"control cells {control_label!r}"
             there = ", ".join(repr(str(name)) for name in names[:5]) + (" ..." if len(names) > 5 else "")
             remedy = "score a file that has both; --set control_label=... names another control"
-            raise DataError(
-                problems=[Problem(f"{path}, obs[{pert_column!r}]", f"expected {what}, got {there}", remedy)]
-            )
-        parts, kept = 1, np.arange(len(names))
+            raise DataError(problems=[Problem(f"{path}, obs[{column!r}]", f"expected {what}, got {there}", remedy)])
+        kept = np.arange(len(names))
         if halves is not None:
-            parts, (codes, kept) = 2, _halve(codes, labels, names, halves)
+            codes, kept = _halve(codes, labels, names, halves)
             if control_label not in names[kept] or len(kept) < 2:
                 raise DataError(f"{path}: too few cells to halve; the ceiling needs two control cells and two others")
-        groups = _read_groups(reader, codes, parts * len(names), progress)
-        dense, genes = reader.layout == "dense", reader.genes
-    control = int(np.flatnonzero(names == control_label)[0])
-    perts = kept[kept != control]
-    sides = []
+        groups = _read_values(reader, codes, (1 if halves is None else 2) * len(names), progress)
+        control = int(np.flatnonzero(names == control_label)[0])
+        return LabelledGroups(groups, tuple(map(str, names)), kept, control, reader.genes, reader.layout == "dense")
+
+
+def _sides(read: LabelledGroups, *, parts: int) -> Iterator[Side]:
+    perts = read.kept[read.kept != read.control]
+    dtype = read.groups.values.dtype
     for part in range(parts):
-        ours = groups.select(part * len(names) + perts)
-        theirs = groups.select([part * len(names) + control])
-        table = differential_expression(ours, theirs, from_dense=dense, threads=available_cpus())
-        dtype = groups.values.dtype
-        sides.append(
-            Side(
-                perts=tuple(map(str, names[perts])),
-                genes=genes,
-                num_cells=ours.sizes,
-                means_log1p=group_means(ours)[0].astype(dtype),
-                control_mean_log1p=group_means(theirs)[0][0].astype(dtype),
-                significant=is_significant(table.fdr),
-                log2_fold_change=table.log2_fold_change.astype(np.float32),
-            )
+        ours = read.groups.select(part * len(read.names) + perts)
+        theirs = read.groups.select([part * len(read.names) + read.control])
+        table = differential_expression(ours, theirs, from_dense=read.from_dense, threads=available_cpus())
+        yield Side(
+            perts=tuple(read.names[pert] for pert in perts),
+            genes=read.genes,
+            num_cells=ours.sizes,
+            means_log1p=group_means(ours)[0].astype(dtype),
+            control_mean_log1p=group_means(theirs)[0][0].astype(dtype),
+            significant=is_significant(table.fdr),
+            log2_fold_change=table.log2_fold_change.astype(np.float32),
         )
-    return tuple(sides)
 
 
 def _sorted_labels(path: Path, column: str, labels: pd.Categorical) -> tuple[NDArray[np.str_], NDArray[np.int64]]:
@@ -197,7 +220,7 @@ def _halve(
     return halved, np.sort(np.array(kept, dtype=np.int64))
 
 
-def _read_groups(reader: H5adReader, codes: NDArray[np.int64], num_groups: int, progress: Progress) -> CellGroups:
+def _read_values(reader: H5adReader, codes: NDArray[np.int64], num_groups: int, progress: Progress) -> CellGroups:
     """Read the file twice: what its scale is and where each value goes, then the values."""
     evidence = ScaleEvidence(str(reader.path), genes=reader.genes)
     counts = np.zeros((num_groups, reader.num_genes), dtype=np.int64)

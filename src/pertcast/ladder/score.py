@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pertcast.errors import ConfigError, DataError, Problem
+from pertcast.ladder.baseline import TrainingMean, training_mean_side
 from pertcast.ladder.cells import Side, cache_folder, read_halves, read_side
 from pertcast.ladder.official import score_by_cell_eval2
 from pertcast.progress import SILENT, Progress
@@ -87,7 +88,7 @@ def score(
     *,
     season: str | Season = "vcc2025",
     rules: Mapping[str, int | str] | None = None,
-    baseline: Path | None = None,
+    baseline: Path | TrainingMean | None = None,
     ceiling: bool = False,
     progress: Progress = SILENT,
 ) -> Score:
@@ -103,7 +104,7 @@ def score(
         Rules of the season to override: ``{"control_label": "control"}``.
     baseline
         What the overall is relative to: a prediction (.h5ad, such as `cell-eval baseline` writes), the JSON of an
-        earlier score, or cell-eval's agg_results.csv.
+        earlier score, cell-eval's agg_results.csv, or the mean of training cells.
     ceiling
         Whether to score one half of the real cells for the other, too.
     progress
@@ -227,11 +228,17 @@ def _ceiling(real: Path, rules: Season, progress: Progress) -> dict[str, float]:
     }
 
 
-def _read_baseline(path: Path, truth: Side, real: Path, rules: Season, progress: Progress) -> dict[str, float]:
+def _read_baseline(
+    given: Path | TrainingMean, truth: Side, real: Path, rules: Season, progress: Progress
+) -> dict[str, float]:
     """Return the metrics of a baseline: scored here, or read from where they were written."""
-    if path.suffix == ".h5ad":
-        side = read_side(path, rules, cache=cache_folder(), progress=progress)
+    path = given.cells if isinstance(given, TrainingMean) else given
+    if isinstance(given, TrainingMean):
+        side = training_mean_side(given, truth, rules, progress=progress)
         values: Mapping[str, Any] = _means(compare_sides(side, truth, places=(path, real)))
+    elif path.suffix == ".h5ad":
+        side = read_side(path, rules, cache=cache_folder(), progress=progress)
+        values = _means(compare_sides(side, truth, places=(path, real)))
     else:
         values = _read_values(path)
     missing = [name for name in BEST if not isinstance(values.get(name), int | float)]
