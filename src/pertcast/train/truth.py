@@ -6,7 +6,6 @@ Shapes: N training perturbations (each in its context), C contexts, P perturbati
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,18 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pertcast.data.labels import de_labels
 from pertcast.data.split import Split
 from pertcast.data.store import Store
-from pertcast.files.cpus import available_cpus
-from pertcast.progress import Advance, Progress
-from pertcast.stats.de import FDR, differential_expression
+from pertcast.progress import Progress
 from pertcast.stats.draws import generator
-from pertcast.stats.groups import group_cells
 
 __all__ = ["Known", "Truth", "learn_truth"]
 
 _CELLS_AT_ONCE = 512
-_GROUPS_AT_ONCE = 16
 _LARGEST_WEIGHT = 100.0
 
 
@@ -145,7 +141,7 @@ class Truth:
 
 
 def learn_truth(store: Store, output_genes: NDArray[np.int64], *, labels: bool, progress: Progress) -> Truth:
-    """Read the TRAIN cells once, group by group, and return their effects; twice where labels are wanted.
+    """Read the TRAIN cells once, group by group, and return their effects, with DE labels where wanted.
 
     Parameters
     ----------
@@ -154,27 +150,36 @@ def learn_truth(store: Store, output_genes: NDArray[np.int64], *, labels: bool, 
     output_genes
         Positions of the predicted genes, ascending.
     labels
-        Whether to compute which genes are differentially expressed, by the official statistics.
+        Whether to say which genes are differentially expressed, by the official statistics.
     progress
         Where groups are counted.
+
+    Raises
+    ------
+    DataError
+        If labels are wanted and a context has training perturbations but no training control cells.
     """
     groups = _training_groups(store)
     genes = None if len(output_genes) == len(store.genes) else output_genes
     named = [key for key in groups if key[1] != store.control_code and (key[0], store.control_code) in groups]
-    num_groups = len(groups) + (len(named) if labels else 0)
-    with progress.task(
-        "training effects and labels" if labels else "training effects", num_groups, "groups"
-    ) as advance:
+    with progress.task("training effects", len(groups), "groups") as advance:
         means = {}
         for (context, pert), rows in groups.items():
             means[context, pert] = _mean(store, rows, genes)
             advance(1)
-        control = store.control_code
-        missing = store.control_mean_log1p if genes is None else store.control_mean_log1p[genes]
-        control_mean_CG = np.stack([means.get((code, control), missing) for code in range(len(store.contexts))])
-        effects = [means[key] - control_mean_CG[key[0]] for key in named]
-        labels_NG = _labels(store, groups, named, genes, advance) if labels else None
+    control = store.control_code
+    missing = store.control_mean_log1p if genes is None else store.control_mean_log1p[genes]
+    control_mean_CG = np.stack([means.get((code, control), missing) for code in range(len(store.contexts))])
+    effects = [means[key] - control_mean_CG[key[0]] for key in named]
     codes = np.array(named, dtype=np.int64).reshape(-1, 2)
+    labels_NG = None
+    if labels and named:
+        found = de_labels(store, progress=progress)
+        labels_NG = found.significant[found.find(codes[:, 0].astype(np.int32), codes[:, 1].astype(np.int32))]
+        # They were adjusted over all genes, whichever of them are predicted.
+        labels_NG = labels_NG if genes is None else labels_NG[:, genes]
+    elif labels:
+        labels_NG = np.zeros((1, len(output_genes)), dtype=bool)
     return Truth(
         store,
         contexts=codes[:, 0],
@@ -203,32 +208,3 @@ def _mean(store: Store, rows: NDArray[np.int64], genes: NDArray[np.int64] | None
         total += np.bincount(block.indices, weights=block.data, minlength=len(total))
     mean = (total / len(rows)).astype(np.float32)
     return mean if genes is None else mean[genes]
-
-
-def _labels(
-    store: Store,
-    groups: dict[tuple[int, int], NDArray[np.int64]],
-    named: list[tuple[int, int]],
-    genes: NDArray[np.int64] | None,
-    advance: Advance,
-) -> NDArray[np.bool_]:
-    """Return which genes are differentially expressed, over all genes of the store, (N, G) of those predicted."""
-    result = np.zeros((max(1, len(named)), len(store.genes) if genes is None else len(genes)), dtype=bool)
-    for context in sorted({context for context, _ in named}):
-        control_rows = groups[context, store.control_code]
-        control = group_cells(store.csr(control_rows), np.zeros(len(control_rows), dtype=np.int64))
-        places = [number for number, key in enumerate(named) if key[0] == context]
-        for some in _pieces(places, _GROUPS_AT_ONCE):
-            rows = [groups[named[number]] for number in some]
-            codes = np.repeat(np.arange(len(rows)), [len(piece) for piece in rows])
-            cells = group_cells(store.csr(np.concatenate(rows)), codes)
-            # The adjustment is over all genes, whichever of them are predicted.
-            found = differential_expression(cells, control, threads=available_cpus()).fdr < FDR
-            result[some] = found if genes is None else found[:, genes]
-            advance(len(some))
-    return result
-
-
-def _pieces(values: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
