@@ -32,7 +32,7 @@ def generate(
     out
         The folder of the parts.
     store
-        Where the store lies now, if it has moved since training.
+        Where the store lies now, if it has moved since training; a run that was imported needs one.
     """
     from pertcast.cli.console import Console
     from pertcast.generate import generate as make

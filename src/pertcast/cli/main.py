@@ -11,6 +11,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from keyword import iskeyword
 
 from cyclopts import App, CycloptsError
 
@@ -24,6 +25,8 @@ COMMANDS = {
     "run": "Every stage of an experiment, resumable; what is there and still true is reused.",
     "prepare": "Experiment file and h5ad files in, a training store out.",
     "train": "Train STATE on a store; goes on where it stopped.",
+    "import": "Make a run of a folder that `state tx train` wrote; no code in its files runs.",
+    "export": "Write a run as a folder that `state tx infer` reads.",
     "generate": "Make exactly the wanted cells of each target, one part file a target.",
     "assemble": "Join the parts into one prediction.h5ad.",
     "check": "Name every problem of a prediction, with its place and remedy.",
@@ -47,7 +50,8 @@ def build_app(asked: str | None = None) -> App:
         suppress_keyboard_interrupt=False,
     )
     for name, summary in COMMANDS.items():
-        app.command(f"pertcast.cli.{name}:command", name=name, help=None if name == asked else summary)
+        module = f"{name}_" if iskeyword(name) else name
+        app.command(f"pertcast.cli.{module}:command", name=name, help=None if name == asked else summary)
     return app
 
 

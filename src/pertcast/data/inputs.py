@@ -13,7 +13,9 @@ __all__ = ["input_dim", "read_inputs"]
 _OBSM = "obsm:"
 
 
-def read_inputs(store: Store, rows: NDArray[np.int64], *, source: str) -> NDArray[np.float32]:
+def read_inputs(
+    store: Store, rows: NDArray[np.int64], *, source: str, genes: NDArray[np.int64] | None = None
+) -> NDArray[np.float32]:
     """Return what the network reads of some cells.
 
     Parameters
@@ -24,6 +26,8 @@ def read_inputs(store: Store, rows: NDArray[np.int64], *, source: str) -> NDArra
         (cells,) rows of the store, in any order.
     source
         ``genes`` or ``hvg`` (log1p values), or ``obsm:NAME``.
+    genes
+        Positions of the genes to read, in order, in place of the store's own choice; ignored with an embedding.
 
     Returns
     -------
@@ -31,7 +35,9 @@ def read_inputs(store: Store, rows: NDArray[np.int64], *, source: str) -> NDArra
     """
     if source.startswith(_OBSM):
         return store.embedding(rows, source.removeprefix(_OBSM))
-    return store.log1p(rows, genes=store.hvg if source == "hvg" else None)
+    if genes is None and source == "hvg":
+        genes = store.hvg
+    return store.log1p(rows, genes=genes)
 
 
 def input_dim(store: Store, *, source: str) -> int:

@@ -30,6 +30,7 @@ from pertcast.files.artefacts import (
     write_manifest,
 )
 from pertcast.files.lock import claimed
+from pertcast.generate.binding import bind, is_imported
 from pertcast.generate.parts import PartMaker
 from pertcast.generate.plan import Part, Plan, plan_parts
 from pertcast.models.checkpoint import Run, open_run
@@ -78,8 +79,10 @@ def generate(
     asked = experiment or trained
     experiment = trained.model_copy(update={"generate": asked.generate, "submission": asked.submission})
     store = _open_store(run, run_path, store_path)
+    if is_imported(run):
+        run = bind(run, store)
     plan = plan_parts(store, experiment)
-    features = _features(run_path, experiment, store, plan)
+    features = _features(run, run_path, experiment, store, plan)
     plan = _with_notes(plan, experiment, features, run)
     maker = PartMaker(run, store, experiment, features, hash_file(run_path / "weights.safetensors"))
     _show(plan, progress)
@@ -103,6 +106,13 @@ def _make_parts(out: Path, plan: Plan, experiment: Experiment, run: Run, maker: 
 
 
 def _open_store(run: Run, run_path: Path, store_path: Path | None) -> Store:
+    if is_imported(run):
+        if store_path is None:
+            raise CheckpointError(
+                f"{run_path}: it was imported and has no store to take control cells from; "
+                "make one of your cells with `pertcast prepare`, and give it with --store"
+            )
+        return Store.open(store_path)
     store = Store.open(store_path or run.store_path)
     if store.fingerprint != run.store_fingerprint:
         raise CheckpointError(
@@ -112,7 +122,7 @@ def _open_store(run: Run, run_path: Path, store_path: Path | None) -> Store:
     return store
 
 
-def _features(run_path: Path, experiment: Experiment, store: Store, plan: Plan) -> PertFeatures:
+def _features(run: Run, run_path: Path, experiment: Experiment, store: Store, plan: Plan) -> PertFeatures:
     """Return features of every target: those that the run keeps, or the file's where the run has not seen a target.
 
     Raises
@@ -124,6 +134,8 @@ def _features(run_path: Path, experiment: Experiment, store: Store, plan: Plan) 
     targets = tuple(dict.fromkeys(part.target for part in plan.parts if part.target != plan.season.control_label))
     if set(targets) <= set(kept.names):
         return kept
+    if is_imported(run):
+        kept.of(targets)  # names every target that the network does not know
     features = load_features(experiment.features, store, targets=targets)
     if not np.array_equal(features.of(store.perts), kept.of(store.perts)):
         raise CheckpointError(

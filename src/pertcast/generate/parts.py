@@ -30,6 +30,7 @@ from pertcast.files.artefacts import (
     write_manifest,
 )
 from pertcast.files.h5ad import CsrWriter
+from pertcast.generate.binding import batch_codes, is_imported
 from pertcast.generate.plan import Part, control_rows
 from pertcast.models.checkpoint import Run
 from pertcast.models.state import StateTransition
@@ -45,6 +46,9 @@ class PartMaker:
         self._run, self._store, self._experiment, self._features = run, store, experiment, features
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model: StateTransition | None = None
+        # a run that was trained elsewhere has an order of genes and batches of its own
+        self._input_genes = run.hvg if is_imported(run) else None
+        self._batch_codes = batch_codes(run, store)
         self.inputs = {"weights": weights, "store": store.fingerprint}
         missing = len(run.genes) - len(run.output_genes)
         if missing and experiment.generate.other_genes == "error":
@@ -164,16 +168,16 @@ class PartMaker:
         if self._model is None:
             self._model = run.model().to(self._device).eval()
         rows = sets_BS.reshape(-1)
-        control_BSI = read_inputs(store, rows, source=self._experiment.model.input).reshape(*sets_BS.shape, -1)
+        control_CI = read_inputs(store, rows, source=self._experiment.model.input, genes=self._input_genes)
         context = run.contexts.index(part.context) if part.context in run.contexts else -1
         prediction = self._model(
-            self._tensor(control_BSI),
+            self._tensor(control_CI.reshape(*sets_BS.shape, -1)),
             self._tensor(self._feature(part.target)).expand(len(sets_BS), -1),
-            self._tensor(store.batch_codes[rows].astype(np.int64).reshape(sets_BS.shape)),
+            self._tensor(self._batch_codes[store.batch_codes[rows]].reshape(sets_BS.shape)),
             torch.full((len(sets_BS),), context, device=self._device),
         )
         output_CG: NDArray[np.float32] = prediction.log1p_BSG.flatten(0, 1).float().cpu().numpy()
-        if len(run.output_genes) == len(run.genes):
+        if np.array_equal(run.output_genes, np.arange(len(run.genes))):
             return output_CG
         cells_CG = store.log1p(rows)
         cells_CG[:, run.output_genes] = output_CG

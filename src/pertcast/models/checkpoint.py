@@ -69,7 +69,8 @@ class Run:
     output_genes
         (predicted genes,) int64 positions in `genes`, ascending.
     hvg
-        (highly variable genes,) int64 positions in `genes`: what the network reads where ``model.input`` is "hvg".
+        (highly variable genes,) int64 positions in `genes`: what the network reads where ``model.input`` is "hvg", and
+        in its order what an imported network reads.
     perts, contexts, batches
         Names of the codes that the network was trained with.
     control
@@ -79,7 +80,7 @@ class Run:
     scale
         The scale of the store's own values: ``counts`` or ``log1p``. The network reads and predicts log1p always.
     store_path, store_fingerprint
-        The store that it was trained on.
+        The store that it was trained on; the fingerprint is empty where the run was imported.
     step
         The step that the weights are of.
     metrics

@@ -20,10 +20,10 @@ from pertcast.models.checkpoint import require_shapes
 from pertcast.models.spec import StateSpec
 from pertcast.models.state import StateTransition
 
-__all__ = ["ArcNames", "ArcNetwork", "convert_run"]
+__all__ = ["TRANSPOSED", "ArcNames", "ArcNetwork", "convert_run"]
 
 _LORA = re.compile(r"(.+)\.lora_([AB])\.[^.]+\.weight")
-_TRANSPOSED = re.compile(r"transformer_backbone\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
+TRANSPOSED = re.compile(r"transformer_backbone\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 # vocabularies, which cells do not have; a buffer of masks; positions, which arc-state sets to zero
 _IDLE = re.compile(r"transformer_backbone\.(embed_tokens\.weight|wte\.weight|wpe\.weight|h\.\d+\.attn\.(masked_)?bias)")
 _POSITIONS = "transformer_backbone.wpe.weight"
@@ -182,7 +182,7 @@ def _tensors(folder: ArcFolder) -> tuple[dict[str, Tensor], list[str]]:
         name = name.replace("gene_decoder.decoder.", "gene_decoder.")
         if "basal_encoder.3.weight" not in weights:
             name = name.replace("basal_encoder.0.", "basal_encoder.")
-        renamed[name] = value.T.contiguous() if _TRANSPOSED.fullmatch(name) else value
+        renamed[name] = value.T.contiguous() if TRANSPOSED.fullmatch(name) else value
     return renamed, notes
 
 
@@ -204,6 +204,6 @@ def _merge_lora(folder: ArcFolder, weights: dict[str, Tensor]) -> dict[str, Tens
             raise CheckpointError(f"{folder.checkpoint}: {name} has no weights to be merged into")
         update = (upper.double() @ lower.double()) * (float(options.get("alpha", 32)) / float(options.get("r", 16)))
         # GPT-2's layers hold their weights the other way round
-        is_turned = _TRANSPOSED.fullmatch(next(iter(_plain({base: lower})))) is not None
+        is_turned = TRANSPOSED.fullmatch(next(iter(_plain({base: lower})))) is not None
         merged[base] = (merged[base].double() + (update.T if is_turned else update)).float()
     return merged

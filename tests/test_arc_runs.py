@@ -1,0 +1,176 @@
+"""Imported runs are runs; exported ones give arc-state the same numbers; names that do not match are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+
+from arc_oracle import GENES, HVGS, OPTIONS
+from pertcast.config import load_experiment
+from pertcast.data.features import PertFeatures, open_features, save_features
+from pertcast.data.store import Split, Store, prepare
+from pertcast.errors import CheckpointError, DataError
+from pertcast.files.artefacts import verify_artefact
+from pertcast.generate import generate
+from pertcast.models.arc import convert_run, read_arc_folder
+from pertcast.models.checkpoint import Run, open_run, save_run
+from pertcast.models.spec import StateSpec
+from pertcast.models.state import StateTransition
+from pertcast.train.arc import export_run, import_run
+from test_arc_import import arc_runs, call_oracle, require_same_output, run_of
+from workspace import Workspace, make_workspace
+
+__all__ = ["arc_runs"]
+
+
+def import_option(arc_runs: Path, name: str, tmp_path: Path) -> Path:
+    for file, names in (("genes.txt", GENES), ("hvgs.txt", HVGS)):
+        (tmp_path / file).write_text("".join(f"{gene}\n" for gene in names))
+    return import_run(
+        run_of(arc_runs, name), tmp_path / "run", genes=tmp_path / "genes.txt", hvgs=tmp_path / "hvgs.txt"
+    )
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_imported_run_opens_and_gives_arc_states_output(arc_runs: Path, name: str, tmp_path: Path) -> None:
+    path = import_option(arc_runs, name, tmp_path)
+    assert verify_artefact(path) == []
+    run = open_run(path)
+    require_same_output(run.model(), arc_runs / name)
+    assert (run.perts, run.batches) == (("G1", "G2", "G3", "non-targeting"), ("b1", "b2"))
+    np.testing.assert_equal(open_features(path / "features").of(run.perts), np.eye(4))
+    wide = name in {"genes", "all_of_genes", "all_decoded", "embedding_to_all"}
+    assert run.genes == (GENES if wide else () if name == "embedding" else HVGS)
+    assert run.experiment["model"]["input"] == (
+        "obsm:X_emb" if "embedding" in name else "genes" if "genes" in name else "hvg"
+    )
+
+
+def test_exported_runs_give_arc_state_the_same_numbers(arc_runs: Path, tmp_path: Path) -> None:
+    names = [name for name in OPTIONS if (arc_runs / name / "out.npz").is_file()]
+    exported = []
+    for name in names:
+        (tmp_path / name).mkdir()
+        exported.append(export_run(import_option(arc_runs, name, tmp_path / name), tmp_path / name / "arc"))
+    call_oracle("forward", *exported)
+    for name, path in zip(names, exported, strict=True):
+        before, after = np.load(arc_runs / name / "out.npz"), np.load(path / "out.npz")
+        for key in after.files:
+            np.testing.assert_allclose(after[key], before[key], atol=1e-5, rtol=1e-5, err_msg=f"{name} {key}")
+        require_same_output(convert_run(read_arc_folder(path)).model(), path)
+
+
+SPEC = StateSpec(
+    input_dim=3, output_dim=3, pert_dim=2, num_genes=3, output_space="gene", set_size=4, hidden=8, layers=1, heads=2,
+    head_dim=4, feedforward=8, encoder_layers=2, decoder_layers=2, num_batches=2,
+)  # fmt: skip
+
+
+def write_imported(workspace: Workspace, **changes: object) -> Path:
+    """Write a run as an import makes it: three of the store's genes in another order, batches in another order."""
+    values: dict[str, object] = {
+        "path": workspace.folder / "imported",
+        "spec": SPEC,
+        "experiment": {
+            "datasets": {"imported": "elsewhere"},
+            "model": {"input": "hvg"},
+            "generate": {"other_genes": "control"},
+            "submission": {
+                "targets": str(workspace.targets),
+                "rules": {"num_genes": 20, "num_targets": 3, "max_cells": 120},
+            },
+        },
+        "genes": ("G7", "G2", "G11"),
+        "output_genes": np.arange(3),
+        "hvg": np.arange(3),
+        "perts": ("non-targeting", "G1"),
+        "contexts": (),
+        "batches": ("b2", "b1"),
+        "control": "non-targeting",
+        "target_sum": None,
+        "scale": "log1p",
+        "store_path": workspace.folder,
+        "store_fingerprint": "",
+        "step": 1,
+    }
+    run = Run(**(values | changes))  # type: ignore[arg-type]
+    features = PertFeatures(("non-targeting", "G1"), np.eye(2, dtype=np.float32), "onehot", "non-targeting", "a test")
+    save_features(features, run.path / "features")
+    save_run(run, StateTransition(run.spec).state_dict(), inputs={})
+    return run.path
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    workspace = make_workspace(tmp_path / "workspace")
+    workspace.targets.write_text("target_gene,n_cells,median_umi_per_cell\nG1,30,500\n")
+    prepare(load_experiment(workspace.experiment), workspace.folder / "store")
+    return workspace
+
+
+OVERRIDES = ("submission.rules.num_targets=1",)
+
+
+def test_an_imported_run_reads_and_writes_genes_and_batches_by_name(workspace: Workspace) -> None:
+    path, store = write_imported(workspace), Store.open(workspace.folder / "store")
+    parts = generate(path, workspace.folder / "parts", store_path=store.path, overrides=OVERRIDES)
+    cells = ad.read_h5ad(parts / "H1" / "G1.h5ad")
+    assert list(cells.var_names) == list(store.genes)
+    found = cells[:, ["G7", "G2", "G11"]].X.toarray()
+    others = cells[:, [gene for gene in store.genes if gene not in ("G7", "G2", "G11")]]
+    every = store.log1p(store.rows(split=Split.TRAIN, pert=store.control_code))
+    rest = every[:, [store.genes.index(gene) for gene in others.var_names]]
+    rows = [int(np.abs(rest - cell).sum(1).argmin()) for cell in others.X.toarray()]
+    controls = every[rows][:, [store.genes.index(gene) for gene in ("G7", "G2", "G11")]]
+    codes = store.batch_codes[store.rows(split=Split.TRAIN, pert=store.control_code)][rows]
+    batch = torch.tensor([("b2", "b1").index(store.batches[code]) for code in codes])
+    with torch.inference_mode():
+        expected = open_run(path).model()(
+            torch.from_numpy(controls[:28]).reshape(7, 4, 3),
+            torch.tensor([[0.0, 1.0]]).expand(7, -1),
+            batch[:28].reshape(7, 4),
+        )
+    np.testing.assert_allclose(found[:28], expected.log1p_BSG.flatten(0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"genes": ("G7", "G2", "Q11")}, "1 of the 3 genes of the network are not there: 'Q11'"),
+        ({"batches": ("b2", "b9")}, "1 batches of control cells are not known to the network: 'b1'"),
+        ({"control": "DMSO"}, "its control label is 'DMSO', the store's is 'non-targeting'"),
+    ],
+)
+def test_names_that_do_not_match_are_refused(workspace: Workspace, changes: dict[str, object], message: str) -> None:
+    path = write_imported(workspace, **changes)
+    with pytest.raises(CheckpointError, match="does not fit the imported run") as caught:
+        generate(path, workspace.folder / "parts", store_path=workspace.folder / "store", overrides=OVERRIDES)
+    assert message in str(caught.value)
+
+
+def test_an_unknown_target_is_named_and_never_filled(workspace: Workspace) -> None:
+    workspace.targets.write_text("target_gene,n_cells,median_umi_per_cell\nG3,30,500\n")
+    path = write_imported(workspace)
+    with pytest.raises(DataError, match="'G3': it has no feature"):
+        generate(path, workspace.folder / "parts", store_path=workspace.folder / "store", overrides=OVERRIDES)
+
+
+def test_an_imported_run_asks_for_a_store(workspace: Workspace) -> None:
+    with pytest.raises(CheckpointError, match="give it with --store"):
+        generate(write_imported(workspace), workspace.folder / "parts", overrides=OVERRIDES)
+
+
+def test_export_and_reading_it_back_is_the_identity(workspace: Workspace, tmp_path: Path) -> None:
+    path = write_imported(workspace)
+    folder = read_arc_folder(export_run(path, tmp_path / "arc"))
+    network = convert_run(folder)
+    assert network.spec == SPEC
+    for name, value in open_run(path).model().state_dict().items():
+        assert torch.equal(network.weights[name], value)
+    assert folder.batches == ("b2", "b1")
+    with pytest.raises(DataError, match="it is there already"):
+        export_run(path, tmp_path / "arc")
