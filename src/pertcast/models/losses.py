@@ -55,7 +55,9 @@ def energy_distance(pred_BSG: Tensor, real_BSG: Tensor) -> Tensor:
         centre_B1G = real_BSG.detach().to(dtype).mean(1, keepdim=True)
         x_BSG, y_BTG = pred_BSG.to(dtype) - centre_B1G, real_BSG.to(dtype) - centre_B1G
         between_B = _distances(x_BSG, y_BTG).mean((1, 2))
-        within_B = _distances(x_BSG).mean((1, 2)) + _distances(y_BTG).mean((1, 2))
+        # and predicted cells that are far from the real ones are near their own mean
+        own_BSG = x_BSG - x_BSG.detach().mean(1, keepdim=True)
+        within_B = _distances(own_BSG).mean((1, 2)) + _distances(y_BTG).mean((1, 2))
         return between_B - within_B / 2
 
 
