@@ -348,3 +348,12 @@ def test_real_cells_read_as_anndata_reads_them(shared_data: Path) -> None:
     with open_h5ad(path) as reader:
         assert reader.genes == tuple(expected.var_names)
         assert reader.obs("perturbation").tolist() == expected.obs["perturbation"].tolist()
+
+
+def test_what_is_written_can_be_used_as_any_scipy_matrix(tmp_path: Path) -> None:
+    with CsrWriter(tmp_path / "a.h5ad", ["A", "B"]) as writer:
+        writer.append(sparse.csr_matrix(np.array([[1, 0], [0, 2]], dtype=np.float32)))
+        writer.finish(pd.DataFrame(index=["0", "1"]))
+    matrix = ad.read_h5ad(tmp_path / "a.h5ad").X
+    assert matrix.nonzero()[1].tolist() == [0, 1]
+    assert matrix.tocoo().nnz == 2

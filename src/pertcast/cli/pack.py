@@ -26,6 +26,7 @@ def pack(
     targets: TargetsOption = None,
     set_: RulesOption = None,
     level: int = 3,
+    cross_check: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Check a prediction and pack it as the season's archive; what `check` refuses is not packed.
 
@@ -41,9 +42,22 @@ def pack(
         The archive, a .vcc file.
     level
         How hard zstd tries, 1 to 19: 3 is what the official packers use, 1 is faster and larger.
+    cross_check
+        Have the season's official packer pack the same file, where it is installed, and compare what both packed.
     """
     from pertcast.cli.console import Console
+    from pertcast.submission.check.whole import resolve_season
+    from pertcast.submission.cross_check import cross_check as compare
+    from pertcast.submission.cross_check import find_packer
     from pertcast.submission.pack import pack as write
 
-    rules = parse_rules(set_)
-    print(write(file, out, season=season, genes=genes, targets=targets, rules=rules, level=level, progress=Console()))
+    rules, console = parse_rules(set_), Console()
+    in_force = resolve_season(season, rules)
+    if cross_check:
+        find_packer(in_force)
+    archive = write(file, out, season=season, genes=genes, targets=targets, rules=rules, level=level, progress=console)
+    if cross_check:
+        found = compare(file, archive, season=in_force, genes=genes, targets=targets, progress=console)
+        equal = "the same values" if not found.largest_difference else f"values within {found.largest_difference:.1e}"
+        print(f"cross-checked: `{found.packer}` packs {equal} for {found.num_cells:,} x {found.num_genes:,}")
+    print(archive)

@@ -200,7 +200,11 @@ class CsrWriter:
     def _write_rest(self, obs: pd.DataFrame) -> None:
         self._data.finish()
         self._indices.finish()
-        self._matrix.create_dataset("indptr", data=np.concatenate(self._indptr), track_times=False)
+        indptr = np.concatenate(self._indptr)
+        if indptr[-1] <= np.iinfo(np.int32).max:
+            # as the indices: scipy turns no matrix into coordinates whose two kinds of index differ
+            indptr = indptr.astype(np.int32)
+        self._matrix.create_dataset("indptr", data=indptr, track_times=False)
         self._matrix.attrs["encoding-type"] = "csr_matrix"
         self._matrix.attrs["encoding-version"] = "0.1.0"
         self._matrix.attrs["shape"] = np.array([self._rows_done, len(self._genes)], dtype=np.int64)
