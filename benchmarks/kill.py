@@ -138,7 +138,7 @@ def _main() -> None:
         struck = kill_at_random(stages, Path(folder) / "kills", kills=given.kills, seed=given.seed)
     shown = ", ".join(f"{number} in {name}" for name, number in struck.items())
     print(
-        f"{given.kills} kills ({shown} struck while it ran): every rerun ended equal to the bit, nothing else was left"
+        f"{given.kills} kills ({shown} before it had ended): every rerun ended equal to the bit, nothing else was left"
     )
 
 

@@ -29,7 +29,7 @@ from pertcast.run import run_experiment
 from workspace import Workspace, make_workspace
 
 SLOW = ("--set", "train.steps=300", "--set", "submission.rules.max_cells=20000")
-MANY = "target_gene,n_cells\nG1,6000\nG2,6000\nG3,6000\n"
+MANY = "target_gene,n_cells\nG1,2500\nG2,2500\nG3,14000\n"
 
 
 @pytest.fixture
