@@ -1,5 +1,6 @@
 """Every knob: one frozen, validated section per stage; TOML in, TOML out; unknown keys are errors."""
 
+from pertcast.config.learning import AdaptConfig, LossConfig, ModelConfig, TrainConfig
 from pertcast.config.load import load_experiment, rebuild_experiment, upgrade
 from pertcast.config.rungs import RUNGS, rung_overrides
 from pertcast.config.sections import (
@@ -8,15 +9,13 @@ from pertcast.config.sections import (
     FeaturesConfig,
     FewshotConfig,
     GenerateConfig,
-    LossConfig,
-    ModelConfig,
     PrepareConfig,
     SubmissionConfig,
-    TrainConfig,
 )
 
 __all__ = [
     "RUNGS",
+    "AdaptConfig",
     "ColumnsConfig",
     "Experiment",
     "FeaturesConfig",

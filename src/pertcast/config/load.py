@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pertcast.config.sections import RESIDUAL_OF_SWITCH, Experiment, FewshotConfig
+from pertcast.config.learning import RESIDUAL_OF_SWITCH
+from pertcast.config.sections import Experiment, FewshotConfig
 from pertcast.errors import ConfigError, Problem
 
 __all__ = ["load_experiment", "rebuild_experiment", "upgrade"]

@@ -7,64 +7,26 @@ Relative paths are relative to the file.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
+from pertcast.config.base import InputPath, Section, Share, base_folder
+from pertcast.config.learning import AdaptConfig, LossConfig, ModelConfig, TrainConfig
 from pertcast.errors import ConfigError, Problem
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN, Season, season
 
 __all__ = [
-    "RESIDUAL_OF_SWITCH",
     "ColumnsConfig",
     "Experiment",
     "FeaturesConfig",
     "FewshotConfig",
     "GenerateConfig",
-    "LossConfig",
-    "ModelConfig",
     "PrepareConfig",
     "SubmissionConfig",
-    "TrainConfig",
 ]
-
-Share = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(ge=0)]
-
-# What `model.residual` was called when it was a switch.
-RESIDUAL_OF_SWITCH = {True: "state", False: "none"}
-
-
-def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
-    return (_base(info) / path.expanduser()).absolute()
-
-
-def _base(info: ValidationInfo) -> Path:
-    """Return the folder that relative paths are relative to: the experiment file's, or the working folder."""
-    base: Path = (info.context or {}).get("base", Path())
-    return base
-
-
-InputPath = Annotated[Path, AfterValidator(_beside_the_file)]
-
-
-class Section(BaseModel):
-    """A section of the experiment file: frozen, strict, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class FewshotConfig(Section):
@@ -123,101 +85,6 @@ class FeaturesConfig(Section):
         return self
 
 
-class ModelConfig(Section):
-    """The State Transition network: a preset, and what differs from it.
-
-    `input` is what control cells are read as: ``genes``, ``hvg``, or ``obsm:NAME`` (an embedding, with a decoder to
-    genes). `output` is ``genes`` (all of the gene list) or ``hvg``.
-
-    `residual` says what the network's output is added to: ``state``, the encoded control cell, as in STATE; ``shift``,
-    the control cell itself, so that the control condition comes out unchanged (input and output must be the same
-    genes); or ``none``.
-    """
-
-    preset: Literal["tiny", "state_sm", "state"] = "state_sm"
-    input: str = "genes"
-    output: Literal["genes", "hvg"] = "genes"
-    set_size: PositiveInt | None = None
-    hidden: PositiveInt | None = None
-    layers: PositiveInt | None = None
-    heads: PositiveInt | None = None
-    feedforward: PositiveInt | None = None
-    encoder_layers: PositiveInt | None = None
-    decoder_layers: PositiveInt | None = None
-    dropout: Share = 0.1
-    residual: Literal["state", "shift", "none"] = "state"
-    batch_embedding: bool = False
-    context_embedding: bool = False
-
-    @field_validator("residual", mode="before")
-    @classmethod
-    def _no_switch(cls, value: object) -> object:
-        if isinstance(value, bool):
-            raise ValueError(  # noqa: TRY004 (pydantic takes no TypeError)
-                f'expected "state", "shift" or "none"; what was {str(value).lower()} is "{RESIDUAL_OF_SWITCH[value]}"'
-            )
-        return value
-
-    @field_validator("input")
-    @classmethod
-    def _known_input(cls, value: str) -> str:
-        if value not in ("genes", "hvg") and not re.fullmatch(r"obsm:.+", value):
-            raise ValueError("expected 'genes', 'hvg' or 'obsm:NAME'")
-        return value
-
-
-class LossConfig(Section):
-    """Weights of the terms of the loss; 0 switches a term off. `decoder` applies where the input is an embedding.
-
-    `mae` is of the pseudobulk, `de` of the head that says which genes are differentially expressed, `rank` of how much
-    nearer a predicted effect is to its own real one than to others'; their weights rise linearly over `warmup_steps`.
-    The DE head learns by cross-entropy, ``bce`` with a weight for differentially expressed genes ("balanced": as many
-    times as they are rarer), or ``focal`` with `de_gamma`. Ranking measures ``l1`` or ``cosine`` and compares with
-    the other sets of the batch and with `rank_negatives` effects of other training perturbations.
-    """
-
-    energy: Weight = 1.0
-    decoder: Weight = 1.0
-    mae: Weight = 0.0
-    de: Weight = 0.0
-    rank: Weight = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 500
-    de_form: Literal["bce", "focal"] = "bce"
-    de_positive_weight: PositiveFloat | Literal["balanced"] = "balanced"
-    de_gamma: Weight = 2.0
-    rank_distance: Literal["l1", "cosine"] = "l1"
-    rank_margin: Weight = 0.01
-    rank_negatives: Annotated[int, Field(ge=0)] = 16
-
-
-class TrainConfig(Section):
-    """The training loop: a step is `sets_per_step` sets times `accumulate`; `patience` counts validations, 0 = no end.
-
-    `match` says which controls a perturbed cell may be paired with: those of its ``batch`` where it is known, or any
-    of its ``context``.
-    """
-
-    seed: int = 0
-    steps: PositiveInt = 40_000
-    sets_per_step: PositiveInt = 8
-    accumulate: PositiveInt = 1
-    optimizer: Literal["adamw", "adam"] = "adamw"
-    learning_rate: PositiveFloat = 1e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    clip: Annotated[float, Field(ge=0)] = 10.0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    accelerator: str = "auto"
-    devices: PositiveInt = 1
-    match: Literal["batch", "context"] = "batch"
-    control_sets: bool = True
-    val_every: PositiveInt = 2000
-    max_val_sets: PositiveInt = 256
-    checkpoint_every: PositiveInt = 2000
-    patience: Annotated[int, Field(ge=0)] = 0
-    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-
-
 class GenerateConfig(Section):
     """How cells are made. `controls_from` are the splits whose control cells a set may be made of.
 
@@ -246,7 +113,7 @@ class SubmissionConfig(Section):
     controls: Literal["copied", "predicted"] = "copied"
     num_controls: PositiveInt | None = None
     control_share: Share = 0.05
-    rules: dict[str, int | str] = {}
+    rules: dict[str, int | str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _known_season(self) -> SubmissionConfig:
@@ -265,22 +132,23 @@ class Experiment(Section):
     """A whole experiment file, resolved: paths are absolute, defaults are filled in."""
 
     datasets: dict[str, str]
-    training: dict[str, Literal["train"]] = {}
-    zeroshot: dict[str, Literal["train", "val", "test"]] = {}
-    fewshot: dict[str, FewshotConfig] = {}
+    training: dict[str, Literal["train"]] = Field(default_factory=dict)
+    zeroshot: dict[str, Literal["train", "val", "test"]] = Field(default_factory=dict)
+    fewshot: dict[str, FewshotConfig] = Field(default_factory=dict)
     columns: ColumnsConfig = ColumnsConfig()
     prepare: PrepareConfig = PrepareConfig()
     features: FeaturesConfig = FeaturesConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
+    adapt: AdaptConfig = AdaptConfig()
     generate: GenerateConfig = GenerateConfig()
     submission: SubmissionConfig = SubmissionConfig()
 
     @field_validator("datasets")
     @classmethod
     def _patterns_beside_the_file(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
-        base = _base(info)
+        base = base_folder(info)
         if not value:
             raise ValueError('expected at least one dataset, as `name = "folder, file or pattern"`')
         return {name: str((base / Path(pattern).expanduser()).absolute()) for name, pattern in value.items()}

@@ -1,0 +1,126 @@
+"""What decides how a network learns: its shape, its loss, its training, and its adaptation to a new cell line."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from pertcast.config.base import Section, Share, Weight
+
+__all__ = ["RESIDUAL_OF_SWITCH", "AdaptConfig", "LossConfig", "ModelConfig", "TrainConfig"]
+
+# What `model.residual` was called when it was a switch.
+RESIDUAL_OF_SWITCH = {True: "state", False: "none"}
+
+
+class ModelConfig(Section):
+    """The State Transition network: a preset, and what differs from it.
+
+    `input` is what control cells are read as: ``genes``, ``hvg``, or ``obsm:NAME`` (an embedding, with a decoder to
+    genes). `output` is ``genes`` (all of the gene list) or ``hvg``.
+
+    `residual` says what the network's output is added to: ``state``, the encoded control cell, as in STATE; ``shift``,
+    the control cell itself, so that the control condition comes out unchanged (input and output must be the same
+    genes); or ``none``.
+    """
+
+    preset: Literal["tiny", "state_sm", "state"] = "state_sm"
+    input: str = "genes"
+    output: Literal["genes", "hvg"] = "genes"
+    set_size: PositiveInt | None = None
+    hidden: PositiveInt | None = None
+    layers: PositiveInt | None = None
+    heads: PositiveInt | None = None
+    feedforward: PositiveInt | None = None
+    encoder_layers: PositiveInt | None = None
+    decoder_layers: PositiveInt | None = None
+    dropout: Share = 0.1
+    residual: Literal["state", "shift", "none"] = "state"
+    batch_embedding: bool = False
+    context_embedding: bool = False
+
+    @field_validator("residual", mode="before")
+    @classmethod
+    def _no_switch(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError(  # noqa: TRY004 (pydantic takes no TypeError)
+                f'expected "state", "shift" or "none"; what was {str(value).lower()} is "{RESIDUAL_OF_SWITCH[value]}"'
+            )
+        return value
+
+    @field_validator("input")
+    @classmethod
+    def _known_input(cls, value: str) -> str:
+        if value not in ("genes", "hvg") and not re.fullmatch(r"obsm:.+", value):
+            raise ValueError("expected 'genes', 'hvg' or 'obsm:NAME'")
+        return value
+
+
+class LossConfig(Section):
+    """Weights of the terms of the loss; 0 switches a term off. `decoder` applies where the input is an embedding.
+
+    `mae` is of the pseudobulk, `de` of the head that says which genes are differentially expressed, `rank` of how much
+    nearer a predicted effect is to its own real one than to others'; their weights rise linearly over `warmup_steps`.
+    The DE head learns by cross-entropy, ``bce`` with a weight for differentially expressed genes ("balanced": as many
+    times as they are rarer), or ``focal`` with `de_gamma`. Ranking measures ``l1`` or ``cosine`` and compares with
+    the other sets of the batch and with `rank_negatives` effects of other training perturbations.
+    """
+
+    energy: Weight = 1.0
+    decoder: Weight = 1.0
+    mae: Weight = 0.0
+    de: Weight = 0.0
+    rank: Weight = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    de_form: Literal["bce", "focal"] = "bce"
+    de_positive_weight: PositiveFloat | Literal["balanced"] = "balanced"
+    de_gamma: Weight = 2.0
+    rank_distance: Literal["l1", "cosine"] = "l1"
+    rank_margin: Weight = 0.01
+    rank_negatives: Annotated[int, Field(ge=0)] = 16
+
+
+class TrainConfig(Section):
+    """The training loop: a step is `sets_per_step` sets times `accumulate`; `patience` counts validations, 0 = no end.
+
+    `match` says which controls a perturbed cell may be paired with: those of its ``batch`` where it is known, or any
+    of its ``context``.
+    """
+
+    seed: int = 0
+    steps: PositiveInt = 40_000
+    sets_per_step: PositiveInt = 8
+    accumulate: PositiveInt = 1
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    learning_rate: PositiveFloat = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    clip: Annotated[float, Field(ge=0)] = 10.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    accelerator: str = "auto"
+    devices: PositiveInt = 1
+    match: Literal["batch", "context"] = "batch"
+    control_sets: bool = True
+    val_every: PositiveInt = 2000
+    max_val_sets: PositiveInt = 256
+    checkpoint_every: PositiveInt = 2000
+    patience: Annotated[int, Field(ge=0)] = 0
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+
+class AdaptConfig(Section):
+    """Adaptation to a new cell line: which few parameters learn, how fast, and when they stop.
+
+    `learn` names them, with commas: ``context`` (the line's own row of the context embedding), ``batch`` (rows of its
+    new batches), ``bias`` (of the last layer), ``last`` (all of the last layer), ``lora:R`` (low-rank changes of rank R
+    of the backbone's matrices). Adaptation stops after `steps`, or when `patience` validations in turn, one every
+    `val_every` steps, have not improved; 0 = no end. All else of the training is as in ``[train]``.
+    """
+
+    learn: str = "context,bias"
+    steps: PositiveInt = 400
+    learning_rate: PositiveFloat = 3e-3
+    val_every: PositiveInt = 20
+    patience: Annotated[int, Field(ge=0)] = 10
