@@ -9,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
 from pertcast.ahead import one_ahead
 from pertcast.config import Experiment
 from pertcast.data.features import PertFeatures
-from pertcast.data.inputs import read_inputs
 from pertcast.data.sets import generation_sets
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError
@@ -30,10 +28,9 @@ from pertcast.files.artefacts import (
     write_manifest,
 )
 from pertcast.files.h5ad import CsrWriter
-from pertcast.generate.binding import batch_codes, is_imported
 from pertcast.generate.plan import Part, control_rows
+from pertcast.generate.predict import make_predictor
 from pertcast.models.checkpoint import Run
-from pertcast.models.state import StateTransition
 from pertcast.submission.controls import choose_controls
 
 __all__ = ["PartMaker"]
@@ -44,11 +41,7 @@ class PartMaker:
 
     def __init__(self, run: Run, store: Store, experiment: Experiment, features: PertFeatures, weights: str) -> None:
         self._run, self._store, self._experiment, self._features = run, store, experiment, features
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model: StateTransition | None = None
-        # a run that was trained elsewhere has an order of genes and batches of its own
-        self._input_genes = run.hvg if is_imported(run) else None
-        self._batch_codes = batch_codes(run, store)
+        self._predictor = make_predictor(run, store, features)
         self.inputs = {"weights": weights, "store": store.fingerprint}
         missing = len(run.genes) - len(run.output_genes)
         if missing and experiment.generate.other_genes == "error":
@@ -73,12 +66,13 @@ class PartMaker:
             "season": submission.season,
         }
         if not part.copied:
-            settings["feature"] = hashlib.sha256(self._feature(part.target).tobytes()).hexdigest()
+            feature = self._features.of([self._label(part.target)])
+            settings["feature"] = hashlib.sha256(feature.tobytes()).hexdigest()
         return settings
 
-    def _feature(self, target: str) -> NDArray[np.float32]:
-        season = self._experiment.submission.resolve()
-        return self._features.of([self._store.control if target == season.control_label else target])
+    def _label(self, target: str) -> str:
+        """Return what the store calls a target: the season and the data may have different control labels."""
+        return self._store.control if target == self._experiment.submission.resolve().control_label else target
 
     def is_right(self, out: Path, part: Part) -> bool:
         """Return whether the part is there, whole, and made from what it would be made from now."""
@@ -161,31 +155,14 @@ class PartMaker:
                 )
             yield _sparse(cells_CG)
 
-    @torch.inference_mode()
     def _cells(self, part: Part, sets_BS: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return (B * S, all genes) log1p values of predicted cells, in the order of their control cells."""
-        run, store = self._run, self._store
-        if self._model is None:
-            self._model = run.model().to(self._device).eval()
-        rows = sets_BS.reshape(-1)
-        control_CI = read_inputs(store, rows, source=self._experiment.model.input, genes=self._input_genes)
-        context = run.contexts.index(part.context) if part.context in run.contexts else -1
-        prediction = self._model(
-            self._tensor(control_CI.reshape(*sets_BS.shape, -1)),
-            self._tensor(self._feature(part.target)).expand(len(sets_BS), -1),
-            self._tensor(self._batch_codes[store.batch_codes[rows]].reshape(sets_BS.shape)),
-            torch.full((len(sets_BS),), context, device=self._device),
-        )
-        output_CG: NDArray[np.float32] = prediction.log1p_BSG.flatten(0, 1).float().cpu().numpy()
-        if np.array_equal(run.output_genes, np.arange(len(run.genes))):
-            return output_CG
-        cells_CG = store.log1p(rows)
-        cells_CG[:, run.output_genes] = output_CG
+        output_CO = self._predictor.predict(sets_BS, target=self._label(part.target), context=part.context)
+        if np.array_equal(self._run.output_genes, np.arange(len(self._run.genes))):
+            return output_CO
+        cells_CG = self._store.log1p(sets_BS.reshape(-1))
+        cells_CG[:, self._run.output_genes] = output_CO
         return cells_CG
-
-    def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:
-        # in torch's own, always equally aligned memory: matrix products may round by the alignment of their operands
-        return torch.from_numpy(values).clone().to(self._device)
 
 
 def _sparse(cells_CG: NDArray[np.float32]) -> sparse.csr_matrix:
