@@ -1,7 +1,7 @@
 """Kills generate, assemble and pack at random moments (SIGKILL); the rerun must end as if nothing had happened.
 
 The final file must be that of an uninterrupted run to the bit, and nothing but outputs may be left in its folder. The
-moments are drawn with a seed, between the start of a stage and the time that it takes.
+moments are drawn with a seed, between the first byte in the folder of outputs and the end of the stage.
 
     python benchmarks/kill.py --kills 30 --seed 0
 """
@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,17 +25,17 @@ from pertcast.stats.draws import generator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from conftest import write_small_h5ad
 from workspace import Workspace, make_workspace
 
-__all__ = ["Stage", "kill_at_random", "make_stages"]
+__all__ = ["Kill", "Stage", "kill_at_random", "make_stages"]
 
-_TARGETS = "target_gene,n_cells\nG1,9000\nG2,9000\nG3,9000\n"
-_RULES = ("num_genes=20", "num_targets=3", "max_cells=40000")
+_POLL_SECONDS = 0.002
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command, the outputs that it may leave, and the one that must be equal to the bit.
+    """One command, and the outputs that it may leave.
 
     Attributes
     ----------
@@ -42,38 +43,53 @@ class Stage:
         Of the command.
     arguments
         Of ``pertcast``, with ``OUT`` for the folder of outputs.
-    result
-        The output, relative to that folder.
     """
 
     name: str
     arguments: tuple[str, ...]
-    result: str
 
     def command(self, out: Path) -> list[str]:
         """Return the whole command line for a folder of outputs."""
         return [sys.executable, "-m", "pertcast", *(part.replace("OUT", str(out)) for part in self.arguments)]
 
 
+@dataclass(frozen=True)
+class Kill:
+    """One kill: when it came after the first byte, of how many seconds from there to the end, and what it left."""
+
+    stage: str
+    seconds: float
+    window: float
+    num_files: int
+    num_bytes: int
+
+
 def _run(command: Sequence[str]) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def make_stages(folder: Path) -> list[Stage]:
+def make_stages(folder: Path, *, num_genes: int, cells_per_target: int) -> list[Stage]:
     """Train a small run in a folder; return the three stages on top of it, each with what comes before it done."""
     workspace: Workspace = make_workspace(folder)
-    workspace.targets.write_text(_TARGETS)
-    text = workspace.experiment.read_text().replace("max_cells = 120", "max_cells = 40000")
-    workspace.experiment.write_text(text)
+    genes = [f"G{number}" for number in range(num_genes)]
+    max_cells = 4 * cells_per_target
+    write_small_h5ad(workspace.data, genes=genes)
+    workspace.genes.write_text("".join(f"{gene}\n" for gene in genes))
+    workspace.targets.write_text("".join(["target_gene,n_cells\n", *(f"G{n},{cells_per_target}\n" for n in (1, 2, 3))]))
+    text = workspace.experiment.read_text().replace("max_cells = 120", f"max_cells = {max_cells}")
+    workspace.experiment.write_text(text.replace("num_genes = 20", f"num_genes = {num_genes}"))
     calm = folder / "calm"
-    pertcast = [sys.executable, "-m", "pertcast"]
-    _run([*pertcast, "run", str(workspace.experiment), "--out", str(calm)])
-    rules = [part for rule in _RULES for part in ("--set", rule)]
+    _run([sys.executable, "-m", "pertcast", "run", str(workspace.experiment), "--out", str(calm)])
+    rules = [
+        part
+        for rule in (f"num_genes={num_genes}", "num_targets=3", f"max_cells={max_cells}")
+        for part in ("--set", rule)
+    ]
     lists = ("--genes", str(workspace.genes), "--targets", str(workspace.targets), *rules)
     return [
-        Stage("generate", ("generate", f"{calm}/run", "--out", "OUT/parts"), "parts"),
-        Stage("assemble", ("assemble", f"{calm}/parts", "--out", "OUT/prediction.h5ad"), "prediction.h5ad"),
-        Stage("pack", ("pack", f"{calm}/prediction.h5ad", *lists, "-o", "OUT/prediction.vcc"), "prediction.vcc"),
+        Stage("generate", ("generate", f"{calm}/run", "--out", "OUT/parts")),
+        Stage("assemble", ("assemble", f"{calm}/parts", "--out", "OUT/prediction.h5ad")),
+        Stage("pack", ("pack", f"{calm}/prediction.h5ad", *lists, "-o", "OUT/prediction.vcc")),
     ]
 
 
@@ -82,49 +98,77 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def kill_at_random(stages: Sequence[Stage], folder: Path, *, kills: int, seed: int) -> Mapping[str, int]:
-    """Kill stages in turn at random moments, run each again, and compare.
+def _sizes(folder: Path) -> list[int]:
+    """Return the bytes of every file under a folder but the locks; a file may vanish meanwhile."""
+    sizes = []
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file() and path.suffix != ".lock":
+                sizes.append(path.stat().st_size)
+        except FileNotFoundError:
+            continue
+    return sizes
+
+
+def _start(stage: Stage, out: Path) -> subprocess.Popen[bytes]:
+    """Start a stage; return it when the first byte lies in the folder of outputs."""
+    out.mkdir(parents=True)
+    process = subprocess.Popen(stage.command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not sum(_sizes(out)):
+        if process.poll() is not None:
+            raise subprocess.CalledProcessError(process.returncode, stage.command(out))
+        time.sleep(_POLL_SECONDS)
+    return process
+
+
+def kill_at_random(stages: Sequence[Stage], folder: Path, *, kills: int, seed: int) -> list[Kill]:
+    """Kill stages in turn at random moments after their first byte, run each again, and compare.
 
     Returns
     -------
-    How many kills struck each stage; one that came after its end is drawn again.
+    What struck; a kill that came after the stage's end is drawn again.
 
     Raises
     ------
     AssertionError
         If a rerun leaves other files, or other bytes, than a run that was never killed.
     """
-    expected, seconds = {}, {}
+    expected, window = {}, {}
     for stage in stages:
         out = folder / f"whole-{stage.name}"
-        out.mkdir(parents=True)
+        process = _start(stage, out)
         start = time.monotonic()
-        _run(stage.command(out))
-        expected[stage.name], seconds[stage.name] = _hashes(out), time.monotonic() - start
-    struck = dict.fromkeys(expected, 0)
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, stage.command(out))
+        expected[stage.name], window[stage.name] = _hashes(out), time.monotonic() - start
+        shutil.rmtree(out)
+    struck: list[Kill] = []
     random = generator(seed, "kills")
-    number = 0
-    while sum(struck.values()) < kills:
-        stage = stages[sum(struck.values()) % len(stages)]
-        number += 1
-        out = folder / f"killed-{number}"
-        out.mkdir()
-        # most of a stage's time is Python's start, so that moments are drawn from its later part
-        moment = seconds[stage.name] * (0.4 + 0.6 * random.random())
-        process = subprocess.Popen(stage.command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(moment)
+    while len(struck) < kills:
+        stage = stages[len(struck) % len(stages)]
+        out = folder / "killed"
+        seconds = window[stage.name] * random.random()
+        process = _start(stage, out)
+        time.sleep(seconds)
         process.send_signal(signal.SIGKILL)
         if process.wait() != -signal.SIGKILL:
             # it had ended: the machine is faster now than it was when the stage was timed
-            seconds[stage.name] *= 0.9
+            window[stage.name] *= 0.9
+            shutil.rmtree(out)
             continue
-        struck[stage.name] += 1
-        left = sorted(path.name for path in out.rglob("*") if path.is_file())
+        sizes = _sizes(out)
         _run(stage.command(out))
         if _hashes(out) != expected[stage.name]:
-            raise AssertionError(f"{stage.name}, killed after {moment:.3f} s: {_hashes(out)} != {expected[stage.name]}")
-        print(f"{stage.name:<9} killed after {moment:6.3f} s; left {len(left)} file(s)", flush=True)
+            raise AssertionError(
+                f"{stage.name}, killed {seconds:.3f} s after its first byte: {_hashes(out)} != {expected[stage.name]}"
+            )
         shutil.rmtree(out)
+        struck.append(Kill(stage.name, seconds, window[stage.name], len(sizes), sum(sizes)))
+        print(
+            f"{stage.name:<9} killed {seconds:6.3f} s after its first byte, of {window[stage.name]:6.3f} s; "
+            f"{len(sizes)} file(s), {sum(sizes) / 1e6:.3f} MB were there",
+            flush=True,
+        )
     return struck
 
 
@@ -132,13 +176,17 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--genes", type=int, default=2_000)
+    parser.add_argument("--cells-per-target", type=int, default=12_000)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        stages = make_stages(Path(folder) / "w")
+        stages = make_stages(Path(folder) / "w", num_genes=given.genes, cells_per_target=given.cells_per_target)
         struck = kill_at_random(stages, Path(folder) / "kills", kills=given.kills, seed=given.seed)
-    shown = ", ".join(f"{number} in {name}" for name, number in struck.items())
+    shown = ", ".join(f"{number} in {name}" for name, number in Counter(kill.stage for kill in struck).items())
+    late = sum(kill.num_bytes > 0 for kill in struck)
     print(
-        f"{given.kills} kills ({shown} before it had ended): every rerun ended equal to the bit, nothing else was left"
+        f"{len(struck)} kills ({shown}), {late} of them after the first byte: "
+        "every rerun ended equal to the bit, nothing else was left"
     )
 
 

@@ -225,6 +225,11 @@ def counts(draft: Draft) -> None:
     draft.dense = np.rint(np.expm1(draft.dense)).astype(np.float32)
 
 
+def scaled(most: float) -> Change:
+    """Multiply all values, so that the largest becomes this."""
+    return lambda draft: setattr(draft, "dense", (draft.dense * (most / draft.dense.max())).astype(np.float32))
+
+
 def logged(draft: Draft) -> None:
     draft.dense = np.log1p(draft.dense)
 

@@ -217,7 +217,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no var": (_delete("var"), "expected X, obs and var, got"),
     "no gene names": (_delete("var/_index"), "its index '_index' is not in the file"),
     "X is text": (_replace_x_with_text, "expected two dimensions"),
-    "no indices": (_delete("X/indices"), "X/indptr: cannot be read"),
+    "no indices": (_delete("X/indices"), "X: cannot be read"),
     "no shape": (lambda path: _drop_attribute(path, "X", "shape"), "X: cannot be read"),
     "indices too short": (_shorten_indices, "indices for"),
     "a gene name twice": (_assign("var/_index", 3, "G0"), "1 gene names repeat: 'G0'"),

@@ -24,5 +24,7 @@ def kill() -> ModuleType:
 
 
 def test_reruns_of_killed_stages_end_equal_to_the_bit(tmp_path: Path, kill: ModuleType) -> None:
-    stages = kill.make_stages(tmp_path / "w")
-    kill.kill_at_random(stages, tmp_path / "kills", kills=4, seed=1)
+    stages = kill.make_stages(tmp_path / "w", num_genes=20, cells_per_target=3000)
+    struck = kill.kill_at_random(stages, tmp_path / "kills", kills=4, seed=1)
+    assert [item.stage for item in struck] == ["generate", "assemble", "pack", "generate"]
+    assert all(item.num_bytes for item in struck)

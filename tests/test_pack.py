@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
 import shutil
@@ -22,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from agreement_cases import draft_2026
 from conftest import SMALL_GENES, write_small_h5ad
 from pertcast.errors import SubmissionError
 from pertcast.files.artefacts import read_manifest, verify_artefact
@@ -146,6 +148,24 @@ def test_equal_predictions_are_equal_bytes_and_packing_again_is_skipped(tmp_path
     pack(path, one, season="vcc2025", genes=genes, rules=RULES)
     assert one.read_bytes() == other.read_bytes()
     assert verify_artefact(one) == []
+
+
+def test_another_bundle_of_lists_packs_again(tmp_path: Path) -> None:
+    draft, folder = draft_2026(), tmp_path / "lists"
+    draft.write(folder)
+
+    def packed() -> Path:
+        genes, targets = folder / "genes.csv", folder / "targets.csv"
+        out = tmp_path / "p.vcc"
+        return pack(folder / "p.h5ad", out, season="vcc2026", genes=genes, targets=targets, rules=draft.limits)
+
+    alone = read_manifest(packed()).inputs
+    bundle = '{"contexts": ["A", "B", "C"], "panel_id": "p7"}'
+    (folder / "manifest.json").write_text(bundle)
+    assert read_manifest(packed()).inputs == alone | {"bundle": hashlib.sha256(bundle.encode()).hexdigest()}
+    (folder / "manifest.json").write_text('{"contexts": ["X", "Y"]}')
+    with pytest.raises(SubmissionError, match="not packed"):
+        packed()
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 
 from pertcast.errors import DataError, Problem
+from pertcast.files.bounds import require_plausible
 
-__all__ = ["column_names", "near_misses", "read_column", "read_index", "reading"]
+__all__ = ["column_names", "index_length", "near_misses", "read_column", "read_index", "reading"]
 
 # what h5py and NumPy raise on what a damaged or hostile file declares
 _BROKEN = (OSError, LookupError, RuntimeError, AttributeError, TypeError, ValueError, ArithmeticError, MemoryError)
@@ -95,6 +96,16 @@ def column_names(file: Any, path: Path, name: str) -> tuple[str, ...]:
         return (*(key for key in ordered if key in group), *others)
 
 
+def index_length(file: Any, path: Path, name: str) -> int:
+    """Return how many rows ``obs`` or ``var`` has, without reading their names."""
+    group = table(file, path, name)
+    with reading(path, f"{name} index"):
+        node = group[_index_name(group, path, name)]
+        if isinstance(node, h5py.Group):
+            node = node["codes"] if "codes" in node else node["values"]
+        return int(node.shape[0])
+
+
 def read_index(file: Any, path: Path, name: str) -> np.ndarray:
     """Return the row names of ``obs`` or ``var`` as an array of str objects."""
     group = table(file, path, name)
@@ -119,16 +130,22 @@ def _strings(node: Any) -> np.ndarray | pd.Categorical:
     if isinstance(node, h5py.Group):
         kind = str(node.attrs.get("encoding-type", ""))
         if kind == "categorical":
-            return _categorical(node["codes"][()], node["categories"])
+            return _categorical(_whole(node["codes"]), node["categories"])
         values = _as_strings(node["values"])
-        values[np.asarray(node["mask"][()], dtype=bool)] = None
+        values[np.asarray(_whole(node["mask"]), dtype=bool)] = None
         return values
     if "categories" in node.attrs and isinstance(node.attrs["categories"], h5py.Reference):
-        return _categorical(node[()], node.file[node.attrs["categories"]])
+        return _categorical(_whole(node), node.file[node.attrs["categories"]])
     return _as_strings(node)
 
 
+def _whole(dataset: Any) -> np.ndarray:
+    require_plausible(dataset)
+    return np.asarray(dataset[()])
+
+
 def _as_strings(dataset: Any) -> np.ndarray:
+    require_plausible(dataset)
     if h5py.check_string_dtype(dataset.dtype) is not None:
         values: np.ndarray = np.asarray(dataset.asstr()[()], dtype=object)
         return values

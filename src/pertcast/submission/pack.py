@@ -31,6 +31,7 @@ from pertcast.files.space import describe_write_error, require_space
 from pertcast.progress import SILENT, Advance, Progress
 from pertcast.seasons import Season
 from pertcast.submission.archive import META, extract_archive
+from pertcast.submission.bundle import read_bundle
 from pertcast.submission.check import CheckReport
 from pertcast.submission.check.whole import Examination, UnreadableError, examination, resolve_season
 from pertcast.submission.meta import meta_json
@@ -124,6 +125,9 @@ class _Job:
 
     def _inputs(self, prediction: str) -> dict[str, str]:
         lists = {"genes": self._genes} | ({"targets": self._targets} if self._targets else {})
+        bundle = read_bundle(self._targets, self._genes) if self._season.contexts is not None else None
+        if bundle is not None:
+            lists["bundle"] = bundle.path
         return {"prediction": prediction} | {name: hash_file(path) for name, path in lists.items()}
 
     def is_done(self) -> bool:

@@ -29,6 +29,8 @@ _EXACT = 1 << 24
 _NUM_TRIED = 8
 _NUM_ROWS_NAMED = 5
 _MIN_WHOLE_VALUES = 3
+# fractions up to here are whole numbers to the official packer of log1p, which asks for one above it in all the file
+_FAINT = np.float32(1e-3)
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _ONE_SCALE = "put all cells on one scale; copied control cells are normalised as the predicted ones are"
 
@@ -42,6 +44,7 @@ class _Scan:
         self.largest = np.zeros(num_cells, dtype=np.float64)
         self.sums = np.zeros(num_cells, dtype=np.float64)
         self.bad: dict[str, tuple[int, int, int, float]] = {}
+        self.only_faint = True
 
     def add(self, first: int, block: sparse.csr_matrix) -> None:
         values, indptr = block.data, block.indptr
@@ -56,6 +59,8 @@ class _Scan:
         starts, into = indptr[:-1][filled].astype(np.int64), np.flatnonzero(filled) + first
         lengths = np.diff(np.append(starts, len(values)))
         self.fractional[into] = _fractional(values, starts, lengths)
+        if self.only_faint and self.fractional[into].any():
+            self.only_faint = not bool((values.astype(np.float32, copy=False) % 1 > _FAINT).any())
         self.largest[into] = np.maximum.reduceat(values, starts)
         # float32 sums of fractions are near enough, and those of whole numbers below 2**24 are exact
         exact = values.dtype == np.float32 and float(self.largest[into].max()) * int(lengths.max()) < _EXACT
@@ -167,6 +172,10 @@ def _scale(scan: _Scan, season: Season, path: Path) -> tuple[str | None, list[Pr
         )
         remedy = f"season {season.name} takes counts, not normalised values"
         return "mixed" if len(whole) else "log1p", [Problem(place, message, remedy)]
+    if len(fractional) and scan.only_faint:
+        message = f"no fraction above {_FAINT:g} in any cell, the first in {_rows_text(fractional[:1])}"
+        remedy = "round counts to whole numbers, or generate the cells again: cell-eval takes such values for counts"
+        return "mixed" if len(whole) else "log1p", [Problem(place, f"{message}: neither counts nor log1p", remedy)]
     if len(whole) and len(fractional):
         few, what = (whole, "whole counts") if len(whole) <= len(fractional) else (fractional, "log1p")
         message = f"two scales: whole counts in {counted(len(whole), 'cell')}, log1p in {len(fractional):,}"
