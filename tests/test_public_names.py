@@ -7,8 +7,8 @@ import pertcast
 
 NAMES = [
     "CheckReport", "CheckpointError", "ConfigError", "DataError", "Experiment", "PertcastError", "Problem", "SEASONS",
-    "Season", "Store", "SubmissionError", "__version__", "assemble", "check", "generate_parts", "load_experiment",
-    "pack", "prepare", "run_experiment", "season", "train_run", "unpack",
+    "Season", "Store", "SubmissionError", "__version__", "adapt_run", "adapted_experiment", "assemble", "check",
+    "generate_parts", "load_experiment", "pack", "prepare", "run_experiment", "season", "train_run", "unpack",
 ]  # fmt: skip
 
 

@@ -73,7 +73,7 @@ class Watcher:
 
     @contextmanager
     def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
-        if label == "train":
+        if label in ("train", "adapt"):
             self.begun_at.append(done)
         position = done
 
@@ -81,7 +81,7 @@ class Watcher:
             nonlocal position
             position += amount
             self.details.append(detail)
-            if label == "train" and amount and position == self.at_step:
+            if label in ("train", "adapt") and amount and position == self.at_step:
                 self.act()
 
         yield advance

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from pertcast.submission.check import CheckReport, check
     from pertcast.submission.pack import pack, unpack
     from pertcast.train import train as train_run
+    from pertcast.train.adapt import adapt as adapt_run
+    from pertcast.train.line import adapted_experiment
 
 __version__ = "0.1.0"
 
@@ -42,6 +44,8 @@ _HOMES = {
     "Season": "seasons:Season",
     "Store": "data.store:Store",
     "SubmissionError": "errors:SubmissionError",
+    "adapt_run": "train.adapt:adapt",
+    "adapted_experiment": "train.line:adapted_experiment",
     "assemble": "submission.assemble:assemble",
     "check": "submission.check:check",
     "generate_parts": "generate:generate",
@@ -67,6 +71,8 @@ __all__ = [
     "Store",
     "SubmissionError",
     "__version__",
+    "adapt_run",
+    "adapted_experiment",
     "assemble",
     "check",
     "generate_parts",

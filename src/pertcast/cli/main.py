@@ -25,6 +25,7 @@ COMMANDS = {
     "run": "Every stage of an experiment, resumable; what is there and still true is reused.",
     "prepare": "Experiment file and h5ad files in, a training store out.",
     "train": "Train STATE on a store; goes on where it stopped.",
+    "adapt": "Adapt a run to a new cell line from a few of its cells; a handful of parameters learns.",
     "import": "Make a run of a folder that `state tx train` wrote; no code in its files runs.",
     "export": "Write a run as a folder that `state tx infer` reads.",
     "generate": "Make exactly the wanted cells of each target, one part file a target.",

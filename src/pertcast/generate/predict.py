@@ -60,8 +60,8 @@ class NetworkPredictor:
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model: StateTransition | None = None
         self._source = str(run.experiment["model"]["input"])
-        # a run that was trained elsewhere has an order of genes and batches of its own
-        self._input_genes = run.hvg if is_imported(run) else None
+        # a run that was trained elsewhere, or on other cells first, has genes and batches of its own
+        self._input_genes = run.hvg if is_imported(run) or self._source == "hvg" else None
         self._batch_codes = batch_codes(run, store)
 
     @torch.inference_mode()

@@ -71,6 +71,8 @@ class Loop:
         metrics.jsonl, on the first process alone.
     truth
         Effects and labels of the training split, where a term needs them.
+    validates_first
+        Whether the weights that training starts with are validated, too, and may stay the best.
     """
 
     out: Path
@@ -87,6 +89,7 @@ class Loop:
     val_sets: CellSets
     log: MetricsLog | None
     truth: Truth | None = None
+    validates_first: bool = False
     _saved_step: int = -1
     _is_whole: bool = True
     _rates: dict[str, float] = field(default_factory=dict)
@@ -126,7 +129,8 @@ class Loop:
     def _is_validation_due(self) -> bool:
         step = self.position.step
         at_step = step == self.train.steps or step % self.train.val_every == 0
-        return bool(len(self.val_sets)) and step > 0 and at_step and self.position.validated < step
+        begun = step > 0 or self.validates_first
+        return bool(len(self.val_sets)) and begun and at_step and self.position.validated < step
 
     def _is_over(self) -> bool:
         worse = self.train.patience and self.position.num_worse >= self.train.patience

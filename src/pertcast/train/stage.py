@@ -37,10 +37,19 @@ from pertcast.train.resume import (
 from pertcast.train.terms import needs_truth
 from pertcast.train.truth import learn_truth
 
-__all__ = ["train"]
+__all__ = [
+    "METRICS",
+    "begin_run",
+    "is_finished",
+    "is_first_process",
+    "open_fabric",
+    "require_losses",
+    "require_same_run",
+    "train",
+]
 
 _FEATURES = "features"
-_METRICS = "metrics.jsonl"
+METRICS = "metrics.jsonl"
 
 
 def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Progress = SILENT) -> Path:
@@ -73,24 +82,24 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
     CheckpointError
         If `out` holds a run that was begun otherwise, or training diverges.
     """
-    with claimed(out) if _is_first_process() else nullcontext():
+    with claimed(out) if is_first_process() else nullcontext():
         return _train(experiment, store_path, out, progress)
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
     """Return whether no launcher says that this is another than the first process of a run on many devices."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progress) -> Path:
     store = Store.open(store_path)
-    _require_losses(experiment)
+    require_losses(experiment)
     identity = identity_of(experiment, store.fingerprint)
-    _require_same_run(out, identity)
-    if _is_finished(out, experiment.train.steps):
+    require_same_run(out, identity)
+    if is_finished(out, experiment.train.steps):
         progress.note(f"{out}: already trained for {experiment.train.steps:,} steps")
         return out
-    fabric = _fabric(experiment.train, out)
+    fabric = open_fabric(experiment.train, out)
     if not fabric.is_global_zero:
         progress = SILENT
     features = _features(experiment, store, out)
@@ -103,10 +112,10 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     position = saved.position if saved else Position()
     fabric.barrier()
     if fabric.is_global_zero:
-        _begin(out, identity, features)
+        begin_run(out, identity, features)
     for note in notes:
         progress.note(note)
-    log = MetricsLog(out / _METRICS, position) if fabric.is_global_zero else None
+    log = MetricsLog(out / METRICS, position) if fabric.is_global_zero else None
     loop = Loop(
         out=out,
         fabric=fabric,
@@ -144,13 +153,15 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     return out
 
 
-def _require_losses(experiment: Experiment) -> None:
+def require_losses(experiment: Experiment) -> None:
+    """Refuse a loss without terms."""
     loss, is_latent = experiment.loss, experiment.model.input.startswith("obsm:")
     if not (loss.energy or loss.mae or loss.de or loss.rank or (is_latent and loss.decoder)):
         raise ConfigError("[loss]: every term is switched off; give loss.energy a weight above 0")
 
 
-def _require_same_run(out: Path, identity: dict[str, Any]) -> None:
+def require_same_run(out: Path, identity: dict[str, Any]) -> None:
+    """Refuse a folder that holds something else, or a run that was begun otherwise."""
     if not any_content(out):
         return
     if not (out / IDENTITY).is_file():
@@ -166,7 +177,8 @@ def _require_same_run(out: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _is_finished(out: Path, steps: int) -> bool:
+def is_finished(out: Path, steps: int) -> bool:
+    """Return whether a folder holds a run that needs no more steps; refuse one that has taken more than these."""
     if not (out / MANIFEST).is_file():
         return False
     metrics = open_run(out).metrics
@@ -178,7 +190,8 @@ def _is_finished(out: Path, steps: int) -> bool:
     return bool(metrics["last_step"] == steps or metrics["stopped_early"])
 
 
-def _fabric(config: TrainConfig, out: Path) -> Fabric:
+def open_fabric(config: TrainConfig, out: Path) -> Fabric:
+    """Return the devices, precision and loggers that `config` asks for, or say why they are not to be had."""
     if config.sets_per_step % config.devices:
         raise ConfigError(
             f"[train] sets_per_step: expected a multiple of devices = {config.devices}, got {config.sets_per_step}; "
@@ -232,9 +245,10 @@ def _new_network(reader: SetReader, store: Store, experiment: Experiment, featur
     return network
 
 
-def _begin(out: Path, identity: dict[str, Any], features: PertFeatures) -> None:
+def begin_run(out: Path, identity: dict[str, Any], features: PertFeatures) -> None:
+    """Write what a run is begun with, and take away what an earlier one ended with."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in (WEIGHTS, RUN_JSON, MANIFEST, IDENTITY, _METRICS):
+    for name in (WEIGHTS, RUN_JSON, MANIFEST, IDENTITY, METRICS):
         remove_leftovers(out / name)
     write_json(out / IDENTITY, identity)
     if not (out / _FEATURES / "features.json").is_file():

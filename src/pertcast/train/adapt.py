@@ -1,0 +1,234 @@
+"""Few-shot adaptation: a trained run and some cells of a new line in, an ordinary run out; few parameters learn.
+
+Invariants: what does not learn is the trained run's, to the bit; where no step is better on the held-out cells of the
+line than the trained run itself, that is what comes out; a run that was stopped goes on to the same end.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pertcast.config import Experiment
+from pertcast.data.features import PertFeatures
+from pertcast.data.store import Store
+from pertcast.errors import CheckpointError, ConfigError
+from pertcast.files.artefacts import hash_file
+from pertcast.files.lock import claimed
+from pertcast.models.adapt import choose, grow, merge, parse_learn
+from pertcast.models.checkpoint import WEIGHTS, Run, load_tensors, open_run, save_run
+from pertcast.models.heads import DE_HEAD_PREFIX
+from pertcast.models.state import StateTransition
+from pertcast.progress import SILENT, Progress
+from pertcast.stats.draws import key_hash
+from pertcast.train.batches import SetReader
+from pertcast.train.line import Line, adapted_experiment, bring_into_run, line_features, require_fitting
+from pertcast.train.loop import Loop, make_optimizer
+from pertcast.train.resume import MetricsLog, Position, load_newest, restore
+from pertcast.train.stage import (
+    METRICS,
+    begin_run,
+    is_finished,
+    is_first_process,
+    open_fabric,
+    require_losses,
+    require_same_run,
+)
+from pertcast.train.terms import needs_truth
+from pertcast.train.truth import learn_truth
+
+__all__ = ["adapt"]
+
+
+def adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, *, progress: Progress = SILENT) -> Path:
+    """Adapt a run to the cell line of a store.
+
+    Parameters
+    ----------
+    run_path
+        The trained run; it is left as it is.
+    experiment
+        Of the new line; ``[adapt]`` says what learns, ``[train]`` how. What it leaves to the run is filled in as
+        :func:`pertcast.train.line.adapted_experiment` does, which `store_path` was prepared from.
+    store_path
+        The new line's store. Its training cells are what is learnt from; its validation
+        cells say when to stop.
+    out
+        The adapted run's folder; an adaptation that was stopped goes on there.
+    progress
+        Where steps, the loss, and how many parameters learn are told.
+
+    Returns
+    -------
+    `out`, an ordinary run of that store.
+
+    Raises
+    ------
+    PertcastError
+        If run, store and experiment do not fit one another.
+    """
+    with claimed(out) if is_first_process() else nullcontext():
+        return _adapt(run_path, experiment, store_path, out, progress)
+
+
+def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, progress: Progress) -> Path:
+    experiment = adapted_experiment(run_path, experiment)
+    run, store = open_run(run_path), Store.open(store_path)
+    require_losses(experiment)
+    require_fitting(run, store)
+    identity = _identity(run_path, experiment, store)
+    require_same_run(out, identity)
+    if is_finished(out, experiment.train.steps):
+        progress.note(f"{out}: already adapted for {experiment.train.steps:,} steps")
+        return out
+    line = bring_into_run(run, store)
+    features = line_features(run, experiment, store)
+    reader = SetReader(line.store, experiment, features)
+    network, num_learning = _network(run, experiment, line, reader)
+    fabric = open_fabric(experiment.train, out)
+    if not fabric.is_global_zero:
+        progress = SILENT
+    optimizer = make_optimizer(network, experiment.train, fabric.device)
+    model, stepper = fabric.setup(network, optimizer)
+    saved, notes = load_newest(out)
+    best = restore(saved, model=network, optimizer=optimizer) if saved else None
+    position = saved.position if saved else Position()
+    fabric.barrier()
+    if fabric.is_global_zero:
+        begin_run(out, identity, features)
+    loop = Loop(
+        out=out,
+        fabric=fabric,
+        network=network,
+        model=model,
+        optimizer=optimizer,
+        stepper=stepper,
+        reader=reader,
+        train=experiment.train,
+        loss=experiment.loss,
+        position=position,
+        best=best,
+        val_sets=reader.validation(),
+        log=MetricsLog(out / METRICS, position) if fabric.is_global_zero else None,
+        validates_first=True,
+    )
+    if needs_truth(experiment.loss):
+        truth = learn_truth(line.store, reader.output_genes, labels=bool(experiment.loss.de), progress=progress)
+        loop.truth = truth.to(fabric.device)
+    for note in (*notes, *_notes(line, num_learning, loop)):
+        progress.note(note)
+    try:
+        with progress.task("adapt", experiment.train.steps, "steps", done=position.step) as advance:
+            loop.run(advance)
+    except (KeyboardInterrupt, SystemExit):
+        progress.note(f"stopped at step {position.step:,}; the same command goes on from there")
+        raise
+    finally:
+        if loop.log is not None:
+            loop.log.close()
+    if fabric.is_global_zero:
+        _finish(run, experiment, line, features, loop, num_learning)
+        for note in _outcome(loop):
+            progress.note(note)
+    fabric.barrier()
+    return out
+
+
+def _network(run: Run, experiment: Experiment, line: Line, reader: SetReader) -> tuple[StateTransition, int]:
+    """Return the run's network with rows for the new line, what learns chosen; and how many numbers learn."""
+    spec, weights = grow(
+        run.spec,
+        load_tensors(run.path / WEIGHTS),
+        new_contexts=line.num_new_contexts,
+        new_batches=line.num_new_batches,
+        num_contexts=len(run.contexts),
+    )
+    if spec != reader.spec:
+        raise CheckpointError(
+            f"{run.path}: its network is not what its own experiment says ({spec} is not {reader.spec}); "
+            "train it again with this version"
+        )
+    network = StateTransition(spec)
+    if any(name.startswith(DE_HEAD_PREFIX) for name in weights):
+        network.add_de_head()
+    elif experiment.loss.de:
+        raise ConfigError(f"[loss] de: the run {run.path} was trained without a DE head; set loss.de to 0")
+    network.load_state_dict(weights)
+    seed = key_hash(experiment.train.seed, "adapt") % 2**63
+    number = choose(
+        network,
+        parse_learn(experiment.adapt.learn),
+        contexts=line.contexts,
+        batches=line.batches,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return network, number
+
+
+def _identity(run_path: Path, experiment: Experiment, store: Store) -> dict[str, Any]:
+    """Return what an adaptation must keep to go on."""
+    config = experiment.as_json()
+    free = {"steps", "checkpoint_every", "loggers"}
+    return {
+        "adapts": hash_file(run_path / WEIGHTS),
+        "learn": experiment.adapt.learn,
+        "store": store.fingerprint,
+        "loss": config["loss"],
+        "train": {key: value for key, value in config["train"].items() if key not in free},
+    }
+
+
+def _notes(line: Line, num_learning: int, loop: Loop) -> tuple[str, ...]:
+    """Return what a user should know, the same at every resumption."""
+    total = sum(parameter.numel() for parameter in loop.network.parameters())
+    names = ", ".join(line.store.contexts[row] for row in line.contexts)
+    notes = [f"{num_learning:,} of {total:,} parameters learn ({num_learning / total:.3%}), for {names}"]
+    if not len(loop.val_sets):
+        notes.append("there are no validation cells of the line: nothing says when to stop, the last weights count")
+    return tuple(notes)
+
+
+def _outcome(loop: Loop) -> tuple[str, ...]:
+    position = loop.position
+    if loop.best is None:
+        return ()
+    if position.best_step == 0:
+        return ("no step was better on the held-out cells than the run as it was: its weights are kept",)
+    return (f"the weights are of step {position.best_step:,}, the best on the held-out cells of the line",)
+
+
+def _finish(
+    run: Run, experiment: Experiment, line: Line, features: PertFeatures, loop: Loop, num_learning: int
+) -> None:
+    position, store = loop.position, line.store
+    weights: dict[str, Tensor] = merge(loop.best if loop.best is not None else loop.network.state_dict())
+    total = sum(value.numel() for value in weights.values())
+    adapted = replace(
+        run,
+        path=loop.out,
+        spec=loop.reader.spec,
+        experiment=experiment.as_json(),
+        perts=tuple(dict.fromkeys((*run.perts, *store.perts))),
+        contexts=store.contexts,
+        batches=store.batches,
+        scale=store.scale,
+        store_path=store.path,
+        store_fingerprint=store.fingerprint,
+        step=position.best_step if loop.best is not None else position.step,
+        metrics={
+            "last_step": position.step,
+            "val_loss": position.best_loss if loop.best is not None else None,
+            "num_parameters": total,
+            "num_learning": num_learning,
+            "share_learning": num_learning / total,
+            "stopped_early": position.step < experiment.train.steps,
+        },
+        features={**run.features, "filled": features.filled},
+        notes=(*run.notes, *_notes(line, num_learning, loop), *_outcome(loop)),
+    )
+    save_run(adapted, weights, inputs={"run": hash_file(run.path / WEIGHTS), "store": store.fingerprint})

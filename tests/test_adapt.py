@@ -1,0 +1,306 @@
+"""Few-shot adaptation: few parameters learn, all others stay to the bit, and an ordinary run comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import SMALL_GENES, write_small_h5ad
+from pertcast.config import ModelConfig, load_experiment
+from pertcast.data.features import open_features
+from pertcast.data.split import Split
+from pertcast.data.store import Store, prepare
+from pertcast.errors import CheckpointError, ConfigError, DataError
+from pertcast.files.artefacts import verify_artefact
+from pertcast.generate import generate
+from pertcast.models.adapt import choose, grow, merge, parse_learn
+from pertcast.models.checkpoint import Run, open_run
+from pertcast.models.state import StateTransition, spec_for
+from pertcast.train import train
+from pertcast.train.adapt import adapt
+from pertcast.train.line import adapted_experiment
+from test_train import EXPERIMENT, Watcher, interrupt, lines
+
+LINE = """
+[datasets]
+line = "line.h5ad"
+[training]
+line = "train"
+[fewshot."line.K2"]
+val = ["G3"]
+[columns]
+cell_type = "cell_type"
+batch = "batch"
+[prepare]
+val_controls = 0.2
+num_hvgs = 8
+[adapt]
+steps = 9
+learning_rate = 0.02
+val_every = 3
+[train]
+sets_per_step = 2
+checkpoint_every = 2
+"""
+LEARNT = {"context_encoder.weight", "project_out.3.bias"}
+
+
+class Bench:
+    """A line that runs were trained on, and another that they are adapted to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        write_small_h5ad(folder / "small.h5ad", contexts=("H1", "H2"))
+        write_small_h5ad(folder / "line.h5ad", contexts=("K2",), batches=("b2", "b9"), cells_per_group=20, seed=1)
+        (folder / "experiment.toml").write_text(EXPERIMENT)
+        (folder / "line.toml").write_text(LINE)
+
+    def train(self, name: str, *overrides: str) -> Path:
+        experiment = load_experiment(self.folder / "experiment.toml", ["train.steps=4", *overrides])
+        return train(experiment, prepare(experiment, self.folder / f"{name}_store"), self.folder / name)
+
+    def adapt(self, run: Path, out: str, *overrides: str, progress: Watcher | None = None) -> Path:
+        experiment = adapted_experiment(run, load_experiment(self.folder / "line.toml", overrides))
+        store = prepare(experiment, self.folder / f"{run.name}_line_store")
+        return adapt(run, experiment, store, self.folder / out, progress=progress or Watcher())
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="module")
+def plain(bench: Bench) -> Path:
+    """A run without embeddings."""
+    return bench.train("plain")
+
+
+@pytest.fixture(scope="module")
+def embedded(bench: Bench) -> Path:
+    """A run that embeds contexts and batches, with a DE head."""
+    return bench.train("embedded", "model.context_embedding=true", "model.batch_embedding=true", "loss.de=0.5")
+
+
+@pytest.fixture(scope="module")
+def adapted(bench: Bench, plain: Path) -> Path:
+    return bench.adapt(plain, "adapted")
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Names of tensors that differ in any bit, or are only in one."""
+    old, new = load_file(before / "weights.safetensors"), load_file(after / "weights.safetensors")
+    return {name for name in old.keys() | new.keys() if name not in old or not torch.equal(old[name], new[name])}
+
+
+def test_only_the_line_s_row_and_the_output_bias_learn_and_all_else_is_the_same_to_the_bit(
+    plain: Path, adapted: Path
+) -> None:
+    assert changed(plain, adapted) == LEARNT
+    rows = load_file(adapted / "weights.safetensors")["context_encoder.weight"]
+    assert rows.shape == (3, 16)
+    assert not rows[:2].any()
+    assert rows[2].any()
+    run = open_run(adapted)
+    assert run.contexts == ("H1", "H2", "K2")
+    assert run.metrics["num_learning"] == 16 + len(SMALL_GENES)
+    assert run.metrics["share_learning"] == run.metrics["num_learning"] / run.metrics["num_parameters"]
+    assert "36 of" in " ".join(run.notes)
+    assert run.store_fingerprint == Store.open(run.store_path).fingerprint
+    assert run.target_sum == open_run(plain).target_sum
+    assert verify_artefact(adapted) == []
+
+
+def test_known_lines_and_batches_keep_their_rows(bench: Bench, embedded: Path) -> None:
+    before = load_file(embedded / "weights.safetensors")
+    after = load_file(bench.adapt(embedded, "few") / "weights.safetensors")
+    assert torch.equal(after["context_encoder.weight"][:2], before["context_encoder.weight"])
+    assert not torch.equal(after["context_encoder.weight"][2], before["context_encoder.weight"].mean(0))
+    unknown = before["batch_encoder.weight"][-1]
+    assert torch.equal(
+        after["batch_encoder.weight"], torch.stack([*before["batch_encoder.weight"][:-1], *[unknown] * 2])
+    )
+    assert torch.equal(after["de_head.state.weight"], before["de_head.state.weight"])
+    again = load_file(bench.adapt(embedded, "batch", "adapt.learn='batch'") / "weights.safetensors")
+    assert torch.equal(again["batch_encoder.weight"][[0, 1, 3]], after["batch_encoder.weight"][[0, 1, 3]])
+    assert not torch.equal(again["batch_encoder.weight"][2], unknown)
+    assert torch.equal(again["project_out.3.bias"], before["project_out.3.bias"])
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+def test_before_anything_is_learnt_the_network_predicts_as_before(embeds: bool) -> None:
+    config = ModelConfig(preset="tiny", context_embedding=embeds, batch_embedding=embeds)
+    spec = spec_for(config, num_genes=5, input_dim=5, output_dim=5, pert_dim=3, num_batches=2, num_contexts=2)
+    old = StateTransition(spec).eval()
+    grown, weights = grow(spec, old.state_dict(), new_contexts=1, new_batches=1, num_contexts=2)
+    new = StateTransition(grown).eval()
+    new.load_state_dict(weights)
+    random = torch.Generator().manual_seed(0)
+    cells, pert = torch.rand(2, 8, 5, generator=random), torch.rand(2, 3, generator=random)
+    batches, contexts = torch.tensor([[0, 1, -1, 0, 1, 1, 0, 0]] * 2), torch.tensor([0, 1])
+    assert torch.equal(old(cells, pert, batches, contexts).log1p_BSG, new(cells, pert, batches, contexts).log1p_BSG)
+    if not embeds:
+        contexts[:] = 2  # the new line, before it has learnt
+        assert torch.equal(old(cells, pert).log1p_BSG, new(cells, pert, batches, contexts).log1p_BSG)
+    else:
+        unknown = new(cells, pert, torch.full_like(batches, -1), contexts).log1p_BSG
+        assert torch.equal(unknown, new(cells, pert, torch.full_like(batches, 2), contexts).log1p_BSG)
+
+
+@pytest.mark.parametrize("genes", [2_000, 18_080])
+def test_at_most_half_a_percent_of_state_sm_learns(genes: int) -> None:
+    config = ModelConfig(preset="state_sm", context_embedding=True)
+    spec = spec_for(
+        config, num_genes=genes, input_dim=genes, output_dim=genes, pert_dim=1280, num_batches=48, num_contexts=2
+    )
+    with torch.device("meta"):
+        network = StateTransition(spec)
+    total = sum(parameter.numel() for parameter in network.parameters())
+    number = choose(network, parse_learn("context,bias"), contexts=[1], batches=[], generator=torch.Generator())
+    assert number == 672 + genes
+    assert number <= 0.005 * total
+
+
+def test_low_rank_changes_are_merged(bench: Bench, plain: Path) -> None:
+    adapted = bench.adapt(plain, "lora", "adapt.learn='lora:2'")
+    attention = {f"transformer_backbone.layers.0.self_attn.{name}_proj.weight" for name in ("q", "k", "v", "o")}
+    assert changed(plain, adapted) == {*attention, "context_encoder.weight"}
+    assert not load_file(adapted / "weights.safetensors")["context_encoder.weight"].any()
+    before, after = (load_file(run / "weights.safetensors") for run in (plain, adapted))
+    assert all(torch.linalg.matrix_rank(after[name] - before[name], atol=1e-6) <= 2 for name in attention)
+    assert open_run(adapted).metrics["num_learning"] == 4 * 2 * (16 + 16)
+
+
+def test_a_merged_network_predicts_as_the_one_that_learnt() -> None:
+    spec = spec_for(
+        ModelConfig(preset="tiny"), num_genes=5, input_dim=5, output_dim=5, pert_dim=3, num_batches=0, num_contexts=0
+    )
+    network = StateTransition(spec).eval()
+    random = torch.Generator().manual_seed(1)
+    choose(network, parse_learn("lora:3,last"), contexts=[], batches=[], generator=random)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1, generator=random)
+    merged = StateTransition(spec).eval()
+    merged.load_state_dict(merge(network.state_dict()))
+    cells, pert = torch.rand(2, 8, 5, generator=random), torch.rand(2, 3, generator=random)
+    torch.testing.assert_close(merged(cells, pert).log1p_BSG, network(cells, pert).log1p_BSG)
+
+
+def test_the_last_layer_learns_when_it_is_named(bench: Bench, plain: Path) -> None:
+    adapted = bench.adapt(plain, "last", "adapt.learn='last'")
+    assert changed(plain, adapted) == {"project_out.3.weight", "project_out.3.bias", "context_encoder.weight"}
+
+
+def test_after_an_interruption_adaptation_ends_as_if_there_had_been_none(
+    bench: Bench, plain: Path, adapted: Path
+) -> None:
+    for step in (5, 7):
+        with pytest.raises(KeyboardInterrupt):
+            bench.adapt(plain, "stopped", progress=Watcher(step, interrupt))
+    again = bench.adapt(plain, "stopped")
+    assert changed(adapted, again) == set()
+    assert [line["step"] for line in lines(again)] == list(range(1, 10))
+    assert [line["step"] for line in lines(again, "val")] == [0, 3, 6, 9]
+    watcher = Watcher()
+    bench.adapt(plain, "stopped", progress=watcher)
+    assert "already adapted" in watcher.notes[-1]
+
+
+def test_adaptation_that_does_not_help_leaves_the_run_as_it_was(bench: Bench, plain: Path) -> None:
+    watcher = Watcher()
+    adapted = bench.adapt(plain, "worse", "adapt.learning_rate=5.0", "adapt.patience=2", progress=watcher)
+    assert "no step was better" in watcher.notes[-1]
+    assert changed(plain, adapted) == {"context_encoder.weight"}
+    assert open_run(adapted).step == 0
+    assert open_run(adapted).metrics["stopped_early"]
+    assert len(lines(adapted)) == 6
+
+
+def test_another_run_or_way_to_learn_is_refused_in_the_same_folder(bench: Bench, plain: Path, adapted: Path) -> None:
+    with pytest.raises(CheckpointError, match="learn: the run was begun with 'context,bias'"):
+        bench.adapt(plain, adapted.name, "adapt.learn='bias'")
+
+
+def parts_of(bench: Bench, run: Path, out: str, overrides: Sequence[str] = ()) -> ad.AnnData:
+    targets = bench.folder / "targets.csv"
+    targets.write_text("target_gene,n_cells,median_umi_per_cell\nG1,10,500\nG3,12,500\n")
+    rules = ["num_genes=20", "num_targets=2", "max_cells=60"]
+    given = [f"submission.targets={str(targets)!r}", *(f"submission.rules.{rule}" for rule in rules)]
+    parts = generate(run, bench.folder / out, overrides=[*given, *overrides])
+    return ad.read_h5ad(next(parts.glob("*/G3.h5ad")))
+
+
+def test_generation_takes_the_adapted_run_and_makes_cells_of_the_new_line(bench: Bench, adapted: Path) -> None:
+    cells = parts_of(bench, adapted, "parts")
+    assert cells.shape == (12, 20)
+    assert set(cells.obs["batch"]) == {"b2", "b9"}
+    assert (bench.folder / "parts" / "K2").is_dir()
+
+
+def test_a_run_that_reads_variable_genes_reads_its_own_from_the_new_line(bench: Bench) -> None:
+    run = bench.train("hvg", "model.input='hvg'", "model.output='hvg'")
+    adapted = open_run(bench.adapt(run, "hvg_adapted"))
+    trained, store = open_run(run), Store.open(adapted.store_path)
+    assert adapted.hvg.tolist() == trained.hvg.tolist() != store.hvg.tolist()
+    cells = parts_of(bench, adapted.path, "hvg_parts", ["generate.other_genes='control'"])
+    assert np.isfinite(cells.X.toarray()).all()
+    network, rows = adapted.model(), store.rows(split=Split.TRAIN, pert=store.control_code)
+    feature = torch.from_numpy(open_features(adapted.path / "features").of(["G3"]))
+    with torch.no_grad():
+        anew = network(
+            torch.from_numpy(store.log1p(rows, genes=trained.hvg))[None, :8], feature, None, torch.tensor([2])
+        )
+    assert anew.log1p_BSG.shape == (1, 8, 8)
+    wrong = network(torch.from_numpy(store.log1p(rows, genes=store.hvg))[None, :8], feature, None, torch.tensor([2]))
+    means = [value.log1p_BSG.mean((0, 1)).detach().numpy() for value in (anew, wrong)]
+    found = cells.X.toarray()[:, trained.hvg].mean(0)
+    assert np.abs(found - means[0]).mean() < np.abs(found - means[1]).mean()
+
+
+def test_what_does_not_fit_is_refused_with_every_problem(bench: Bench, plain: Path, tmp_path: Path) -> None:
+    other = Bench(tmp_path)
+    write_small_h5ad(tmp_path / "line.h5ad", genes=SMALL_GENES[::-1], contexts=("K2",), batches=("b2", "b9"))
+    with pytest.raises(DataError, match="position 0: expected 'G0', got 'G19'"):
+        other.adapt(plain, "out")
+    write_small_h5ad(tmp_path / "line.h5ad", perts=("non-targeting", "G1", "G3", "G7"), contexts=("K2",))
+    with pytest.raises(DataError, match="'G7': it has no feature"):
+        other.adapt(plain, "out")
+    write_small_h5ad(tmp_path / "line.h5ad", contexts=("K2",))
+    with pytest.raises(DataError, match="normalised to"):
+        other.adapt(plain, "out", "prepare.target_sum=77.0")
+    with pytest.raises(ConfigError, match="trained with 16, got 32"):
+        other.adapt(plain, "out", "model.hidden=32")
+    with pytest.raises(ConfigError, match="no batch embedding"):
+        other.adapt(plain, "out", "adapt.learn='batch'")
+    with pytest.raises(ConfigError, match="without a DE head"):
+        other.adapt(plain, "out", "loss.de=0.5")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["", "contexts", "lora", "lora:0", "bias,lora:x"])
+def test_words_that_mean_nothing_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected context, batch, bias, last or lora:R"):
+        parse_learn(text)
+
+
+def test_features_of_new_targets_come_from_the_file_of_the_training(bench: Bench, tmp_path: Path) -> None:
+    names = np.array(SMALL_GENES)
+    np.savez(tmp_path / "features.npz", gene=names, embedding=np.eye(20, 6, dtype=np.float32))
+    given = ["features.kind='file'", f"features.path={str(tmp_path / 'features.npz')!r}"]
+    run = bench.train("filed", *given)
+    other = Bench(tmp_path)
+    write_small_h5ad(tmp_path / "line.h5ad", perts=("non-targeting", "G1", "G3", "G7"), contexts=("K2",))
+    adapted: Run = open_run(other.adapt(run, "out"))
+    assert "G7" in adapted.perts
+    assert parts_of(other, adapted.path, "parts").shape == (12, 20)
+    np.savez(tmp_path / "features.npz", gene=names, embedding=2 * np.eye(20, 6, dtype=np.float32))
+    with pytest.raises(CheckpointError, match="other features than it was trained with"):
+        other.adapt(run, "out2")
