@@ -59,6 +59,29 @@ def test_the_gradient_is_right() -> None:
     assert torch.autograd.gradcheck(energy_distance, (pred, real))
 
 
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+@pytest.mark.parametrize(("num_cells", "num_real"), [(1, 1), (16, 16), (7, 12)])
+def test_value_and_gradient_are_those_of_all_differences(num_cells: int, num_real: int, shift: float) -> None:
+    pred, real = sets((3, num_cells, 50), 0, shift=shift).requires_grad_(), sets((3, num_real, 50), 1)
+    weight = torch.tensor([1.0, -2.0, 0.5])
+    found = energy_distance(pred, real)
+    (gradient,) = torch.autograd.grad(found @ weight, pred)
+    x, y = pred.double(), real.double()
+    between, within_x, within_y = (
+        (a[:, :, None] - b[:, None]).square().sum(-1).clamp_min(1e-8).sqrt().mean((1, 2))
+        for a, b in ((x, y), (x, x), (y, y))
+    )
+    expected = between - (within_x + within_y) / 2
+    (expected_gradient,) = torch.autograd.grad(expected @ weight.double(), pred)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_it_needs_no_gradient_and_gives_none_to_real_cells() -> None:
+    pred, real = sets((2, 4, 5), 0), sets((2, 4, 5), 1).requires_grad_()
+    assert not energy_distance(pred, real).requires_grad
+
+
 def test_the_gradient_at_distance_zero_is_zero_and_finite() -> None:
     real = sets((1, 3, 4), 0)
     pred = real[:, :1].repeat(1, 3, 1).requires_grad_()

@@ -8,6 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pertcast.models.linear import Linear
+
 __all__ = ["Backbone", "Gpt2Backbone"]
 
 _RMS_EPSILON = 1e-6
@@ -21,10 +23,10 @@ class _Attention(nn.Module):
         super().__init__()
         width = heads * head_dim
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(hidden, width, bias=False)
-        self.k_proj = nn.Linear(hidden, width, bias=False)
-        self.v_proj = nn.Linear(hidden, width, bias=False)
-        self.o_proj = nn.Linear(width, hidden, bias=False)
+        self.q_proj = Linear(hidden, width, bias=False)
+        self.k_proj = Linear(hidden, width, bias=False)
+        self.v_proj = Linear(hidden, width, bias=False)
+        self.o_proj = Linear(width, hidden, bias=False)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
         """Return the attended cells, ``(B, S, H)``."""
@@ -42,9 +44,9 @@ class _GatedMlp(nn.Module):
 
     def __init__(self, hidden: int, *, feedforward: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, feedforward, bias=False)
-        self.up_proj = nn.Linear(hidden, feedforward, bias=False)
-        self.down_proj = nn.Linear(feedforward, hidden, bias=False)
+        self.gate_proj = Linear(hidden, feedforward, bias=False)
+        self.up_proj = Linear(hidden, feedforward, bias=False)
+        self.down_proj = Linear(feedforward, hidden, bias=False)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
         """Return ``(B, S, H)``."""
@@ -99,8 +101,8 @@ class _Gpt2Attention(nn.Module):
     def __init__(self, hidden: int, *, heads: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.c_attn = nn.Linear(hidden, 3 * heads * head_dim)
-        self.c_proj = nn.Linear(heads * head_dim, hidden)
+        self.c_attn = Linear(hidden, 3 * heads * head_dim)
+        self.c_proj = Linear(heads * head_dim, hidden)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
         """Return the attended cells, ``(B, S, H)``."""
@@ -117,8 +119,8 @@ class _Gpt2Mlp(nn.Module):
 
     def __init__(self, hidden: int, *, feedforward: int) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(hidden, feedforward)
-        self.c_proj = nn.Linear(feedforward, hidden)
+        self.c_fc = Linear(hidden, feedforward)
+        self.c_proj = Linear(feedforward, hidden)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
         """Return ``(B, S, H)``."""

@@ -11,6 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from pertcast.models.linear import Linear
+
 __all__ = ["DE_HEAD_PREFIX", "ConfidenceToken", "DeHead", "bottleneck", "mlp", "normed_mlp"]
 
 # Tensors of a run that bear it serve training alone; whoever only predicts passes over them.
@@ -23,7 +25,7 @@ def mlp(width_in: int, hidden: int, width_out: int, *, layers: int, dropout: flo
     widths = [width_in, *[hidden] * (layers - 1), width_out]
     modules: list[nn.Module] = []
     for before, after in pairwise(widths):
-        modules += [nn.Linear(before, after), nn.GELU(), nn.Dropout(dropout)]
+        modules += [Linear(before, after), nn.GELU(), nn.Dropout(dropout)]
     return nn.Sequential(*modules[:-2])
 
 
@@ -31,13 +33,13 @@ def normed_mlp(widths: Sequence[int], *, dropout: float) -> nn.Sequential:
     """Return linear layers through these widths, with LayerNorm, GELU and dropout between them."""
     modules: list[nn.Module] = []
     for before, after in pairwise(widths):
-        modules += [nn.Linear(before, after), nn.LayerNorm(after), nn.GELU(), nn.Dropout(dropout)]
+        modules += [Linear(before, after), nn.LayerNorm(after), nn.GELU(), nn.Dropout(dropout)]
     return nn.Sequential(*modules[:-3])
 
 
 def bottleneck(width: int) -> nn.Sequential:
     """Return two linear layers with a GELU between them, an eighth as wide there."""
-    return nn.Sequential(nn.Linear(width, width // 8), nn.GELU(), nn.Linear(width // 8, width))
+    return nn.Sequential(Linear(width, width // 8), nn.GELU(), Linear(width // 8, width))
 
 
 class ConfidenceToken(nn.Module):
@@ -77,7 +79,7 @@ class DeHead(nn.Module):
     def __init__(self, hidden: int, num_genes: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden)
-        self.state = nn.Linear(hidden, num_genes)
+        self.state = Linear(hidden, num_genes)
         self.gain_G = nn.Parameter(torch.empty(num_genes))
 
     @torch.no_grad()

@@ -6,11 +6,14 @@ perturbations. Every loss is computed in float32 (float64 stays float64), whatev
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from pertcast.models.linear import times_transposed
 
 __all__ = ["de_loss", "energy_distance", "pseudobulk_mae", "ranking_loss"]
 
@@ -32,7 +35,7 @@ def energy_distance(pred_BSG: Tensor, real_BSG: Tensor) -> Tensor:
     pred_BSG
         Predicted cells, ``(B, S, G)``, on any one scale.
     real_BSG
-        Real cells on the same scale, ``(B, T, G)``; T may differ from S.
+        Real cells on the same scale, ``(B, T, G)``; T may differ from S. They are constants: no gradient reaches them.
 
     Returns
     -------
@@ -51,26 +54,81 @@ def energy_distance(pred_BSG: Tensor, real_BSG: Tensor) -> Tensor:
     """
     with torch.autocast(device_type=pred_BSG.device.type, enabled=False):
         dtype = _working_dtype(pred_BSG)
-        # Distances do not see a shift; near the origin the matmul form loses the fewest digits.
-        centre_B1G = real_BSG.detach().to(dtype).mean(1, keepdim=True)
-        x_BSG, y_BTG = pred_BSG.to(dtype) - centre_B1G, real_BSG.to(dtype) - centre_B1G
-        between_B = _distances(x_BSG, y_BTG).mean((1, 2))
-        # and predicted cells that are far from the real ones are near their own mean
-        own_BSG = x_BSG - x_BSG.detach().mean(1, keepdim=True)
-        within_B = _distances(own_BSG).mean((1, 2)) + _distances(y_BTG).mean((1, 2))
-        return between_B - within_B / 2
+        distance_B: Tensor = _EnergyDistance.apply(  # type: ignore[no-untyped-call]
+            pred_BSG.to(dtype), real_BSG.detach().to(dtype)
+        )
+        return distance_B
 
 
-def _distances(x_BSG: Tensor, y_BTG: Tensor | None = None) -> Tensor:
-    """Return Euclidean distances of all pairs, ``(B, S, T)``; of a set with itself when there is no other."""
-    other_BTG = x_BSG if y_BTG is None else y_BTG
-    squares_BS1 = x_BSG.square().sum(-1, keepdim=True)
-    squares_B1T = other_BTG.square().sum(-1, keepdim=True).mT
-    squared_BST = torch.baddbmm(squares_BS1 + squares_B1T, x_BSG, other_BTG.mT, alpha=-2)
-    if y_BTG is None:
-        # A cell's distance to itself is known; left to rounding it would be the largest error of the sum.
-        squared_BST = squared_BST.masked_fill(torch.eye(x_BSG.shape[1], dtype=torch.bool, device=x_BSG.device), 0)
-    return squared_BST.clamp_min(_SQUARED_FLOOR).sqrt()
+class _EnergyDistance(torch.autograd.Function):
+    """The gradient is found beside the value, while the cells of a set are still in the cache; it alone is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, pred_BSG: Tensor, real_BTG: Tensor) -> Tensor:
+        contiguous = torch.contiguous_format
+        gradient_BSG = torch.empty_like(pred_BSG, memory_format=contiguous) if ctx.needs_input_grad[0] else None
+        if pred_BSG.device.type == "cpu":
+            gradients = [None] * len(pred_BSG) if gradient_BSG is None else list(gradient_BSG)
+            distance_B = torch.stack([_energy(*one) for one in zip(pred_BSG, real_BTG, gradients, strict=True)])
+        else:
+            distance_B = _energy(pred_BSG, real_BTG, gradient_BSG)
+        ctx.gradient_BSG = gradient_BSG
+        return distance_B
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient_BSG * outer[0][:, None, None], None
+
+
+def _energy(x_SG: Tensor, y_TG: Tensor, gradient_SG: Tensor | None) -> Tensor:
+    """Return the energy distance of one set (or of all, with a leading dimension), and write its gradient in x.
+
+    Squared distances come from products of cells about their own means, where these lose the fewest digits; between
+    the two the difference of the means comes back in.
+    """
+    num_x, num_y = x_SG.shape[-2], y_TG.shape[-2]
+    x_mean_1G, y_mean_1G = x_SG.mean(-2, keepdim=True), y_TG.mean(-2, keepdim=True)
+    # both sets and the difference of their means, one below the other: two products give all, one the gradient
+    all_AG = x_SG.new_empty((*x_SG.shape[:-2], num_x + num_y + 1, x_SG.shape[-1]))
+    own_SG, other_TG = all_AG[..., :num_x, :], all_AG[..., num_x:-1, :]
+    torch.sub(x_SG, x_mean_1G, out=own_SG)
+    torch.sub(y_TG, y_mean_1G, out=other_TG)
+    torch.sub(x_mean_1G, y_mean_1G, out=all_AG[..., -1:, :])
+    x_products_SA = times_transposed(own_SG, all_AG)
+    y_products_TT = times_transposed(other_TG, all_AG[..., num_x:, :])
+    x_squares_S1 = x_products_SA.diagonal(dim1=-2, dim2=-1)[..., None]
+    y_squares_T1 = y_products_TT.diagonal(dim1=-2, dim2=-1)[..., None]
+    shift_S1, shift_T1 = x_products_SA[..., -1:], y_products_TT[..., -1:]
+    shift_11 = all_AG[..., -1:, :].square().sum(-1, keepdim=True)
+    to_x_S1 = x_squares_S1 + 2 * shift_S1 + shift_11
+    to_y_T1 = y_squares_T1 - 2 * shift_T1
+    between_ST, between_inverse_ST = _roots(to_x_S1 + to_y_T1.mT - 2 * x_products_SA[..., num_x:-1])
+    within_x_SS, within_x_inverse_SS = _roots(
+        _without_diagonal(x_squares_S1 + x_squares_S1.mT - 2 * x_products_SA[..., :num_x])
+    )
+    within_y_TT, _ = _roots(_without_diagonal(y_squares_T1 + y_squares_T1.mT - 2 * y_products_TT[..., :-1]))
+    if gradient_SG is not None:
+        # d/dx of |x - y| is (x - y) / |x - y|: a row of sums of cells, each over its distance
+        to_y_ST = between_inverse_ST / (num_x * num_y)
+        to_x_SS = within_x_inverse_SS / num_x**2
+        to_all_S1 = to_y_ST.sum(-1, keepdim=True)
+        to_x_SS.diagonal(dim1=-2, dim2=-1).add_((to_all_S1 - to_x_SS.sum(-1, keepdim=True))[..., 0])
+        weights_SA = torch.cat([to_x_SS, -to_y_ST, to_all_S1], dim=-1)
+        gradient_SG.copy_(times_transposed(weights_SA, all_AG.mT))
+    return between_ST.mean((-2, -1)) - (within_x_SS.mean((-2, -1)) + within_y_TT.mean((-2, -1))) / 2
+
+
+def _roots(squared_ST: Tensor) -> tuple[Tensor, Tensor]:
+    """Return distances of at least the floor, and one over them, 0 where the floor holds."""
+    root_ST = squared_ST.clamp_min(_SQUARED_FLOOR).sqrt_()
+    return root_ST, torch.where(squared_ST > _SQUARED_FLOOR, root_ST.reciprocal(), 0)
+
+
+def _without_diagonal(squared_SS: Tensor) -> Tensor:
+    """Return it with 0 where a cell's distance to itself stands: left to rounding it would be the largest error."""
+    squared_SS.diagonal(dim1=-2, dim2=-1).zero_()
+    return squared_SS
 
 
 def pseudobulk_mae(pred_BSG: Tensor, real_BSG: Tensor) -> Tensor:

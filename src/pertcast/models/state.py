@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from pertcast.models.backbone import Backbone, Gpt2Backbone
 from pertcast.models.heads import ConfidenceToken, DeHead, bottleneck, mlp, normed_mlp
+from pertcast.models.linear import Linear
 from pertcast.models.spec import PRESETS, Preset, StateSpec, spec_for
 from pertcast.stats.draws import key_hash
 
@@ -88,7 +89,7 @@ class StateTransition(nn.Module):
         with torch.device("meta"):
             self.pert_encoder = mlp(spec.pert_dim, hidden, hidden, layers=spec.encoder_layers, dropout=dropout)
             self.basal_encoder = (
-                nn.Linear(spec.input_dim, hidden)
+                Linear(spec.input_dim, hidden)
                 if spec.basal_layers == 1
                 else mlp(spec.input_dim, hidden, hidden, layers=spec.basal_layers, dropout=dropout)
             )
