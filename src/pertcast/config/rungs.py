@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-__all__ = ["RUNGS", "rung_overrides"]
+from pertcast.config.sections import LossConfig
+
+__all__ = ["RUNGS", "rung_of", "rung_overrides"]
 
 RUNGS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
@@ -26,3 +28,17 @@ def rung_overrides(rung: str | None) -> tuple[str, ...]:
     ('loss.energy=1.0', 'loss.mae=1.0', 'loss.de=0.0', 'loss.rank=0.0')
     """
     return () if rung is None else tuple(f"loss.{name}={weight}" for name, weight in RUNGS[rung].items())
+
+
+def rung_of(loss: Mapping[str, object]) -> str:
+    """Return the rung that these weights of the loss are of, or ``"other"``; what is not given is the default.
+
+    Examples
+    --------
+    >>> rung_of({"energy": 1.0, "mae": 1.0}), rung_of({"mae": 0.3})
+    ('c2', 'other')
+    """
+    whole = {**LossConfig().model_dump(mode="json"), **loss}
+    return next(
+        (name for name, weights in RUNGS.items() if all(whole[key] == weights[key] for key in weights)), "other"
+    )

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
     "read_json",
     "read_manifest",
     "remove_leftovers",
+    "timestamp",
     "verify_artefact",
     "write_json",
     "write_manifest",
@@ -79,6 +81,11 @@ class Manifest:
 def _plain(value: Any) -> Any:
     """Return a value as it reads back from JSON."""
     return json.loads(json.dumps(value, default=str))
+
+
+def timestamp() -> str:
+    """Return the time now, UTC, to the second: ``2026-11-22T20:31:05Z``."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def hash_file(path: Path, *, chunk_bytes: int = 1 << 22) -> str:

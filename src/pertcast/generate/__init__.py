@@ -30,6 +30,7 @@ from pertcast.files.artefacts import (
     write_manifest,
 )
 from pertcast.files.lock import claimed
+from pertcast.files.origin import Origin
 from pertcast.generate.binding import bind, is_imported
 from pertcast.generate.parts import PartMaker
 from pertcast.generate.plan import Part, Plan, plan_parts
@@ -206,7 +207,15 @@ def _finish(out: Path, plan: Plan, experiment: Experiment, run: Run, maker: Part
             logger.info("removed %s, a part of an earlier plan", path)
     for part in plan.parts:
         files[part.file] = next(iter(read_manifest(out / part.file).files.values()))
+    origin = Origin(
+        weights=maker.inputs["weights"],
+        run=str(run.path.absolute()),
+        step=run.step,
+        store=maker.inputs["store"],
+        experiment=experiment.as_json(),
+    )
     facts = {"cells": plan.budget.total, "scale": experiment.generate.scale, "target_sum": run.target_sum}
+    facts |= origin.as_facts()
     manifest = Manifest(
         "parts", inputs=maker.inputs, config=experiment.as_json(), files=files, facts=facts, notes=plan.notes
     )

@@ -26,6 +26,7 @@ from pertcast.files.artefacts import (
 )
 from pertcast.files.h5ad import CsrWriter, H5adReader, open_h5ad
 from pertcast.files.lock import claimed
+from pertcast.files.origin import origin_facts
 from pertcast.files.season_lists import read_gene_list
 from pertcast.files.space import describe_write_error, require_space
 from pertcast.progress import SILENT, Progress
@@ -112,6 +113,7 @@ def _assemble(parts: Path, out: Path, plan: _Plan, genes: Sequence[str], progres
         "controls": controls,
         "targets": len({part.target for part in plan.parts} - {plan.control_label}),
         "scale": plan.scale,
+        **origin_facts(read_manifest(parts).facts),
     }
     require_space(out, sum((parts / part.file).stat().st_size for part in plan.parts), what="the prediction")
     with atomic_file(out) as temporary:

@@ -22,10 +22,12 @@ from pertcast.files.artefacts import (
     hash_file,
     manifest_path,
     read_manifest,
+    timestamp,
     write_manifest,
 )
 from pertcast.files.h5ad import open_h5ad
 from pertcast.files.lock import claimed
+from pertcast.files.origin import prediction_origin
 from pertcast.files.season_lists import read_gene_list
 from pertcast.files.space import describe_write_error, require_space
 from pertcast.progress import SILENT, Advance, Progress
@@ -245,7 +247,7 @@ class _Job:
             inputs=self._inputs(prediction),
             config=self._config,
             files={self._out.name: packed.archive},
-            facts=dict(facts),
+            facts={**facts, "packed_at": timestamp(), **prediction_origin(self._path, prediction)},
             notes=tuple(notes),
         )
         write_manifest(self._out, manifest)
