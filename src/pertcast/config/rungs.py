@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from pertcast.config.sections import LossConfig
+from pertcast.config.learning import LossConfig
 
 __all__ = ["RUNGS", "rung_of", "rung_overrides"]
 
