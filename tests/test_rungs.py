@@ -118,7 +118,8 @@ def test_others_are_of_the_same_context_and_never_the_perturbation_itself(store:
     truth = truth_of(store)
     perts = torch.tensor([pert for pert in range(len(store.perts)) if pert != store.control_code])
     contexts = torch.zeros_like(perts)
-    drawn = truth.draw_others(contexts, perts, num=5, seed=0, key=("train", 3))
+    keys = [("train", 3, place) for place in range(len(perts))]
+    drawn = truth.draw_others(contexts, perts, num=5, seed=0, keys=keys)
     assert drawn.shape == (3, 5)
     known = truth.of(contexts, perts)
     for place, rows in enumerate(drawn.tolist()):
@@ -126,7 +127,8 @@ def test_others_are_of_the_same_context_and_never_the_perturbation_itself(store:
         assert len({*rows[:2]}) == 2
         for row in rows[:2]:
             assert not torch.equal(truth.effects_NG[row], known.effect_BG[place])
-    assert torch.equal(drawn, truth.draw_others(contexts, perts, num=5, seed=0, key=("train", 3)))
+    assert torch.equal(drawn, truth.draw_others(contexts, perts, num=5, seed=0, keys=keys))
+    assert torch.equal(drawn[1:], truth.draw_others(contexts[1:], perts[1:], num=5, seed=0, keys=keys[1:]))
 
 
 def test_held_out_cells_are_never_read_for_the_truth(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pertcast.config import load_experiment
 from pertcast.errors import ConfigError, Problem
 from pertcast.files.artefacts import write_json
+from pertcast.processes import launched
 from pertcast.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ def run_experiment(path: Path, out: Path, *, overrides: Sequence[str] = (), prog
     PertcastError
         Whatever a stage refuses; what earlier stages made stays.
     """
+    if launched() is not None:
+        raise ConfigError(
+            "a whole run starts its own processes (train.devices); under torchrun or srun give the stages one by one: "
+            "`pertcast prepare`, then `pertcast train` and `pertcast generate` on all devices, then the others"
+        )
     experiment = load_experiment(path, overrides)
     submission = experiment.submission
     if submission.genes is None or submission.targets is None:

@@ -9,13 +9,15 @@ from contextlib import contextmanager
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from pertcast.progress import Advance
+from pertcast.processes import launched
+from pertcast.progress import SILENT, Advance, Progress
 
-__all__ = ["Console", "stdout_table"]
+__all__ = ["Console", "console", "say", "stdout_table"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -59,7 +61,7 @@ class Console:
                 _Rate(),
                 TimeRemainingColumn(),
             )
-            with Progress(*columns, console=self._rich) as bars:
+            with Bars(*columns, console=self._rich) as bars:
                 number = bars.add_task(label, total=total, completed=done, unit=unit, detail="")
 
                 def draw(amount: int, detail: str = "") -> None:
@@ -100,6 +102,19 @@ class Console:
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Show a table on stderr."""
         self._rich.print(_table(title, header, rows))
+
+
+def console() -> Progress:
+    """Return where a command shows its progress; of several processes the first one alone shows any."""
+    ranks = launched()
+    return Console() if ranks is None or ranks.rank == 0 else SILENT
+
+
+def say(result: object) -> None:
+    """Print what a command has made; of several processes the first one alone does."""
+    ranks = launched()
+    if ranks is None or ranks.rank == 0:
+        print(result)
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from keyword import iskeyword
@@ -17,9 +18,11 @@ from cyclopts import App, CycloptsError
 
 from pertcast import __version__
 from pertcast.errors import PertcastError
+from pertcast.processes import launched
 
 __all__ = ["COMMANDS", "build_app", "main"]
 
+_SECONDS_TO_LISTEN = 3.0
 COMMANDS = {
     "demo": "The whole path on the real cells in the package: minutes on two cores.",
     "run": "Every stage of an experiment, resumable; what is there and still true is reused.",
@@ -85,5 +88,14 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
+    try:
+        ranks = launched()
+    except PertcastError:
+        ranks = None
+    if ranks is not None and ranks.rank:
+        # What all find wrong the first one says, and the launcher then ends the others; who is still there after a
+        # while has an error of its own.
+        time.sleep(_SECONDS_TO_LISTEN)
+        message = f"{ranks}: {message}"
     print(f"pertcast: {message}", file=sys.stderr)
     return code

@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-__all__ = ["GenesOption", "RungOption", "SeasonOption", "SetOption", "TargetsOption", "parse_rules"]
+__all__ = [
+    "DevicesOption",
+    "GenesOption",
+    "NodesOption",
+    "RungOption",
+    "SeasonOption",
+    "SetOption",
+    "TargetsOption",
+    "parse_rules",
+]
 
 SetOption = Annotated[
     list[str] | None,
@@ -23,6 +32,17 @@ RungOption = Annotated[
         help="A rung of the ladder, as weights of the loss: c1 energy distance, c2 and pseudobulk MAE, c3 and DE head, "
         "c4 and ranking. --set goes on top.",
     ),
+]
+DevicesOption = Annotated[
+    int | None,
+    Parameter(
+        name="--devices",
+        help="Devices of this machine: GPUs, or processes on a CPU. Torchrun and srun say it themselves: leave it out.",
+    ),
+]
+NodesOption = Annotated[
+    int | None,
+    Parameter(name="--num-nodes", help="Machines; torchrun and srun, which they need, say it themselves."),
 ]
 RulesOption = Annotated[
     list[str] | None,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from pertcast.cli.options import RungOption, SetOption
+from pertcast.cli.options import DevicesOption, NodesOption, RungOption, SetOption
 
 __all__ = ["command", "train"]
 
@@ -16,13 +16,27 @@ command = App(name="train")
 
 @command.default
 def train(
-    experiment: Path, /, *, out: Path, store: Path | None = None, rung: RungOption = None, set_: SetOption = None
+    experiment: Path,
+    /,
+    *,
+    out: Path,
+    store: Path | None = None,
+    rung: RungOption = None,
+    devices: DevicesOption = None,
+    num_nodes: NodesOption = None,
+    set_: SetOption = None,
 ) -> None:
     """Train STATE on a store; the same command goes on where an interrupted run stopped.
 
     The run is a folder: weights.safetensors, run.json, metrics.jsonl and the newest checkpoints.
 
+    The sets of a step are shared out over the devices, so losses are the same on any number of them.
+
     Example: `pertcast train experiment.toml --out run --set train.steps=2000`
+
+    Four GPUs: `pertcast train experiment.toml --store store --out run --devices 4`
+
+    Two machines: `torchrun --nnodes 2 --nproc-per-node 4 -m pertcast train experiment.toml --store store --out run`
 
     Parameters
     ----------
@@ -33,12 +47,20 @@ def train(
     store
         The folder that `pertcast prepare` wrote; default: the folder `store` beside the run, prepared if need be.
     """
-    from pertcast.cli.console import Console
+    from pertcast.cli.console import console, say
     from pertcast.config import load_experiment, rung_overrides
     from pertcast.data.store import prepare
+    from pertcast.errors import ConfigError
+    from pertcast.processes import launched
     from pertcast.train import train as fit
 
-    resolved, console = load_experiment(experiment, (*rung_overrides(rung), *(set_ or ()))), Console()
+    asked = {"train.devices": devices, "train.num_nodes": num_nodes}
+    options = [f"{key}={value}" for key, value in asked.items() if value is not None]
+    resolved, progress = load_experiment(experiment, (*rung_overrides(rung), *options, *(set_ or ()))), console()
     if store is None:
-        store = prepare(resolved, out.parent / "store", progress=console)
-    print(fit(resolved, store, out, progress=console))
+        if launched() is not None:
+            raise ConfigError(
+                "under torchrun or srun the store must be there: run `pertcast prepare`, and give --store"
+            )
+        store = prepare(resolved, out.parent / "store", progress=progress)
+    say(fit(resolved, store, out, progress=progress))

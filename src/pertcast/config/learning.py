@@ -86,7 +86,8 @@ class TrainConfig(Section):
     """The training loop: a step is `sets_per_step` sets times `accumulate`; `patience` counts validations, 0 = no end.
 
     `match` says which controls a perturbed cell may be paired with: those of its ``batch`` where it is known, or any
-    of its ``context``.
+    of its ``context``. The sets of a step are shared out over `devices` on each of `num_nodes` machines; `strategy` is
+    how: each device has the whole network (``ddp``; ``auto`` with several devices).
     """
 
     seed: int = 0
@@ -101,6 +102,8 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     accelerator: str = "auto"
     devices: PositiveInt = 1
+    num_nodes: PositiveInt = 1
+    strategy: Literal["auto", "ddp"] = "auto"
     match: Literal["batch", "context"] = "batch"
     control_sets: bool = True
     val_every: PositiveInt = 2000

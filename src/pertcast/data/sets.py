@@ -81,7 +81,7 @@ class CellSets:
         """Return N."""
         return len(self.pert)
 
-    def __getitem__(self, item: slice) -> CellSets:
+    def __getitem__(self, item: slice | Int64) -> CellSets:
         """Return some of the sets, in order; the two counts stay those of the whole epoch."""
         return CellSets(
             self.pert[item],

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from pertcast.models.dropout import SetDropout
 from pertcast.models.linear import Linear
 
 __all__ = ["DE_HEAD_PREFIX", "ConfidenceToken", "DeHead", "bottleneck", "mlp", "normed_mlp"]
@@ -25,7 +26,7 @@ def mlp(width_in: int, hidden: int, width_out: int, *, layers: int, dropout: flo
     widths = [width_in, *[hidden] * (layers - 1), width_out]
     modules: list[nn.Module] = []
     for before, after in pairwise(widths):
-        modules += [Linear(before, after), nn.GELU(), nn.Dropout(dropout)]
+        modules += [Linear(before, after), nn.GELU(), SetDropout(dropout)]
     return nn.Sequential(*modules[:-2])
 
 
@@ -33,7 +34,7 @@ def normed_mlp(widths: Sequence[int], *, dropout: float) -> nn.Sequential:
     """Return linear layers through these widths, with LayerNorm, GELU and dropout between them."""
     modules: list[nn.Module] = []
     for before, after in pairwise(widths):
-        modules += [Linear(before, after), nn.LayerNorm(after), nn.GELU(), nn.Dropout(dropout)]
+        modules += [Linear(before, after), nn.LayerNorm(after), nn.GELU(), SetDropout(dropout)]
     return nn.Sequential(*modules[:-3])
 
 

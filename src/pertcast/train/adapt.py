@@ -6,7 +6,6 @@ line than the trained run itself, that is what comes out; a run that was stopped
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,15 @@ from pertcast.models.adapt import choose, grow, merge, parse_learn
 from pertcast.models.checkpoint import WEIGHTS, Run, load_tensors, open_run, save_run
 from pertcast.models.heads import DE_HEAD_PREFIX
 from pertcast.models.state import StateTransition
+from pertcast.processes import launched
 from pertcast.progress import SILENT, Progress
 from pertcast.stats.draws import key_hash
 from pertcast.train.batches import SetReader
+from pertcast.train.fabric import open_fabric
 from pertcast.train.line import Line, adapted_experiment, bring_into_run, line_features, require_fitting
 from pertcast.train.loop import Loop, make_optimizer
 from pertcast.train.resume import MetricsLog, Position, load_newest, restore
-from pertcast.train.stage import (
-    METRICS,
-    begin_run,
-    is_finished,
-    is_first_process,
-    open_fabric,
-    require_losses,
-    require_same_run,
-)
+from pertcast.train.stage import METRICS, begin_run, is_finished, require_losses, require_same_run
 from pertcast.train.terms import needs_truth
 from pertcast.train.truth import learn_truth
 
@@ -72,7 +65,9 @@ def adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, *
     PertcastError
         If run, store and experiment do not fit one another.
     """
-    with claimed(out) if is_first_process() else nullcontext():
+    if launched() is not None:
+        raise ConfigError("an adaptation is small and runs in one process: start it without torchrun or srun")
+    with claimed(out):
         return _adapt(run_path, experiment, store_path, out, progress)
 
 

@@ -125,6 +125,11 @@ class SetReader:
             num_contexts=len(store.contexts),
         )
 
+    @property
+    def control_code(self) -> int:
+        """The code of the control label among perturbations."""
+        return self._store.control_code
+
     def training(self, epoch: int) -> CellSets:
         """Return the training sets of an epoch."""
         return self._sets(epoch, Split.TRAIN, control_sets=self._experiment.train.control_sets)

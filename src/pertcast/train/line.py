@@ -59,7 +59,7 @@ def adapted_experiment(run_path: Path, experiment: Experiment) -> Experiment:
         "model": trained.model.model_copy(update={"context_embedding": True}),
         "features": trained.features,
         "loss": loss.model_copy(update={"warmup_steps": 0}),
-        "train": train.model_copy(update={**speed, "weight_decay": 0.0}),
+        "train": train.model_copy(update={**speed, "weight_decay": 0.0, "devices": 1, "num_nodes": 1}),
     }
     if run.target_sum is not None and experiment.prepare.target_sum == "median":
         update["prepare"] = experiment.prepare.model_copy(update={"target_sum": run.target_sum})

@@ -13,6 +13,7 @@ from typing import Any
 from lightning_fabric.loggers.logger import Logger
 
 from pertcast.errors import ConfigError, Problem
+from pertcast.processes import launched
 
 __all__ = ["make_loggers"]
 
@@ -20,7 +21,7 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def make_loggers(names: Sequence[str], out: Path) -> list[Logger]:
-    """Return Fabric's loggers by name; they write into the run's folder.
+    """Return Fabric's loggers by name; they write into the run's folder. Only the first process has any.
 
     Raises
     ------
@@ -35,6 +36,9 @@ def make_loggers(names: Sequence[str], out: Path) -> list[Logger]:
     if problems:
         raise ConfigError(problems=problems)
     loggers: list[Logger] = []
+    ranks = launched()
+    if ranks is not None and ranks.rank:
+        return loggers
     if "tensorboard" in names:
         from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 

@@ -1,7 +1,8 @@
 """The loop: take a batch, predict, measure, update; validate and keep the best; write checkpoints.
 
 Invariant: what a step does depends on the seed, the step's number and the weights alone, so a run that was stopped
-after any step, and one that never was, end with the same bits (on the same device and number of threads).
+after any step, and one that never was, end with the same bits (on the same devices and number of threads). Every draw
+is keyed by the number of a set in its step, so other numbers of devices differ by rounding alone.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -24,11 +26,11 @@ from torch import Tensor, nn
 from pertcast.config import LossConfig, TrainConfig
 from pertcast.data.sets import CellSets
 from pertcast.errors import CheckpointError
+from pertcast.models.dropout import dropout_keys, key_dropout
 from pertcast.progress import Advance
-from pertcast.stats.draws import key_hash
 from pertcast.train.batches import Batch, Place, SetReader, SetStream, read_ahead
 from pertcast.train.resume import MetricsLog, Position, save_state
-from pertcast.train.terms import loss_terms, total_loss
+from pertcast.train.terms import Others, loss_terms, total_loss
 from pertcast.train.truth import Truth
 
 __all__ = ["Loop", "make_optimizer"]
@@ -116,7 +118,7 @@ class Loop:
                         self._checkpoint()
                     if self._is_over():
                         return
-                    if signal_number := interrupted():
+                    if signal_number := self._agreed(interrupted()):
                         self._checkpoint()
                         raise KeyboardInterrupt if signal_number == signal.SIGINT else SystemExit(128 + signal_number)
                     self._step(batches, advance)
@@ -141,7 +143,6 @@ class Loop:
             return
         if self.fabric.is_global_zero:
             save_state(self.out, self.position, model=self.network, optimizer=self.optimizer, best=self.best)
-        self.fabric.barrier()
         self._saved_step = self.position.step
 
     def _pieces(self, stream: SetStream) -> Iterator[tuple[CellSets, Place]]:
@@ -153,22 +154,35 @@ class Loop:
         """Return this process's share of some sets."""
         return sets[self.fabric.global_rank :: self.fabric.world_size]
 
+    def _places(self, first: int, num: int) -> list[int]:
+        """Return the places in their step of this process's sets, the first of all processes being `first`."""
+        size = self.fabric.world_size
+        return [first + self.fabric.global_rank + size * number for number in range(num)]
+
+    def _agreed(self, signal_number: int) -> int:
+        """Return the signal that any process has received, or 0: all stop after the same step."""
+        if self.fabric.world_size == 1:
+            return signal_number
+        return int(self._gather(torch.tensor([signal_number], device=self.fabric.device)).max())
+
     def _step(self, batches: Iterator[tuple[Batch, Place]], advance: Advance) -> None:
         started = time.perf_counter()
         step, place = self.position.step, Place(self.position.epoch, self.position.offset)
         learning_rate = self._set_learning_rate(step)
         totals: dict[str, Tensor] = {}
-        with self._own_dropout(step):
-            for turn in range(self.train.accumulate):
-                batch, place = next(batches)
-                with self.fabric.no_backward_sync(self.model, enabled=turn + 1 < self.train.accumulate):
-                    terms = self._terms(batch, "train", step, turn)
-                    loss = total_loss(terms, self.loss, step=step)
-                    self.fabric.backward(loss / self.train.accumulate)
-                for name, value in {"loss": loss, **terms}.items():
-                    totals[name] = totals.get(name, 0) + value.detach() / self.train.accumulate
+        for turn in range(self.train.accumulate):
+            batch, place = next(batches)
+            places = self._places(turn * self.train.sets_per_step, len(batch.pert_B))
+            keys = [("train", step, number) for number in places]
+            key_dropout(self.network, dropout_keys(self.train.seed, keys).to(self.fabric.device))
+            with self.fabric.no_backward_sync(self.model, enabled=turn + 1 < self.train.accumulate):
+                terms = {name: value.mean() for name, value in self._terms(batch, keys).items()}
+                loss = total_loss(terms, self.loss, step=step)
+                self.fabric.backward(loss / self.train.accumulate)
+            for name, value in {"loss": loss, **terms}.items():
+                totals[name] = totals.get(name, 0) + value.detach() / self.train.accumulate
         norm = self._clip()
-        values = {name: self._reduce(value, "mean") for name, value in totals.items()}
+        values = self._reduce(totals, "mean")
         values["grad_norm"] = float(norm)
         self._require_numbers(step + 1, values)
         self._is_whole = False
@@ -182,8 +196,8 @@ class Loop:
         loss_now, rate_now = self._smooth("loss", values["loss"]), self._smooth("rate", rate)
         advance(1, detail=f"loss {loss_now:.4g} · {rate_now:.3g} sets/s")
 
-    def _terms(self, batch: Batch, *key: str | int) -> dict[str, Tensor]:
-        """Predict a batch and measure it; the key decides which other perturbations a set is compared with."""
+    def _terms(self, batch: Batch, keys: Sequence[tuple[str | int, ...]]) -> dict[str, Tensor]:
+        """Predict a batch and measure each set; its key decides which other perturbations it is compared with."""
         if self.truth is None:
             batch = self.fabric.to_device(batch)
             prediction = self.model(batch.control_BSI, batch.pert_BF, batch.batch_BS, batch.context_B)
@@ -193,7 +207,7 @@ class Loop:
             batch.pert_B,
             num=self.loss.rank_negatives if self.loss.rank else 0,
             seed=self.train.seed,
-            key=(*key, self.fabric.global_rank),
+            keys=keys,
         )
         batch, others_BK = self.fabric.to_device(batch), self.fabric.to_device(others_BK)
         known = self.truth.of(batch.context_B, batch.pert_B)
@@ -205,12 +219,20 @@ class Loop:
             batch,
             self.loss,
             known=known,
-            others_BKG=self.truth.effects_NG[others_BK.clamp_min(0)],
-            others_exist_BK=others_BK >= 0,
+            others=Others(self.truth.effects_NG[others_BK.clamp_min(0)], others_BK >= 0),
             positive_weight=self.truth.positive_weight
             if self.loss.de_positive_weight == "balanced"
             else self.loss.de_positive_weight,
+            gather=self._gather,
         )
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """Return the rows of every process, one after the other; no gradient goes through."""
+        if self.fabric.world_size == 1:
+            return rows
+        gathered = self.fabric.all_gather(rows.detach().contiguous())
+        assert isinstance(gathered, Tensor)
+        return gathered.flatten(0, 1)
 
     def _set_learning_rate(self, step: int) -> float:
         """Set and return the learning rate of a step: a linear rise over the warm-up, then level."""
@@ -218,14 +240,6 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = self.train.learning_rate * share
         return self.train.learning_rate * share
-
-    @contextmanager
-    def _own_dropout(self, step: int) -> Iterator[None]:
-        """Key dropout by the step: it draws from torch's global generator alone, so that one is forked and seeded."""
-        device = self.fabric.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(key_hash(self.train.seed, "dropout", step, self.fabric.global_rank) % 2**63)
-            yield
 
     def _clip(self) -> Tensor:
         limit = self.train.clip or math.inf
@@ -243,19 +257,20 @@ class Loop:
 
     def _validate(self, advance: Advance) -> None:
         """Measure the validation sets without dropout; keep the weights if they are the best so far."""
-        own = self._own(self.val_sets)
-        size = max(1, self.train.sets_per_step // self.fabric.world_size)
-        pieces = ((own[start : start + size], Place(0, start)) for start in range(0, len(own), size))
         sums: dict[str, Tensor] = {}
         self.model.eval()
-        with closing(read_ahead(pieces, self.reader.read)) as batches, torch.no_grad():  # type: ignore[type-var]
-            for batch, place in batches:
-                terms = self._terms(batch, "val", place.offset)
+        with closing(read_ahead(self._val_pieces(), self.reader.read)) as batches, torch.no_grad():  # type: ignore[type-var]
+            for batch, (_, first) in batches:
+                num_real = len(self._own_numbers(first))
+                keys = [("val", place) for place in self._places(first, len(batch.pert_B))]
+                # A set that only fills in is called one of control cells, which is no rival to others.
+                batch.pert_B[num_real:] = self.reader.control_code
+                terms = {name: value[:num_real].sum() for name, value in self._terms(batch, keys).items()}
                 for name, value in {"loss": total_loss(terms, self.loss, step=None), **terms}.items():
-                    sums[name] = sums.get(name, 0) + value * len(batch.context_B)
-                advance(0, detail=f"validating, {place.offset:,} of {len(own):,} sets")
+                    sums[name] = sums.get(name, 0) + value
+                advance(0, detail=f"validating, {first:,} of {len(self.val_sets):,} sets")
         self.model.train()
-        values = {name: self._reduce(value, "sum") / len(self.val_sets) for name, value in sums.items()}
+        values = {name: value / len(self.val_sets) for name, value in self._reduce(sums, "sum").items()}
         self._require_numbers(self.position.step, values)
         self._write("val", values)
         position = self.position
@@ -266,10 +281,27 @@ class Loop:
         else:
             position.num_worse += 1
 
-    def _reduce(self, value: Tensor, how: str) -> float:
-        reduced = self.fabric.all_reduce(value, reduce_op=how)
+    def _own_numbers(self, first: int) -> range:
+        """Return the numbers of this process's validation sets in the batch that starts at `first`."""
+        stop = min(first + self.train.sets_per_step, len(self.val_sets))
+        return range(first + self.fabric.global_rank, stop, self.fabric.world_size)
+
+    def _val_pieces(self) -> Iterator[tuple[CellSets, Place]]:
+        """Yield this process's share of each batch; where it is shorter than others', the batch's first set fills in.
+
+        So all processes compute equally many sets, and meet in every exchange.
+        """
+        num, step = len(self.val_sets), self.train.sets_per_step
+        for first in range(0, num, step):
+            longest = -(-min(step, num - first) // self.fabric.world_size)
+            numbers = [*self._own_numbers(first), first][:longest]
+            yield self.val_sets[np.array(numbers)], Place(0, first)
+
+    def _reduce(self, values: Mapping[str, Tensor], how: str) -> dict[str, float]:
+        """Return sums or means over all processes, in one exchange."""
+        reduced = self.fabric.all_reduce(torch.stack([value.float() for value in values.values()]), reduce_op=how)
         assert isinstance(reduced, Tensor)
-        return reduced.item()
+        return dict(zip(values, reduced.tolist(), strict=True))
 
     def _write(self, kind: str, values: Mapping[str, float]) -> None:
         if self.log is not None:

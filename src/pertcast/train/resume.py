@@ -48,8 +48,9 @@ CHECKPOINTS = "checkpoints"
 IDENTITY = "training.json"
 _OPTIMIZER, _BEST, _STATE = "optimizer.safetensors", "best.safetensors", "state.json"
 _NUM_KEPT = 2
-# They decide how long and how visibly a run trains, not what its weights are after a step.
-_FREE_KEYS = frozenset({"steps", "checkpoint_every", "loggers"})
+# They decide how long, how visibly and on how many devices a run trains, not what its weights are after a step (but
+# for rounding, which the number of devices changes).
+_FREE_KEYS = frozenset({"steps", "checkpoint_every", "loggers", "devices", "num_nodes", "strategy"})
 
 
 @dataclass
@@ -204,7 +205,8 @@ def identity_of(experiment: Experiment, store_fingerprint: str) -> dict[str, Any
 def identity_problems(begun: Mapping[str, Any], asked: Mapping[str, Any], *, place: str = "") -> list[Problem]:
     """Return every key whose value is not what the run was begun with."""
     problems = []
-    for key in sorted(begun.keys() | asked.keys()):
+    free = _FREE_KEYS if place == "train" else frozenset()
+    for key in sorted((begun.keys() | asked.keys()) - free):
         name = f"{place}.{key}" if place else key
         before, now = begun.get(key), asked.get(key)
         if isinstance(before, dict) and isinstance(now, dict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from pertcast.config import Experiment, LossConfig, TrainConfig, upgrade
+from pertcast.config import Experiment, LossConfig, TrainConfig, rebuild_experiment, upgrade
 from pertcast.data.features import PertFeatures, coverage, load_features, open_features, save_features
+from pertcast.data.labels import de_labels
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
 from pertcast.files.artefacts import MANIFEST, any_content, read_json, remove_leftovers, write_json
@@ -20,10 +21,11 @@ from pertcast.files.lock import claimed
 from pertcast.files.season_lists import read_targets
 from pertcast.models.checkpoint import RUN_JSON, WEIGHTS, Run, open_run, save_run
 from pertcast.models.state import StateTransition
+from pertcast.processes import launched, run_processes
 from pertcast.progress import SILENT, Progress
 from pertcast.stats.draws import key_hash
 from pertcast.train.batches import SetReader
-from pertcast.train.loggers import make_loggers
+from pertcast.train.fabric import is_first_process, num_processes, one_process_for_all, open_fabric
 from pertcast.train.loop import Loop, make_optimizer
 from pertcast.train.resume import (
     IDENTITY,
@@ -35,17 +37,16 @@ from pertcast.train.resume import (
     restore,
 )
 from pertcast.train.terms import needs_truth
-from pertcast.train.truth import learn_truth
+from pertcast.train.truth import Truth, learn_truth
 
 __all__ = [
     "METRICS",
     "begin_run",
     "is_finished",
-    "is_first_process",
-    "open_fabric",
     "require_losses",
     "require_same_run",
     "train",
+    "train_share",
 ]
 
 _FEATURES = "features"
@@ -82,13 +83,19 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
     CheckpointError
         If `out` holds a run that was begun otherwise, or training diverges.
     """
-    with claimed(out) if is_first_process() else nullcontext():
+    num = num_processes(experiment.train)
+    if num > 1 and launched() is None:
+        job = {"experiment": experiment.as_json(), "store": str(store_path), "out": str(out)}
+        run_processes("pertcast.train.stage:train_share", job, num=num, progress=progress)
+        return out
+    with claimed(out) if is_first_process() else nullcontext(), one_process_for_all(num):
         return _train(experiment, store_path, out, progress)
 
 
-def is_first_process() -> bool:
-    """Return whether no launcher says that this is another than the first process of a run on many devices."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+def train_share(job: Mapping[str, Any], progress: Progress) -> None:
+    """Train as one of the processes that :func:`train` started."""
+    experiment = rebuild_experiment(job["experiment"], place=Path(job["out"]))
+    train(experiment, Path(job["store"]), Path(job["out"]), progress=progress)
 
 
 def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progress) -> Path:
@@ -99,7 +106,7 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     if is_finished(out, experiment.train.steps):
         progress.note(f"{out}: already trained for {experiment.train.steps:,} steps")
         return out
-    fabric = open_fabric(experiment.train, out)
+    fabric = open_fabric(experiment.train, out, some_unused=experiment.model.input.startswith("obsm:"))
     if not fabric.is_global_zero:
         progress = SILENT
     features = _features(experiment, store, out)
@@ -107,7 +114,7 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     network = _new_network(reader, store, experiment, features)
     optimizer = make_optimizer(network, experiment.train, fabric.device)
     model, stepper = fabric.setup(network, optimizer)
-    saved, notes = load_newest(out)
+    saved, notes = fabric.broadcast(load_newest(out) if fabric.is_global_zero else (None, []))
     best = restore(saved, model=network, optimizer=optimizer) if saved else None
     position = saved.position if saved else Position()
     fabric.barrier()
@@ -132,8 +139,7 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
         log=log,
     )
     if needs_truth(experiment.loss):
-        truth = learn_truth(store, reader.output_genes, labels=bool(experiment.loss.de), progress=progress)
-        loop.truth = truth.to(fabric.device)
+        loop.truth = _learn_truth(store, reader, experiment, fabric, progress)
     facts = _notes(reader, loop, features)
     _show_coverage(features, store, experiment, progress)
     for note in facts:
@@ -153,6 +159,15 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     return out
 
 
+def _learn_truth(store: Store, reader: SetReader, experiment: Experiment, fabric: Fabric, progress: Progress) -> Truth:
+    """Return what is known of the training split; the first process computes and keeps labels, the others read them."""
+    if experiment.loss.de and fabric.is_global_zero:
+        de_labels(store, progress=progress)
+    fabric.barrier()
+    truth = learn_truth(store, reader.output_genes, labels=bool(experiment.loss.de), progress=progress)
+    return truth.to(fabric.device)
+
+
 def require_losses(experiment: Experiment) -> None:
     """Refuse a loss without terms."""
     loss, is_latent = experiment.loss, experiment.model.input.startswith("obsm:")
@@ -169,6 +184,7 @@ def require_same_run(out: Path, identity: dict[str, Any]) -> None:
     begun = upgrade(read_json(out / IDENTITY))
     # A run that was begun before there were some terms was begun without them.
     begun["loss"] = {**LossConfig().model_dump(mode="json"), **begun.get("loss", {})}
+    begun["train"] = {**TrainConfig().model_dump(mode="json"), **begun.get("train", {})}
     problems = identity_problems(begun, identity)
     if problems:
         raise CheckpointError(
@@ -188,29 +204,6 @@ def is_finished(out: Path, steps: int) -> bool:
             f"got {steps:,}; raise train.steps, or give another --out"
         )
     return bool(metrics["last_step"] == steps or metrics["stopped_early"])
-
-
-def open_fabric(config: TrainConfig, out: Path) -> Fabric:
-    """Return the devices, precision and loggers that `config` asks for, or say why they are not to be had."""
-    if config.sets_per_step % config.devices:
-        raise ConfigError(
-            f"[train] sets_per_step: expected a multiple of devices = {config.devices}, got {config.sets_per_step}; "
-            "change one of the two"
-        )
-    try:
-        fabric = Fabric(
-            accelerator=config.accelerator,
-            devices=config.devices,
-            precision="bf16-mixed" if config.precision == "bf16" else "32-true",
-            loggers=make_loggers(config.loggers, out),
-        )
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"[train] accelerator, devices: {config.accelerator!r} x {config.devices} is not to be had here ({error}); "
-            'set train.accelerator to "auto" or "cpu", and train.devices to 1'
-        ) from error
-    fabric.launch()
-    return fabric
 
 
 def _features(experiment: Experiment, store: Store, out: Path) -> PertFeatures:

@@ -1,11 +1,12 @@
 """The terms of the loss for a batch, and what each weighs at a step.
 
-Shapes: B sets, G predicted genes, K other perturbations.
+Shapes: B sets of this device, G predicted genes, K other perturbations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +17,20 @@ from pertcast.models.state import Prediction
 from pertcast.train.batches import Batch
 from pertcast.train.truth import Known
 
-__all__ = ["loss_terms", "needs_truth", "total_loss"]
+__all__ = ["Others", "loss_terms", "needs_truth", "total_loss"]
 
 _AUXILIARY = ("mae", "de", "rank")
+
+
+class Others(NamedTuple):
+    """Effects of other training perturbations that each set is ranked among, and which of them there are."""
+
+    effects_BKG: Tensor  # noqa: N815
+    exist_BK: Tensor  # noqa: N815
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values
 
 
 def needs_truth(config: LossConfig) -> bool:
@@ -32,11 +44,11 @@ def loss_terms(
     config: LossConfig,
     *,
     known: Known | None = None,
-    others_BKG: Tensor | None = None,
-    others_exist_BK: Tensor | None = None,
+    others: Others | None = None,
     positive_weight: float = 1.0,
+    gather: Callable[[Tensor], Tensor] = _alone,
 ) -> dict[str, Tensor]:
-    """Return the terms of the loss that are switched on, each a mean over the sets, without weights.
+    """Return the terms of the loss that are switched on, ``(B,)`` each, without weights.
 
     Parameters
     ----------
@@ -44,20 +56,21 @@ def loss_terms(
         What the network gives, and the cells that it should give.
     config
         Weights and options; a term with weight 0 is not computed.
-    known, others_BKG, others_exist_BK
-        What the training split says of the sets, effects of other perturbations, and which of these there are; needed
-        for the terms "de" and "rank".
+    known, others
+        What the training split says of the sets, and other perturbations' effects; needed for "de" and "rank".
     positive_weight
         What a differentially expressed gene weighs.
+    gather
+        Gives the rows of all devices for those of this one: a set is ranked among all sets of the step.
     """
     terms = {}
     if config.energy:
-        terms["energy"] = energy_distance(prediction.latent_BSO, batch.real_BSO).mean()
+        terms["energy"] = energy_distance(prediction.latent_BSO, batch.real_BSO)
     if config.decoder and prediction.genes_BSG is not None and batch.genes_BSG is not None:
-        terms["decoder"] = energy_distance(prediction.genes_BSG, batch.genes_BSG).mean()
+        terms["decoder"] = energy_distance(prediction.genes_BSG, batch.genes_BSG)
     real_BSG = batch.real_BSO if batch.genes_BSG is None else batch.genes_BSG
     if config.mae:
-        terms["mae"] = pseudobulk_mae(prediction.log1p_BSG, real_BSG).mean()
+        terms["mae"] = pseudobulk_mae(prediction.log1p_BSG, real_BSG)
     if config.de and known is not None and known.labels_BG is not None and known.valid_BG is not None:
         if prediction.de_BG is None:
             raise ValueError("the term de needs a network with a DE head")
@@ -68,42 +81,47 @@ def loss_terms(
             known.valid_BG,
             positive_weight=1.0 if focal else positive_weight,
             gamma=config.de_gamma if focal else 0.0,
-        ).mean()
-    if config.rank and known is not None and others_BKG is not None and others_exist_BK is not None:
-        terms["rank"] = _rank(prediction, batch, real_BSG, config, known, others_BKG, others_exist_BK)
+        )
+    if config.rank and known is not None and others is not None:
+        set_effect_BG = real_BSG.float().mean(1) - known.control_mean_BG
+        # The mean of all training cells is less noisy than that of a set; held-out perturbations have none.
+        real_BG = torch.where(known.has_effect_B[:, None], known.effect_BG, set_effect_BG)
+        pred_BG = prediction.log1p_BSG.float().mean(1) - known.control_mean_BG
+        terms["rank"] = _rank(pred_BG, real_BG, batch, config, known, others, gather)
     return terms
 
 
 def _rank(
-    prediction: Prediction,
+    pred_BG: Tensor,
+    real_BG: Tensor,
     batch: Batch,
-    real_BSG: Tensor,
     config: LossConfig,
     known: Known,
-    others_BKG: Tensor,
-    others_exist_BK: Tensor,
+    others: Others,
+    gather: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return the ranking loss; sets of control cells have no rank, as in the official metric."""
-    set_effect_BG = real_BSG.float().mean(1) - known.control_mean_BG
-    # The mean of all training cells is less noisy than that of a set; held-out perturbations have none.
-    real_BG = torch.where(known.has_effect_B[:, None], known.effect_BG, set_effect_BG)
+    """Return the ranking loss; sets of control cells have no rank, as in the official metric.
+
+    A: the sets of all devices.
+    """
     is_perturbed_B = ~known.is_control_B
-    comparable_BB = (
-        (batch.context_B[:, None] == batch.context_B)
-        & (batch.pert_B[:, None] != batch.pert_B)
+    codes_B3 = torch.stack([batch.context_B, batch.pert_B, is_perturbed_B.to(batch.pert_B.dtype)], dim=1)
+    real_AG, codes_A3 = gather(real_BG), gather(codes_B3)
+    comparable_BA = (
+        (batch.context_B[:, None] == codes_A3[:, 0])
+        & (batch.pert_B[:, None] != codes_A3[:, 1])
         & is_perturbed_B[:, None]
-        & is_perturbed_B
+        & codes_A3[:, 2].bool()
     )
-    size = len(real_BG)
     return ranking_loss(
-        prediction.log1p_BSG.float().mean(1) - known.control_mean_BG,
+        pred_BG,
         real_BG,
-        torch.cat([real_BG.expand(size, -1, -1), others_BKG], dim=1),
-        valid_BK=torch.cat([comparable_BB, others_exist_BK & is_perturbed_B[:, None]], dim=1),
+        torch.cat([real_AG.expand(len(real_BG), -1, -1), others.effects_BKG], dim=1),
+        valid_BK=torch.cat([comparable_BA, others.exist_BK & is_perturbed_B[:, None]], dim=1),
         own_gene_B=known.own_gene_B,
         distance=config.rank_distance,
         margin=config.rank_margin,
-    ).mean()
+    )
 
 
 def total_loss(terms: Mapping[str, Tensor], config: LossConfig, *, step: int | None) -> Tensor:
@@ -112,7 +130,7 @@ def total_loss(terms: Mapping[str, Tensor], config: LossConfig, *, step: int | N
     Parameters
     ----------
     terms
-        From :func:`loss_terms`.
+        Means of those of :func:`loss_terms`.
     config
         Weights.
     step

@@ -6,6 +6,7 @@ Shapes: N training perturbations (each in its context), C contexts, P perturbati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -125,16 +126,16 @@ class Truth:
         )
 
     def draw_others(
-        self, context_B: Tensor, pert_B: Tensor, *, num: int, seed: int, key: tuple[str | int, ...]
+        self, context_B: Tensor, pert_B: Tensor, *, num: int, seed: int, keys: Sequence[tuple[str | int, ...]]
     ) -> Tensor:
         """Return rows of `effects_NG` of other perturbations of each set's context, (B, num) int64, -1 where too few.
 
-        The draw depends on the seed and the key alone.
+        The draw for a set depends on the seed and the set's key alone.
         """
         rows_BK = np.full((len(context_B), num), -1, dtype=np.int64)
-        for place, (context, pert) in enumerate(zip(context_B.tolist(), pert_B.tolist(), strict=True)):
+        for place, (context, pert, key) in enumerate(zip(context_B.tolist(), pert_B.tolist(), keys, strict=True)):
             others = np.flatnonzero((self._contexts == context) & (self._perts != pert))
-            random = generator(seed, "others", *key, place)
+            random = generator(seed, "others", *key)
             drawn = random.choice(others, size=min(num, len(others)), replace=False)
             rows_BK[place, : len(drawn)] = drawn
         return torch.from_numpy(rows_BK)

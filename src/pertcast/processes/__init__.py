@@ -1,0 +1,6 @@
+"""Several processes of one command: which of them this one is, and how a command starts them by itself."""
+
+from pertcast.processes.launch import run_processes
+from pertcast.processes.ranks import LostProcessError, Ranks, launched
+
+__all__ = ["LostProcessError", "Ranks", "launched", "run_processes"]

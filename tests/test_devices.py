@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pertcast.config import Experiment, load_experiment, rung_overrides
+from pertcast.data.store import prepare
+from pertcast.errors import ConfigError
+from pertcast.files.artefacts import verify_artefact
+from pertcast.models.checkpoint import open_run
+from pertcast.models.dropout import SetDropout, dropout_keys, key_dropout
+from pertcast.train import train
+from workspace import Workspace, make_workspace
+
+EVERY_TERM = (*rung_overrides("c4"), "loss.rank_margin=0.5", "loss.warmup_steps=5", "train.sets_per_step=4")
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+class Interrupter:
+    """A progress that keeps what it is told, and sends SIGINT once after a step."""
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step, self.notes, self.begun_at = at_step, list[str](), -1
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
+        step = self.begun_at = done if label == "train" else self.begun_at
+
+        def advance(amount: int, detail: str = "") -> None:
+            nonlocal step
+            step += amount
+            if label == "train" and amount and step == self.at_step:
+                signal.raise_signal(signal.SIGINT)
+
+        yield advance
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Do nothing."""
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = make_workspace(tmp_path_factory.mktemp("devices") / "w")
+    prepare(load_experiment(workspace.experiment), workspace.folder / "store")
+    return workspace
+
+
+def experiment_of(workspace: Workspace, *overrides: str) -> Experiment:
+    return load_experiment(workspace.experiment, (*EVERY_TERM, *overrides))
+
+
+@pytest.fixture(scope="module")
+def alone(workspace: Workspace) -> Path:
+    """The run of one process: every term of the loss, dropout, and validation sets that two cannot share equally."""
+    return train(experiment_of(workspace), workspace.folder / "store", workspace.folder / "alone")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_losses(run: Path, other: Path) -> None:
+    ours, theirs = metrics(run), metrics(other)
+    assert [(entry["kind"], entry["step"]) for entry in ours] == [(entry["kind"], entry["step"]) for entry in theirs]
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - {"kind"}:
+            assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-6), (one["step"], name)
+
+
+def test_two_processes_have_the_losses_of_one_and_stop_together_and_one_goes_on(
+    workspace: Workspace, alone: Path, tmp_path: Path
+) -> None:
+    assert open_run(alone).experiment["model"]["dropout"] == 0.1
+    experiment, store = experiment_of(workspace, "train.devices=2"), workspace.folder / "store"
+    out, watcher = tmp_path / "run", Interrupter(at_step=8)
+    with pytest.raises(KeyboardInterrupt):
+        train(experiment, store, out, progress=watcher)
+    stopped = metrics(out)[-1]["step"]
+    assert watcher.notes[-1] == f"stopped at step {stopped}; the same command goes on from there"
+    assert 8 <= stopped < 12
+    watcher = Interrupter(at_step=-1)
+    assert train(experiment_of(workspace), store, out, progress=watcher) == out
+    assert watcher.begun_at == stopped
+    assert_same_losses(out, alone)
+    assert verify_artefact(out) == []
+    assert not list(tmp_path.glob(".*"))
+    weights, others = (open_run(path).model().state_dict() for path in (out, alone))
+    for name, value in weights.items():
+        torch.testing.assert_close(value, others[name], rtol=1e-3, atol=1e-5)
+
+
+def commands(workspace: Workspace, out: Path, *overrides: str) -> list[str]:
+    settings = [word for override in (*EVERY_TERM, *overrides) for word in ("--set", override)]
+    store = str(workspace.folder / "store")
+    return ["-m", "pertcast", "train", str(workspace.experiment), "--store", store, "--out", str(out), *settings]
+
+
+def test_a_run_of_one_process_goes_on_with_two_under_torchrun(
+    workspace: Workspace, alone: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train(experiment_of(workspace, "train.steps=8"), workspace.folder / "store", out)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, *commands(workspace, out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(out)]
+    assert done.stderr.count("train: 12 steps, 8 steps done already") == 1
+    assert_same_losses(out, alone)
+
+
+def test_srun_says_which_process_it_is_and_one_speaks_for_all(workspace: Workspace, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1"}
+    base = {**os.environ, **step, "SLURM_JOB_ID": "77", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    out = tmp_path / "run"
+    diverging = ("train.learning_rate=1e37", "train.clip=0")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *commands(workspace, out, *diverging)],
+            env={**base, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    first = processes[0].communicate()[1]
+    assert processes[0].returncode == 1
+    assert "training has diverged" in first
+    processes[1].terminate()  # as srun --kill-on-bad-exit does
+    assert processes[1].communicate()[1] == ""
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "overrides", "expected"),
+    [
+        ("", ["train.devices=3"], "multiple of devices = 3, got 4"),
+        ("", ["train.num_nodes=2"], "2 machines need a launcher"),
+        ("1 2 1 2", ["train.devices=4"], "torchrun has started 2, got 4"),
+        ("1 4 1 2", ["train.num_nodes=4", "train.devices=2"], "num_nodes: torchrun has started 2, got 4"),
+        ("1 3 1 3", [], "multiple of devices = 3, got 4"),
+    ],
+)
+def test_what_the_devices_cannot_do_is_said(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: str,
+    overrides: list[str],
+    expected: str,
+) -> None:
+    for name, value in zip(LAUNCHERS, environment.split(), strict=False):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=expected):
+        train(experiment_of(workspace, *overrides), workspace.folder / "store", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_dropout_of_a_set_is_its_own_in_any_batch() -> None:
+    network = nn.Sequential(SetDropout(0.25), nn.Identity(), SetDropout(0.25))
+    keys = dropout_keys(0, [("train", 3, place) for place in range(6)])
+    values = torch.ones(6, 50, 40)
+    key_dropout(network, keys)
+    both = network(values)
+    key_dropout(network, keys[1::2])
+    torch.testing.assert_close(network(values[1::2]), both[1::2], rtol=0, atol=0)
+    first = network[0](values[1::2])
+    assert first.unique().tolist() == [0, pytest.approx(1 / 0.75)]
+    dropped = torch.stack([first == 0, network[2](values[1::2]) == 0]).flatten(1).numpy()
+    np.testing.assert_allclose(dropped.mean(), 0.25, atol=0.01)
+    # Layers and sets know nothing of each other.
+    assert abs(np.corrcoef(dropped)[0, 1]) < 0.05
+    assert np.abs(np.corrcoef(dropped[0].reshape(3, -1)) - np.eye(3)).max() < 0.06
+    key_dropout(network, None)
+    assert not torch.equal(network(values), network(values))
+    network.eval()
+    assert torch.equal(network(values), values)
