@@ -1,0 +1,313 @@
+"""Learning curves of few-shot adaptation: a new cell line with 0, 1, 2, 4, 8 of its targets, beside its mean effect.
+
+A network is trained on other lines, and asked for targets of a line that it has not met. Without adaptation
+("zero"); with K targets of the line in all, those for early stopping among them (K = 1: a fifth of its cells); or
+the mean effect of these K put onto the line's control cells ("mean"), where they are not 0. All are scored by the
+official metrics on the same held-out targets of the line, with the line's controls on both sides; the overall is
+relative to copies of controls. What is done is kept in OUT/results.jsonl, and not done again.
+
+    python -m benchmarks.adapt --data sim --seed 0 --out bench      # a seed at a time
+    python -m benchmarks.adapt --out bench                          # the tables
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from benchmarks.screen import ScreenConfig, draw_cells, draw_screen, made_up_features
+from numpy.typing import NDArray
+from scipy import sparse, stats
+
+from pertcast.config import load_experiment
+from pertcast.data.store import prepare
+from pertcast.generate import generate
+from pertcast.ladder.score import score
+from pertcast.stats.draws import generator
+from pertcast.stats.metrics import overall
+from pertcast.submission.assemble import assemble
+from pertcast.train import train
+from pertcast.train.adapt import adapt
+from pertcast.train.line import adapted_experiment
+
+__all__: list[str] = []
+
+CURVE = (1, 2, 4, 8)
+LEARN = {"few": "context,bias", "lora": "context,bias,lora:4"}
+METRICS = ("mae", "effect_correlation", "pds", "des", "overall")
+_EXPERIMENT = """
+[datasets]
+cells = "{cells}"
+[training]
+cells = "train"
+{fewshot}
+[columns]
+pert = "target_gene"
+cell_type = "cell_type"
+[prepare]
+val_controls = 0.1
+holdout_cells = {holdout}
+[features]
+kind = "file"
+path = "features.npz"
+missing = "mean"
+"""
+_MODEL = """
+[model]
+preset = "tiny"
+hidden = 128
+residual = "{residual}"
+[train]
+steps = {steps}
+learning_rate = 1e-3
+match = "context"
+seed = {seed}
+[loss]
+mae = 1.0
+warmup_steps = 100
+"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A new line: its cells, which of its targets may be learnt from, in order, and which test."""
+
+    trained_on: ad.AnnData
+    cells: ad.AnnData
+    pool: tuple[str, ...]
+    test: tuple[str, ...]
+    features: dict[str, NDArray[np.float32]]
+    steps: int
+
+
+def simulated(seed: int, *, context_share: float) -> Line:
+    """Return two lines with all targets and a third with effects of its own; half of its targets test."""
+    config = ScreenConfig(
+        contexts=("A", "B", "C"),
+        num_targets=48,
+        num_genes=400,
+        cells_per_target=50,
+        num_controls=200,
+        num_batches=1,
+        umi=2000.0,
+        strength=0.25,
+        context_share=context_share,
+        seed=seed,
+    )
+    genes = [f"G{number}" for number in range(config.num_genes)]
+    features = made_up_features(genes, seed=seed)
+    screen = draw_screen(genes, features, config)
+    cells = draw_cells(screen, config)
+    order = generator(seed, "adapt", "targets").permutation(len(screen.targets))
+    names = tuple(screen.targets[place] for place in order)
+    is_new = (cells.obs["cell_type"] == "C").to_numpy()
+    return Line(cells[~is_new].copy(), cells[is_new].copy(), names[:8], names[24:], screen.features, 600)
+
+
+def real(seed: int, *, shared: Path, trained_on: Sequence[str], line: str) -> Line:
+    """Return lines of the four contexts; a target of two genes has the sum of their features."""
+    cells = ad.read_h5ad(shared / "data" / "four_contexts.h5ad")
+    cells.obs["target_gene"] = cells.obs["perturbation"].cat.rename_categories({"control": "non-targeting"})
+    cells.obs = cells.obs[["target_gene", "cell_type"]]
+    table = np.load(shared / "data" / "go_bp_svd256.npz")
+    known = dict(zip(table["gene"].astype(str), table["embedding"].astype(np.float32), strict=True))
+    scale = np.sqrt(np.mean([np.square(vector).mean() for vector in known.values()]))
+    features = {
+        label: np.sum([known[gene] for gene in label.split("+")], axis=0) / scale
+        for label in cells.obs["target_gene"].cat.categories
+        if all(gene in known for gene in label.split("+"))
+    }
+    ours = cells[(cells.obs["cell_type"] == line).to_numpy()].copy()
+    names = sorted(set(ours.obs["target_gene"]) - {"non-targeting"})
+    order = tuple(names[place] for place in generator(seed, "adapt", "targets").permutation(len(names)))
+    return Line(cells[cells.obs["cell_type"].isin(trained_on).to_numpy()].copy(), ours, order[:8], order, features, 300)
+
+
+class Bench:
+    """One line and seed on disk."""
+
+    def __init__(self, folder: Path, line: Line, *, residual: str, seed: int) -> None:
+        self.folder, self.line = folder, line
+        folder.mkdir(parents=True, exist_ok=True)
+        names = list(line.features)
+        np.savez(
+            folder / "features.npz", gene=np.array(names), embedding=np.stack([line.features[name] for name in names])
+        )
+        line.trained_on.write_h5ad(folder / "trained.h5ad")
+        line.cells.write_h5ad(folder / "line.h5ad")
+        text = _EXPERIMENT.format(cells="trained.h5ad", fewshot="", holdout=0.0)
+        text += _MODEL.format(residual=residual, steps=line.steps, seed=seed)
+        (folder / "trained.toml").write_text(text)
+        experiment = load_experiment(folder / "trained.toml")
+        self.run = train(experiment, prepare(experiment, folder / "store"), folder / "run")
+
+    def adapted(self, num: int, learn: str) -> Path:
+        """Return the run adapted with so many targets; with none it keeps its weights."""
+        given = self.line.pool[: max(num, 1)]
+        val = given[: num // 4 if num > 2 else num // 2]
+        fewshot = f'[fewshot."cells.{self.line.cells.obs["cell_type"].iloc[0]}"]\n'
+        others = sorted(set(self.line.cells.obs["target_gene"]) - {*given, "non-targeting"})
+        fewshot += f"val = {json.dumps(val)}\ntest = {json.dumps(others)}\n"
+        text = _EXPERIMENT.format(cells="line.h5ad", fewshot=fewshot, holdout=0.2 if num == 1 else 0.0)
+        path = self.folder / f"line_{num}.toml"
+        # with no target: a step that is too small to change a weight
+        speed = "steps = 1\nlearning_rate = 1e-30\n" if num == 0 else "steps = 300\nlearning_rate = 3e-3\n"
+        path.write_text(f"{text}[adapt]\n{speed}")
+        overrides = ["prepare.test_controls=0.0", f"adapt.learn={learn!r}"]
+        experiment = adapted_experiment(self.run, load_experiment(path, overrides))
+        store = prepare(experiment, self.folder / f"store_{num}")
+        return adapt(self.run, experiment, store, self.folder / f"adapted_{num}_{learn.replace(',', '_')}")
+
+    def predict(self, run: Path, test: Sequence[str]) -> Path:
+        """Return a prediction of as many cells of each test target as there are."""
+        cells = self.line.cells.obs["target_gene"].value_counts()
+        targets, out = self.folder / "targets.csv", self.folder / "prediction.h5ad"
+        rows = "".join(f"{name},{cells[name]},100\n" for name in test)
+        targets.write_text(f"target_gene,n_cells,median_umi_per_cell\n{rows}")
+        controls = int(cells["non-targeting"])
+        given = {
+            "targets": repr(str(targets)),
+            "num_controls": controls,
+            "rules.num_genes": self.line.cells.n_vars,
+            "rules.num_targets": len(test),
+            "rules.max_cells": int(cells[list(test)].sum()) + controls,
+            "context": repr(str(self.line.cells.obs["cell_type"].iloc[0])),
+        }
+        overrides = ["generate.controls_from='all'", *(f"submission.{key}={value}" for key, value in given.items())]
+        for path in (self.folder / "parts", out):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        return assemble(generate(run, self.folder / "parts", overrides=overrides), out)
+
+    def shifted(self, given: Sequence[str], test: Sequence[str]) -> Path:
+        """Return control cells with the mean effect of some targets on all values but zeros."""
+        cells = self._log1p()
+        label = cells.obs["target_gene"].to_numpy()
+        controls = cells[label == "non-targeting"].X.toarray()
+        means = (
+            np.stack([cells[label == name].X.toarray().mean(0) for name in given])
+            if given
+            else controls[None, :, :].mean(1)
+        )
+        effect = means.mean(0) - controls.mean(0)
+        seen = np.maximum((controls > 0).mean(0), 1 / len(controls))
+        blocks, names = [controls], ["non-targeting"] * len(controls)
+        for name in test:
+            number = int((label == name).sum())
+            rows = generator(0, "adapt", "controls", name).choice(len(controls), number, replace=number > len(controls))
+            blocks.append(np.where(controls[rows] > 0, np.maximum(controls[rows] + effect / seen, 0), 0))
+            names += [name] * number
+        out = self.folder / "shifted.h5ad"
+        obs = pd.DataFrame({"target_gene": pd.Categorical(names)}, index=pd.RangeIndex(len(names)).astype(str))
+        ad.AnnData(sparse.csr_matrix(np.concatenate(blocks).astype(np.float32)), obs=obs, var=cells.var).write_h5ad(out)
+        return out
+
+    def truth(self, test: Sequence[str]) -> Path:
+        """Return the real cells of the test targets and all controls."""
+        cells, out = self._log1p(), self.folder / "truth.h5ad"
+        cells[cells.obs["target_gene"].isin([*test, "non-targeting"]).to_numpy()].copy().write_h5ad(out)
+        return out
+
+    def _log1p(self) -> ad.AnnData:
+        """Return the line's cells on the run's scale."""
+        from pertcast.models.checkpoint import open_run
+
+        total = open_run(self.run).target_sum
+        assert total is not None
+        counts = sparse.csr_matrix(self.line.cells.X, dtype=np.float64)
+        sums = np.maximum(np.asarray(counts.sum(1)).ravel(), 1)
+        scaled = sparse.diags(total / sums) @ counts
+        log1p = sparse.csr_matrix(scaled.log1p().astype(np.float32))
+        return ad.AnnData(log1p, obs=self.line.cells.obs, var=self.line.cells.var)
+
+
+def _arms(bench: Bench, data: str) -> Iterator[tuple[str, int, tuple[str, ...]]]:
+    """Yield ``(method, K, test targets)``; real lines have too few targets to test the same ones at every K."""
+    for num in CURVE:
+        test = bench.line.test if data == "sim" else tuple(bench.line.test[num:])
+        for method in ("copy", "zero", "mean", *LEARN):
+            yield method, num, test
+
+
+def run_seed(data: str, seed: int, out: Path, *, residual: str, line: Line) -> None:
+    """Do what is not done yet of a seed."""
+    results = out / "results.jsonl"
+    lines = [json.loads(text) for text in results.read_text().splitlines()] if results.is_file() else []
+    done = {(entry["data"], entry["residual"], entry["seed"], entry["method"], entry["num"]) for entry in lines}
+    bench = Bench(out / f"{data}_{residual}_{seed}", line, residual=residual, seed=seed)
+    for method, num, test in _arms(bench, data):
+        if (data, residual, seed, method, num) in done:
+            continue
+        if method in ("copy", "mean"):
+            predicted = bench.shifted(bench.line.pool[:num] if method == "mean" else (), test)
+        else:
+            predicted = bench.predict(bench.adapted(*((0, "bias") if method == "zero" else (num, LEARN[method]))), test)
+        found = score(predicted, bench.truth(test)).overall
+        entry = {"data": data, "residual": residual, "seed": seed, "method": method, "num": num, "test": len(test)}
+        with results.open("a") as stream:
+            stream.write(json.dumps({**entry, **{name: found[name] for name in METRICS if name in found}}) + "\n")
+    shutil.rmtree(bench.folder)
+
+
+def tables(out: Path) -> Iterator[str]:
+    """Yield the tables: means over seeds, and how far each is from zero-shot and from the mean effect."""
+    table = pd.read_json(out / "results.jsonl", lines=True)
+    key = ["data", "residual", "seed", "num"]
+    base = table[table["method"] == "copy"].set_index(key)
+    table["overall"] = [
+        overall(row._asdict(), base.loc[(row.data, row.residual, row.seed, row.num)].to_dict())
+        for row in table.itertuples()
+    ]
+    for (data, residual), some in table.groupby(["data", "residual"]):
+        seeds = some["seed"].nunique()
+        yield f"\n{data}, residual = {residual}, {seeds} seeds: mean; difference to zero-shot; to mean effect"
+        wide = some.pivot_table(index="seed", columns=["method", "num"], values=list(METRICS))
+        for metric in METRICS:
+            for method in ("copy", "zero", "mean", *LEARN):
+                cells = []
+                for num in CURVE:
+                    if (metric, method, num) not in wide:
+                        continue
+                    values = wide[metric, method, num]
+                    others = [wide[metric, other, num] for other in ("zero", "mean")]
+                    cells.append(" ".join([f"{values.mean():.4f}", *(_difference(values - other) for other in others)]))
+                yield f"| {metric} | {method} | " + " | ".join(cells) + " |"
+
+
+def _difference(values: pd.Series) -> str:
+    known = values.dropna()
+    half = stats.t.ppf(0.975, len(known) - 1) * known.std() / np.sqrt(len(known)) if len(known) > 1 else np.nan
+    return f"{known.mean():+.4f} ± {half:.4f}"
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", choices=["sim", "k562", "three"])
+    parser.add_argument("--residual", choices=["state", "shift"], default="state")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.data is None:
+        print("\n".join(tables(given.out)))
+        return
+    os.environ["PERTCAST_CACHE"] = str(given.out / "cache")
+    shared = Path(os.environ.get("PERTCAST_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    if given.data == "sim":
+        line = simulated(given.seed, context_share=0.5)
+    else:
+        new = ("A172", "T98G", "U87MG")[given.seed % 3]
+        others = [name for name in ("k562", "A172", "T98G", "U87MG") if name != new]
+        line = real(given.seed, shared=shared, trained_on=others[:1] if given.data == "k562" else others, line=new)
+    run_seed(given.data, given.seed, given.out, residual=given.residual, line=line)
+
+
+if __name__ == "__main__":
+    _main()
