@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -31,6 +32,7 @@ from pertcast.config import load_experiment
 from pertcast.data.store import prepare
 from pertcast.generate import generate
 from pertcast.ladder.score import score
+from pertcast.models.checkpoint import open_run
 from pertcast.stats.draws import generator
 from pertcast.stats.metrics import overall
 from pertcast.submission.assemble import assemble
@@ -217,8 +219,6 @@ class Bench:
 
     def _log1p(self) -> ad.AnnData:
         """Return the line's cells on the run's scale."""
-        from pertcast.models.checkpoint import open_run
-
         total = open_run(self.run).target_sum
         assert total is not None
         counts = sparse.csr_matrix(self.line.cells.X, dtype=np.float64)
@@ -258,32 +258,37 @@ def run_seed(data: str, seed: int, out: Path, *, residual: str, line: Line) -> N
 
 def tables(out: Path) -> Iterator[str]:
     """Yield the tables: means over seeds, and how far each is from zero-shot and from the mean effect."""
-    table = pd.read_json(out / "results.jsonl", lines=True)
-    key = ["data", "residual", "seed", "num"]
-    base = table[table["method"] == "copy"].set_index(key)
-    table["overall"] = [
-        overall(row._asdict(), base.loc[(row.data, row.residual, row.seed, row.num)].to_dict())
-        for row in table.itertuples()
-    ]
-    for (data, residual), some in table.groupby(["data", "residual"]):
-        seeds = some["seed"].nunique()
-        yield f"\n{data}, residual = {residual}, {seeds} seeds: mean; difference to zero-shot; to mean effect"
-        wide = some.pivot_table(index="seed", columns=["method", "num"], values=list(METRICS))
+    entries = [json.loads(text) for text in (out / "results.jsonl").read_text().splitlines()]
+    base = {_key(entry): entry for entry in entries if entry["method"] == "copy"}
+    for entry in entries:
+        entry["overall"] = overall(entry, base[_key(entry)])
+    for data, residual in sorted({(entry["data"], entry["residual"]) for entry in entries}):
+        some = [entry for entry in entries if (entry["data"], entry["residual"]) == (data, residual)]
+        seeds = sorted({entry["seed"] for entry in some})
+        yield f"\n{data}, residual = {residual}, {len(seeds)} seeds: mean; difference to zero-shot; to mean effect"
         for metric in METRICS:
+            found = {(entry["method"], entry["num"], entry["seed"]): entry.get(metric, float("nan")) for entry in some}
             for method in ("copy", "zero", "mean", *LEARN):
                 cells = []
                 for num in CURVE:
-                    if (metric, method, num) not in wide:
-                        continue
-                    values = wide[metric, method, num]
-                    others = [wide[metric, other, num] for other in ("zero", "mean")]
-                    cells.append(" ".join([f"{values.mean():.4f}", *(_difference(values - other) for other in others)]))
+                    ours, zero, mean = (
+                        np.array([found.get((name, num, seed), np.nan) for seed in seeds])
+                        for name in (method, "zero", "mean")
+                    )
+                    shown = f"{np.nanmean(ours):.4f}" if np.isfinite(ours).any() else "–"
+                    cells.append(f"{shown} {_difference(ours - zero)} {_difference(ours - mean)}")
                 yield f"| {metric} | {method} | " + " | ".join(cells) + " |"
 
 
-def _difference(values: pd.Series) -> str:
-    known = values.dropna()
-    half = stats.t.ppf(0.975, len(known) - 1) * known.std() / np.sqrt(len(known)) if len(known) > 1 else np.nan
+def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry[name] for name in ("data", "residual", "seed", "num"))
+
+
+def _difference(values: NDArray[np.float64]) -> str:
+    known = values[np.isfinite(values)]
+    if len(known) < 2:
+        return ""
+    half = stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known))
     return f"{known.mean():+.4f} ± {half:.4f}"
 
 

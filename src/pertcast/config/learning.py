@@ -87,7 +87,8 @@ class TrainConfig(Section):
 
     `match` says which controls a perturbed cell may be paired with: those of its ``batch`` where it is known, or any
     of its ``context``. The sets of a step are shared out over `devices` on each of `num_nodes` machines; `strategy` is
-    how: each device has the whole network (``ddp``; ``auto`` with several devices).
+    how: each device has the whole network (``ddp``; ``auto`` with several devices). Where the model embeds batches, a
+    share `unknown_batch` of the sets is shown as of no known batch, so that cells of new batches have a trained row.
     """
 
     seed: int = 0
@@ -105,6 +106,7 @@ class TrainConfig(Section):
     num_nodes: PositiveInt = 1
     strategy: Literal["auto", "ddp"] = "auto"
     match: Literal["batch", "context"] = "batch"
+    unknown_batch: Share = 0.1
     control_sets: bool = True
     val_every: PositiveInt = 2000
     max_val_sets: PositiveInt = 256

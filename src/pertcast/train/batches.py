@@ -5,7 +5,7 @@ Shapes: B sets, S cells in a set, I input width, F width of a perturbation featu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from pertcast.data.store import Store
 from pertcast.errors import ConfigError, DataError
 from pertcast.models.state import StateSpec, spec_for
 
-__all__ = ["Batch", "Place", "SetReader", "SetStream", "read_ahead"]
+__all__ = ["Batch", "Place", "SetReader", "SetStream", "forget_batches", "read_ahead"]
 
 
 class Place(NamedTuple):
@@ -43,6 +43,11 @@ class Batch(NamedTuple):
     real_BSO: Tensor  # noqa: N815
     genes_BSG: Tensor | None  # noqa: N815
     pert_B: Tensor  # noqa: N815
+
+
+def forget_batches(batch: Batch, forgotten: Sequence[bool]) -> Batch:
+    """Return a batch of which some sets are of no known batch (code -1)."""
+    return batch._replace(batch_BS=torch.where(torch.tensor(forgotten)[:, None], -1, batch.batch_BS))
 
 
 class SetStream:
@@ -97,6 +102,15 @@ class SetReader:
     store, experiment, features
         What to read, how, and the perturbations' features.
 
+    Attributes
+    ----------
+    spec
+        What the network must be.
+    output_genes
+        Positions of the predicted genes in the store.
+    untrained_batches
+        Codes of batches without training cells; the network reads them as the unknown batch.
+
     Raises
     ------
     ConfigError, DataError
@@ -113,6 +127,11 @@ class SetReader:
                 f"[model] batch_embedding: the store {store.path} knows no batches; "
                 "name their column in columns.batch and prepare it again, or switch batch_embedding off"
             )
+        trained = np.unique(store.batch_codes[(store.split & Split.TRAIN) != 0])
+        self.untrained_batches = np.setdiff1d(np.arange(len(store.batches)), trained)
+        # the last is the unknown batch, whose code is -1
+        self._batch_rows = np.append(np.arange(len(store.batches)), -1)
+        self._batch_rows[self.untrained_batches] = -1
         self.output_genes = store.hvg if model.output == "hvg" else np.arange(len(store.genes))
         width = input_dim(store, source=model.input)
         self.spec: StateSpec = spec_for(
@@ -160,7 +179,7 @@ class SetReader:
         return Batch(
             control_BSI=self._tensor(read_inputs(store, controls, source=source), shape),
             pert_BF=self._pert_PF[torch.from_numpy(sets.pert.astype(np.int64))],
-            batch_BS=self._tensor(store.batch_codes[controls].astype(np.int64), shape),
+            batch_BS=self._tensor(self._batch_rows[store.batch_codes[controls]], shape),
             context_B=torch.from_numpy(sets.context.astype(np.int64)),
             real_BSO=(
                 self._tensor(read_inputs(store, perturbed, source=source), shape) if self._is_latent else genes_BSG

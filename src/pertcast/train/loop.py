@@ -28,7 +28,8 @@ from pertcast.data.sets import CellSets
 from pertcast.errors import CheckpointError
 from pertcast.models.dropout import dropout_keys, key_dropout
 from pertcast.progress import Advance
-from pertcast.train.batches import Batch, Place, SetReader, SetStream, read_ahead
+from pertcast.stats.draws import generator
+from pertcast.train.batches import Batch, Place, SetReader, SetStream, forget_batches, read_ahead
 from pertcast.train.resume import MetricsLog, Position, save_state
 from pertcast.train.terms import Others, loss_terms, total_loss
 from pertcast.train.truth import Truth
@@ -174,6 +175,7 @@ class Loop:
             batch, place = next(batches)
             places = self._places(turn * self.train.sets_per_step, len(batch.pert_B))
             keys = [("train", step, number) for number in places]
+            batch = self._forget_batches(batch, keys)
             key_dropout(self.network, dropout_keys(self.train.seed, keys).to(self.fabric.device))
             with self.fabric.no_backward_sync(self.model, enabled=turn + 1 < self.train.accumulate):
                 terms = {name: value.mean() for name, value in self._terms(batch, keys).items()}
@@ -195,6 +197,13 @@ class Loop:
         self._is_whole = True
         loss_now, rate_now = self._smooth("loss", values["loss"]), self._smooth("rate", rate)
         advance(1, detail=f"loss {loss_now:.4g} · {rate_now:.3g} sets/s")
+
+    def _forget_batches(self, batch: Batch, keys: Sequence[tuple[str | int, ...]]) -> Batch:
+        """Show a share of the sets as of no known batch, where the network has a row for that."""
+        share = self.train.unknown_batch
+        if not share or not self.reader.spec.unknown_batch:
+            return batch
+        return forget_batches(batch, [generator(self.train.seed, "no batch", *key).random() < share for key in keys])
 
     def _terms(self, batch: Batch, keys: Sequence[tuple[str | int, ...]]) -> dict[str, Tensor]:
         """Predict a batch and measure each set; its key decides which other perturbations it is compared with."""

@@ -193,12 +193,13 @@ def identity_of(experiment: Experiment, store_fingerprint: str) -> dict[str, Any
     features = {key: value for key, value in config["features"].items() if key != "path"}
     if experiment.features.path is not None:
         features["file"] = hash_file(experiment.features.path)
+    train = {key: value for key, value in config["train"].items() if key not in _FREE_KEYS}
     return {
         "store": store_fingerprint,
         "features": features,
         "model": config["model"],
         "loss": config["loss"],
-        "train": {key: value for key, value in config["train"].items() if key not in _FREE_KEYS},
+        "train": {**train, "unknown_batch": train["unknown_batch"] if experiment.model.batch_embedding else 0.0},
     }
 
 

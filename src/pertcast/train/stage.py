@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
 from pertcast.config import Experiment, LossConfig, TrainConfig, rebuild_experiment, upgrade
+from pertcast.data.batch_effects import BatchEffects, batch_effects
 from pertcast.data.features import PertFeatures, coverage, load_features, open_features, save_features
 from pertcast.data.labels import de_labels
 from pertcast.data.store import Store
@@ -140,9 +141,9 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     )
     if needs_truth(experiment.loss):
         loop.truth = _learn_truth(store, reader, experiment, fabric, progress)
-    facts = _notes(reader, loop, features)
+    facts = _learn_facts(reader, loop, features, store)
     _show_coverage(features, store, experiment, progress)
-    for note in facts:
+    for note in facts.notes:
         progress.note(note)
     try:
         with progress.task("train", experiment.train.steps, "steps", done=position.step) as advance:
@@ -184,7 +185,7 @@ def require_same_run(out: Path, identity: dict[str, Any]) -> None:
     begun = upgrade(read_json(out / IDENTITY))
     # A run that was begun before there were some terms was begun without them.
     begun["loss"] = {**LossConfig().model_dump(mode="json"), **begun.get("loss", {})}
-    begun["train"] = {**TrainConfig().model_dump(mode="json"), **begun.get("train", {})}
+    begun["train"] = {**TrainConfig().model_dump(mode="json"), "unknown_batch": 0.0, **begun.get("train", {})}
     problems = identity_problems(begun, identity)
     if problems:
         raise CheckpointError(
@@ -248,8 +249,14 @@ def begin_run(out: Path, identity: dict[str, Any], features: PertFeatures) -> No
         save_features(features, out / _FEATURES)
 
 
-def _notes(reader: SetReader, loop: Loop, features: PertFeatures) -> tuple[str, ...]:
-    """Return what a user should know of the training cells, the same at every resumption."""
+class _Facts(NamedTuple):
+    """What a user should know of the training cells, the same at every resumption."""
+
+    notes: tuple[str, ...]
+    batches: BatchEffects | None
+
+
+def _learn_facts(reader: SetReader, loop: Loop, features: PertFeatures, store: Store) -> _Facts:
     sets = reader.training(0)
     config, size = loop.train, reader.spec.set_size
     notes = []
@@ -262,17 +269,26 @@ def _notes(reader: SetReader, loop: Loop, features: PertFeatures) -> tuple[str, 
         )
     if not len(loop.val_sets):
         notes.append("there are no validation cells: the last weights are kept, not the best")
+    if reader.spec.unknown_batch and len(reader.untrained_batches):
+        notes.append(
+            f"{len(reader.untrained_batches):,} batches have no training cells: they get the row of the unknown batch"
+        )
     if features.filled:
         notes.append(f"{len(features.filled):,} perturbations have a feature that was filled in")
-    return tuple(notes)
+    batches = batch_effects(store)
+    if batches is not None:
+        notes.append(str(batches))
+    return _Facts(tuple(notes), batches)
 
 
-def _finish(
-    out: Path, experiment: Experiment, store: Store, features: PertFeatures, loop: Loop, notes: tuple[str, ...]
-) -> None:
+def _finish(out: Path, experiment: Experiment, store: Store, features: PertFeatures, loop: Loop, facts: _Facts) -> None:
     position = loop.position
     has_best = loop.best is not None
     weights: dict[str, Tensor] = loop.best if loop.best is not None else loop.network.state_dict()
+    if loop.reader.spec.unknown_batch:
+        rows = weights["batch_encoder.weight"].clone()
+        rows[loop.reader.untrained_batches] = rows[-1].clone()
+        weights = {**weights, "batch_encoder.weight": rows}
     run = Run(
         path=out,
         spec=loop.reader.spec,
@@ -294,6 +310,7 @@ def _finish(
             "val_loss": position.best_loss if has_best else None,
             "num_parameters": sum(parameter.numel() for parameter in loop.network.parameters()),
             "stopped_early": position.step < experiment.train.steps,
+            "batch_effects": facts.batches._asdict() if facts.batches else None,
         },
         features={
             "kind": features.kind,
@@ -301,6 +318,6 @@ def _finish(
             "dim": features.dim,
             "filled": features.filled,
         },
-        notes=notes,
+        notes=facts.notes,
     )
     save_run(run, weights, inputs={"store": store.fingerprint})
