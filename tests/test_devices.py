@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from pertcast.config import Experiment, load_experiment, rung_overrides
 from pertcast.data.store import prepare
 from pertcast.errors import ConfigError
 from pertcast.files.artefacts import verify_artefact
+from pertcast.generate import Part, generate
+from pertcast.generate.shares import own_share
 from pertcast.models.checkpoint import open_run
 from pertcast.models.dropout import SetDropout, dropout_keys, key_dropout
 from pertcast.train import train
@@ -123,6 +127,42 @@ def test_a_run_of_one_process_goes_on_with_two_under_torchrun(
     assert done.stdout.splitlines() == [str(out)]
     assert done.stderr.count("train: 12 steps, 8 steps done already") == 1
     assert_same_losses(out, alone)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_processes_generate_what_one_does_and_go_on_under_torchrun(
+    workspace: Workspace, alone: Path, tmp_path: Path
+) -> None:
+    expected = contents(generate(alone, tmp_path / "one"))
+    parts = generate(alone, tmp_path / "two", devices=2)
+    assert contents(parts) == expected
+    # What a kill leaves behind: a part without its manifest, one that is half written, no manifest of the whole.
+    (parts / "H1" / "G1.h5ad.manifest.json").unlink()
+    (parts / "H1" / "G2.h5ad").write_bytes(b"half")
+    (parts / "H1" / ".G3.h5ad.partial-00000000").write_bytes(b"half")
+    (parts / "H1" / "OLD.h5ad").write_bytes(b"of an earlier plan")
+    (parts / "manifest.json").unlink()
+    kept = (parts / "H1" / "G3.h5ad").stat().st_mtime_ns
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "pertcast", "generate", str(alone), "--out", str(parts)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(parts)]
+    assert contents(parts) == expected
+    assert (parts / "H1" / "G3.h5ad").stat().st_mtime_ns == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+@given(sizes=st.lists(st.integers(1, 1000), max_size=30), size=st.integers(1, 5))
+def test_each_part_has_one_maker_and_makers_have_about_equally_many_cells(sizes: list[int], size: int) -> None:
+    parts = [Part(f"{number}", "H1", f"{number}", cells) for number, cells in enumerate(sizes)]
+    shares = [own_share(parts, rank=rank, size=size) for rank in range(size)]
+    assert sorted(part.file for share in shares for part in share) == sorted(part.file for part in parts)
+    loads = [sum(part.num_cells for part in share) for share in shares]
+    assert max(loads) - min(loads) <= max(sizes, default=0)
 
 
 def test_srun_says_which_process_it_is_and_one_speaks_for_all(workspace: Workspace, tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def run_experiment(path: Path, out: Path, *, overrides: Sequence[str] = (), prog
     season, genes, targets = submission.resolve(), submission.genes, submission.targets
     store = prepare(experiment, out / "store", progress=progress)
     run = train(experiment, store, out / "run", progress=progress)
-    parts = generate(run, out / "parts", experiment=experiment, store_path=store, progress=progress)
+    devices = experiment.train.devices
+    parts = generate(run, out / "parts", experiment=experiment, store_path=store, devices=devices, progress=progress)
     prediction = assemble(parts, out / "prediction.h5ad", progress=progress)
     report = check(prediction, season=season, genes=genes, targets=targets, progress=progress)
     write_json(out / "check.json", report.as_json())

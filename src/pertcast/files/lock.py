@@ -19,7 +19,7 @@ from pertcast.files.artefacts import manifest_path, remove_leftovers
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["claimed", "locked"]
+__all__ = ["claimed", "clean", "locked"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +69,18 @@ def claimed(destination: Path) -> Iterator[None]:
         If another run is writing it now.
     """
     with locked(destination):
-        remove_leftovers(destination)
-        remove_leftovers(manifest_path(destination))
-        if destination.is_dir():
-            for path in {leftover.parent for leftover in destination.rglob(".*.partial-*")}:
-                for name in {name.name[1:].rpartition(".partial-")[0] for name in path.glob(".*.partial-*")}:
-                    remove_leftovers(path / name)
+        clean(destination)
         yield
+
+
+def clean(destination: Path) -> None:
+    """Remove what dead runs left beside and in an output under temporary names; nobody may be writing it."""
+    remove_leftovers(destination)
+    remove_leftovers(manifest_path(destination))
+    if destination.is_dir():
+        for path in {leftover.parent for leftover in destination.rglob(".*.partial-*")}:
+            for name in {name.name[1:].rpartition(".partial-")[0] for name in path.glob(".*.partial-*")}:
+                remove_leftovers(path / name)
 
 
 def _take(path: Path, destination: Path) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,6 @@ from pertcast.errors import CheckpointError, DataError
 from pertcast.files.artefacts import (
     MANIFEST,
     Manifest,
-    any_content,
     atomic_file,
     hash_file,
     manifest_path,
@@ -29,15 +29,17 @@ from pertcast.files.artefacts import (
     write_json,
     write_manifest,
 )
-from pertcast.files.lock import claimed
+from pertcast.files.lock import claimed, clean, locked
 from pertcast.files.origin import Origin
 from pertcast.generate.binding import bind, is_imported
 from pertcast.generate.parts import PartMaker
 from pertcast.generate.plan import Part, Plan, plan_parts
+from pertcast.generate.shares import own_share, wait_for_others
 from pertcast.models.checkpoint import Run, open_run
+from pertcast.processes import launched, run_processes
 from pertcast.progress import SILENT, Progress
 
-__all__ = ["Part", "Plan", "generate", "plan_parts"]
+__all__ = ["Part", "Plan", "generate", "generate_share", "plan_parts"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ def generate(
     experiment: Experiment | None = None,
     store_path: Path | None = None,
     overrides: Sequence[str] = (),
+    devices: int = 1,
     progress: Progress = SILENT,
 ) -> Path:
     """Make the wanted number of cells for each target.
@@ -65,6 +68,9 @@ def generate(
         Where the store lies, if it has moved since training.
     overrides
         ``section.key=value`` on top of the experiment that the run was trained with.
+    devices
+        Processes to start on this machine, each with its own GPU where there are some. Targets are shared out over
+        them, as over those that torchrun or srun has started; the files are the same.
 
     Returns
     -------
@@ -75,6 +81,13 @@ def generate(
     PertcastError
         If the run, the store, the targets or the features do not fit one another.
     """
+    ranks = launched()
+    if ranks is None and devices > 1:
+        asked_for = None if experiment is None else experiment.as_json()
+        paths = {"run": str(run_path), "out": str(out), "store": None if store_path is None else str(store_path)}
+        job = {**paths, "experiment": asked_for, "overrides": list(overrides)}
+        run_processes("pertcast.generate:generate_share", job, num=devices, progress=progress)
+        return out
     run = open_run(run_path)
     trained = rebuild_experiment(run.experiment, overrides, place=run_path / "run.json")
     asked = experiment or trained
@@ -87,23 +100,62 @@ def generate(
     plan = _with_notes(plan, experiment, features, run)
     maker = PartMaker(run, store, experiment, features, hash_file(run_path / "weights.safetensors"))
     _show(plan, progress)
-    if any_content(out) and not (out / "plan.json").is_file():
-        raise DataError(f"{out}: it is there already and holds no parts; give another --out, or remove it first")
-    with claimed(out):
-        _make_parts(out, plan, experiment, run, maker, progress)
+    _require_parts(out)
+    if ranks is None:
+        with claimed(out):
+            _begin(out, plan, experiment)
+            _make_parts(out, plan.parts, maker, progress)
+            _finish(out, plan, experiment, run, maker)
+        return out
+    own = own_share(plan.parts, rank=ranks.rank, size=ranks.size)
+    with locked(out if ranks.rank == 0 else out.with_name(f"{out.name}.{ranks.rank}")):
+        if ranks.rank == 0 or not (out / "plan.json").is_file():
+            _begin(out, plan, experiment)
+        _make_parts(
+            out, own, maker, progress, others=[part for part in plan.parts if part not in own and not ranks.rank]
+        )
+        if ranks.rank == 0:
+            clean(out)
+            _finish(out, plan, experiment, run, maker)
     return out
 
 
-def _make_parts(out: Path, plan: Plan, experiment: Experiment, run: Run, maker: PartMaker, progress: Progress) -> None:
+def generate_share(job: Mapping[str, Any], progress: Progress) -> None:
+    """Make the share of one of the processes that :func:`generate` started."""
+    out, experiment = Path(job["out"]), job["experiment"]
+    generate(
+        Path(job["run"]),
+        out,
+        experiment=None if experiment is None else rebuild_experiment(experiment, place=out),
+        store_path=None if job["store"] is None else Path(job["store"]),
+        overrides=job["overrides"],
+        progress=progress,
+    )
+
+
+def _require_parts(out: Path) -> None:
+    # what other processes begin to write bears a hidden name before there is a plan
+    seen = out.is_file() or (out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()))
+    if seen and not (out / "plan.json").is_file():
+        raise DataError(f"{out}: it is there already and holds no parts; give another --out, or remove it first")
+
+
+def _begin(out: Path, plan: Plan, experiment: Experiment) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
     write_json(out / "plan.json", _plan_json(plan, experiment))
-    todo = [part for part in plan.parts if not maker.is_right(out, part)]
-    total = sum(part.num_cells for part in plan.parts)
-    done = total - sum(part.num_cells for part in todo)
+
+
+def _make_parts(
+    out: Path, parts: Sequence[Part], maker: PartMaker, progress: Progress, *, others: Sequence[Part] = ()
+) -> None:
+    """Make the parts that are not there yet, and wait for those of other processes."""
+    todo = [part for part in parts if not maker.is_right(out, part)]
+    total = sum(part.num_cells for part in (*parts, *others))
+    done = sum(part.num_cells for part in parts) - sum(part.num_cells for part in todo)
     with progress.task("generate", total, "cells", done=done) as advance:
         maker.make(out, todo, done=lambda part: advance(part.num_cells, detail=part.target))
-    _finish(out, plan, experiment, run, maker)
+        wait_for_others(out, others, maker, advance)
 
 
 def _open_store(run: Run, run_path: Path, store_path: Path | None) -> Store:

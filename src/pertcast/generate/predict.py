@@ -17,6 +17,7 @@ from pertcast.data.store import Store
 from pertcast.generate.binding import batch_codes, is_imported
 from pertcast.models.checkpoint import Run
 from pertcast.models.state import StateTransition
+from pertcast.processes import launched
 
 __all__ = ["NetworkPredictor", "Predictor", "make_predictor"]
 
@@ -52,12 +53,12 @@ class NetworkPredictor:
     run, store, features
         The network, where control cells are read from, and features of every target.
     device
-        Where it computes; default: the GPU where there is one.
+        Where it computes; default: a GPU where there is one, each process of a machine its own.
     """
 
     def __init__(self, run: Run, store: Store, features: PertFeatures, *, device: torch.device | None = None) -> None:
         self._run, self._store, self._features = run, store, features
-        self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device or _own_device()
         self._model: StateTransition | None = None
         self._source = str(run.experiment["model"]["input"])
         # a run that was trained elsewhere, or on other cells first, has genes and batches of its own
@@ -85,3 +86,10 @@ class NetworkPredictor:
     def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:
         # in torch's own, always equally aligned memory: matrix products may round by the alignment of their operands
         return torch.from_numpy(values).clone().to(self._device)
+
+
+def _own_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    ranks = launched()
+    return torch.device("cuda", 0 if ranks is None else ranks.local_rank % torch.cuda.device_count())
