@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
-from pertcast.config.base import InputPath, Section, Share, base_folder
+from pertcast.config.base import InputPath, Section, Share, Weight, base_folder
 from pertcast.config.learning import AdaptConfig, LossConfig, ModelConfig, TrainConfig
 from pertcast.errors import ConfigError, Problem
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN, Season, season
@@ -88,15 +88,34 @@ class FeaturesConfig(Section):
 class GenerateConfig(Section):
     """How cells are made. `controls_from` are the splits whose control cells a set may be made of.
 
+    `scale` is that of the prediction: ``log1p``, or whole ``counts`` (of a store of raw counts). `cells` says how cells
+    are made of what the model predicts (docs/cells.md says when to choose which):
+
+    - ``model``: the predicted cells as they are; in counts, rounded at random.
+    - ``donors``: real control cells, each gene thinned or added to until the pseudobulk is the predicted one.
+    - ``negative_binomial``: counts drawn around the predicted pseudobulk, with the controls' dispersion and depth.
+    - ``shift``: the predicted mean plus `spread` times each control cell's residual; ``sparse``: the same, but zeros
+      of rarely seen genes stay.
+
+    Where the target list gives ``median_umi_per_cell``, counts that are drawn have that median.
+
     `other_genes` says where genes come from that the model does not predict (``output = "hvg"``); "control" copies
     them from the control cell that each cell is made from, and is counted in every report.
     """
 
     seed: int = 0
-    scale: Literal["log1p"] = "log1p"
+    scale: Literal["log1p", "counts"] = "log1p"
+    cells: Literal["model", "donors", "negative_binomial", "shift", "sparse"] = "model"
+    spread: Weight = 1.0
     controls_from: Literal["train", "all"] = "train"
     other_genes: Literal["error", "control"] = "error"
     sets_per_step: PositiveInt = 8
+
+    @model_validator(mode="after")
+    def _spread_goes_with_shift(self) -> GenerateConfig:
+        if self.spread != 1 and self.cells not in ("shift", "sparse"):
+            raise ValueError('`spread` goes with `cells = "shift"` or "sparse"; leave it away, or choose one of these')
+        return self
 
 
 class SubmissionConfig(Section):

@@ -16,7 +16,7 @@ from scipy import sparse
 
 from pertcast.data.build import prepare
 from pertcast.data.split import Split
-from pertcast.errors import CheckpointError, Problem
+from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.artefacts import read_manifest
 from pertcast.files.expression import Scale, normalise_log1p
 
@@ -162,8 +162,8 @@ class Store:
             found &= self.pert_codes == pert
         return np.flatnonzero(found).astype(np.int64)
 
-    def _gather(self, rows: np.ndarray, lookup: np.ndarray | None, num_genes: int) -> sparse.csr_matrix:
-        """Return log1p values of rows; `lookup` gives for each gene its column among `num_genes`, or -1."""
+    def _stored(self, rows: np.ndarray, lookup: np.ndarray | None, num_genes: int) -> sparse.csr_matrix:
+        """Return values of rows as they are stored; `lookup` gives each gene's column among `num_genes`, or -1."""
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_cells):
             raise IndexError(f"rows from {rows.min()} to {rows.max()} of a store of {self.num_cells} cells")
@@ -179,10 +179,26 @@ class Store:
             kept = indices >= 0
             before = np.concatenate([[0], np.cumsum(kept)])
             indices, values, indptr = indices[kept], values[kept], before[indptr]
-        block = sparse.csr_matrix((values, indices, indptr), shape=(len(rows), num_genes), copy=False)
+        return sparse.csr_matrix((values, indices, indptr), shape=(len(rows), num_genes), copy=False)
+
+    def _gather(self, rows: np.ndarray, lookup: np.ndarray | None, num_genes: int) -> sparse.csr_matrix:
+        block = self._stored(rows, lookup, num_genes)
         if self.scale == "log1p":
             return block
-        return normalise_log1p(block, self.totals[rows], self.target_sum or 1.0)
+        return normalise_log1p(block, self.totals[np.asarray(rows)], self.target_sum or 1.0)
+
+    def counts(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Return whole counts of rows, as asked for, CSR float32 (len(rows), genes); only their bytes are read.
+
+        Raises
+        ------
+        DataError
+            If the store was made of log1p values.
+        """
+        if self.scale != "counts":
+            message = "it was made of log1p values, and counts are asked for"
+            raise DataError(problems=[Problem(str(self.path), message, "prepare it from raw counts")])
+        return self._stored(rows, None, len(self.genes)).astype(np.float32)
 
     def csr(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Return log1p values of rows, as asked for, float32 CSR (len(rows), genes); only their bytes are read."""

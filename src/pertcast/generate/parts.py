@@ -28,6 +28,7 @@ from pertcast.files.artefacts import (
     write_manifest,
 )
 from pertcast.files.h5ad import CsrWriter
+from pertcast.generate.cells import CellMaker
 from pertcast.generate.plan import Part, control_rows
 from pertcast.generate.predict import make_predictor
 from pertcast.models.checkpoint import Run
@@ -42,6 +43,8 @@ class PartMaker:
     def __init__(self, run: Run, store: Store, experiment: Experiment, features: PertFeatures, weights: str) -> None:
         self._run, self._store, self._experiment, self._features = run, store, experiment, features
         self._predictor = make_predictor(run, store, features)
+        cap = experiment.submission.resolve().max_cell_sum
+        self._cells = CellMaker(store, experiment.generate, cap=cap)
         self.inputs = {"weights": weights, "store": store.fingerprint}
         missing = len(run.genes) - len(run.output_genes)
         if missing and experiment.generate.other_genes == "error":
@@ -66,6 +69,9 @@ class PartMaker:
             "season": submission.season,
         }
         if not part.copied:
+            settings |= {"cells": generate.cells, "spread": generate.spread}
+            if self._cells.have_a_depth:
+                settings["median_umi"] = part.median_umi
             feature = self._features.of([self._label(part.target)])
             settings["feature"] = hashlib.sha256(feature.tobytes()).hexdigest()
         return settings
@@ -88,10 +94,9 @@ class PartMaker:
         Cells are predicted one batch ahead of what is written, across parts, so that neither waits for the other.
         """
         batches = ((part, sets_BS) for part in parts if not part.copied for sets_BS in self._batches(part))
-        with closing(one_ahead(batches, lambda item: self._cells(*item))) as predicted:  # type: ignore[type-var]
+        with closing(one_ahead(batches, lambda item: self._predict(*item))) as predicted:  # type: ignore[type-var]
             for part in parts:
-                blocks = self._copied(part) if part.copied else self._predicted(part, predicted)
-                self._write(out, part, blocks)
+                self._write(out, part, self._blocks(part, predicted))
                 done(part)
 
     def _write(self, out: Path, part: Part, blocks: Iterator[sparse.csr_matrix]) -> None:
@@ -133,16 +138,20 @@ class PartMaker:
         obs.index = obs.index.astype(str)
         return obs
 
-    def _copied(self, part: Part) -> Iterator[sparse.csr_matrix]:
-        rows, step = self._rows(part), 1024
-        return (self._store.csr(rows[start : start + step]) for start in range(0, len(rows), step))
-
     def _batches(self, part: Part) -> Iterator[NDArray[np.int64]]:
         sets_NS = self._rows(part).reshape(-1, self._run.spec.set_size)
         size = self._experiment.generate.sets_per_step
         return (sets_NS[start : start + size] for start in range(0, len(sets_NS), size))
 
-    def _predicted(self, part: Part, predicted: Iterator[NDArray[np.float32]]) -> Iterator[sparse.csr_matrix]:
+    def _blocks(self, part: Part, predicted: Iterator[NDArray[np.float32]]) -> Iterator[sparse.csr_matrix]:
+        """Return the part's cells as they are written."""
+        rows = self._rows(part)[: part.num_cells]
+        if part.copied:
+            return self._cells.copied(rows)
+        pool = control_rows(self._store, self._experiment, part.context)
+        return self._cells.made(part, rows, self._predicted(part, predicted), pool=pool)
+
+    def _predicted(self, part: Part, predicted: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
         """Take the part's cells from the stream of all predicted cells; the surplus of the last set is dropped."""
         left = part.num_cells
         while left:
@@ -153,9 +162,9 @@ class PartMaker:
                     f"{part.file}: the model predicts values that are not finite; its training has diverged: "
                     "train again with a lower train.learning_rate"
                 )
-            yield _sparse(cells_CG)
+            yield cells_CG
 
-    def _cells(self, part: Part, sets_BS: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _predict(self, part: Part, sets_BS: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return (B * S, all genes) log1p values of predicted cells, in the order of their control cells."""
         output_CO = self._predictor.predict(sets_BS, target=self._label(part.target), context=part.context)
         if np.array_equal(self._run.output_genes, np.arange(len(self._run.genes))):
@@ -163,11 +172,3 @@ class PartMaker:
         cells_CG = self._store.log1p(sets_BS.reshape(-1))
         cells_CG[:, self._run.output_genes] = output_CO
         return cells_CG
-
-
-def _sparse(cells_CG: NDArray[np.float32]) -> sparse.csr_matrix:
-    """Return the same cells as CSR; several times as fast as scipy's own way over coordinates."""
-    stored_CG = cells_CG != 0
-    indptr = np.concatenate([[0], np.cumsum(np.count_nonzero(stored_CG, axis=1))])
-    columns_CG = np.broadcast_to(np.arange(cells_CG.shape[1], dtype=np.int32), cells_CG.shape)
-    return sparse.csr_matrix((cells_CG[stored_CG], columns_CG[stored_CG], indptr), shape=cells_CG.shape)

@@ -35,6 +35,8 @@ class Part:
         Cells in it.
     copied
         Whether they are control cells copied from training, and not predicted.
+    median_umi
+        Median total of counts that its cells should have, ``None`` where the list does not say.
     """
 
     file: str
@@ -42,6 +44,7 @@ class Part:
     target: str
     num_cells: int
     copied: bool = False
+    median_umi: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,20 @@ def _num_controls(store: Store, experiment: Experiment, season: Season, context:
     return there, [f"room for {wanted:,} control cells; all {there:,} that training has are copied"]
 
 
+def _check_scale(store: Store, experiment: Experiment, season: Season) -> None:
+    scale = experiment.generate.scale
+    if scale not in season.scales:
+        raise ConfigError(
+            f"[generate] scale: season {season.name} takes {' or '.join(season.scales)}, got {scale!r}; "
+            f"pass --set generate.scale={season.scales[0]}"
+        )
+    if store.scale != "counts" and (scale == "counts" or experiment.generate.cells in ("donors", "negative_binomial")):
+        raise ConfigError(
+            f"[generate] scale = {scale!r}, cells = {experiment.generate.cells!r}: they need control cells in counts, "
+            f"and {store.path} was made of log1p values; prepare it from raw counts, or choose others"
+        )
+
+
 def plan_parts(store: Store, experiment: Experiment) -> Plan:
     """Return the plan: which cells of which target in which context, under the season's cap.
 
@@ -134,6 +151,7 @@ def plan_parts(store: Store, experiment: Experiment) -> Plan:
     season = submission.resolve()
     if submission.targets is None:
         raise ConfigError("[submission] targets: no target list is given; pass --targets pert_counts.csv")
+    _check_scale(store, experiment, season)
     if len(store.genes) != season.num_genes:
         raise DataError(
             f"{store.path}: season {season.name} wants {season.num_genes:,} genes, the store has {len(store.genes):,}; "
@@ -150,7 +168,8 @@ def plan_parts(store: Store, experiment: Experiment) -> Plan:
     budget = plan_budget(
         {names[key]: number for key, number in requested.items()}, cap=season.max_cells, num_controls=num_controls
     )
-    parts = [Part(_file(*key), *key, budget.cells[names[key]]) for key in requested]
+    umis = dict(zip(targets.targets, targets.median_umi, strict=True)) if targets.median_umi else {}
+    parts = [Part(_file(*key), *key, budget.cells[names[key]], median_umi=umis.get(key[1])) for key in requested]
     if num_controls:
         label = season.control_label
         parts.append(Part(_file(contexts[0], label), contexts[0], label, num_controls, submission.controls == "copied"))

@@ -1,4 +1,4 @@
-"""How counts of control cells vary: each gene's share of a cell's counts in each batch, its dispersion, its extra zeros.
+"""How counts of control cells vary: each gene's share of a cell's counts, by batch, its dispersion, its extra zeros.
 
 Legend of shapes: n cells, B batches, G genes. A count of gene g in a cell of batch b with L counts in all is negative
 binomial with mean ``L * share[b, g]`` and variance ``mean + mean**2 / shape[g]``; with chance ``inflation[g]`` it is 0.

@@ -57,7 +57,7 @@ def _few(u: float, trials: int, chance: float) -> int:
     mean = trials * chance
     if mean > _LARGE_BINOMIAL:
         near = mean + normal_quantile(u) * math.sqrt(mean * (1.0 - chance))
-        return min(max(int(math.floor(near + 0.5)), 0), trials)
+        return min(max(math.floor(near + 0.5), 0), trials)
     if 1.0 - u >= mean:  # no more than `mean` of the mass is above 0
         return 0
     odds = chance / (1.0 - chance)
@@ -79,7 +79,7 @@ def negative_binomial_quantile(u: float, mean: float, shape: float) -> int:
         # a gamma variable of the same mean and variance, by Wilson and Hilferty
         order = mean * shape / (mean + shape)
         root = 1.0 - 1.0 / (9.0 * order) + normal_quantile(u) / (3.0 * math.sqrt(order))
-        return int(math.floor(mean * max(root, 0.0) ** 3 + 0.5))
+        return math.floor(mean * max(root, 0.0) ** 3 + 0.5)
     share = mean / (mean + shape)
     mass = math.exp(-shape * math.log1p(mean / shape))
     below, number = mass, 0
@@ -91,5 +91,3 @@ def negative_binomial_quantile(u: float, mean: float, shape: float) -> int:
         if mass < 1e-18 and number > mean:
             break
     return number
-
-

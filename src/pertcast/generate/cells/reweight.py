@@ -2,7 +2,7 @@
 
 A factor below 1 keeps each single count with that chance (binomial thinning); a factor above 1 adds counts drawn from
 what the cell's own count says about its rate: a gamma posterior, so of donors that are negative binomial the result is
-negative binomial with the larger mean and the same dispersion, and zeros fill up as they do in real cells. A factor of 1
+negative binomial with the larger mean and the same dispersion, and zeros fill up as in real cells. A factor of 1
 changes nothing: without an effect the cells are the donors. What is met is the mean of log1p(normalised), which is what
 the official metrics call pseudobulk, up to one count of one cell: that is rounded at random, so no gene is biased.
 
@@ -75,7 +75,7 @@ class _Gene(NamedTuple):
 
 
 @compiled
-def _drawn(gene: Any, cell: int, factor: float) -> int:
+def _drawn(gene: Any, cell: int, factor: float) -> Any:
     """Return a cell's new count at a factor; the same uniform number at every factor."""
     if not gene.real:
         if gene.inflation > 0.0 and gene.extra_u[cell] < gene.inflation:
@@ -119,7 +119,7 @@ def _first_factor(wanted: float, now: float, expected: float, gene: Any) -> floa
     num_cells = len(gene.norm)
     if wanted < now:
         return math.expm1(wanted / num_cells) / math.expm1(now / num_cells)
-    if gene.real and now <= 0.0 or now / num_cells < 0.05:
+    if now / num_cells < 0.05:
         return 1.0 + (wanted - now) / max(expected, 1e-300)
     return math.expm1(wanted / num_cells) / math.expm1(now / num_cells)
 

@@ -50,9 +50,7 @@ def round_to_counts(
     """
     now = np.asarray(log1p.expm1().sum(axis=1, dtype=np.float64)).ravel()
     factors = np.divide(totals, now, out=np.zeros_like(now), where=now > 0)
-    counts = sparse.csr_matrix(
-        (log1p.data.astype(np.float32), log1p.indices, log1p.indptr), shape=log1p.shape, copy=False
-    )
+    counts = log1p.astype(np.float32, copy=True)
     _round(counts.indptr, counts.indices, counts.data, factors, counts.shape[1], key, np.uint64(first_cell))
     counts.eliminate_zeros()
     return counts
@@ -65,6 +63,6 @@ def cap_totals(counts: sparse.csr_matrix, cap: int | None) -> sparse.csr_matrix:
         return counts
     factors = np.minimum(1.0, cap / np.maximum(totals, 1.0))
     values = np.floor(counts.data * np.repeat(factors, np.diff(counts.indptr))).astype(np.float32)
-    capped = sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
+    capped = sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape, copy=True)
     capped.eliminate_zeros()
     return capped

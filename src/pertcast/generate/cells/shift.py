@@ -35,7 +35,7 @@ def shift(
     """
     centre = donors_log1p.mean(axis=0, dtype=np.float64)
     moved = np.asarray(mean_log1p) + spread * (donors_log1p - centre)
-    return np.maximum(moved, 0).astype(np.float32)
+    return np.asarray(np.maximum(moved, 0), dtype=np.float32)
 
 
 def shift_sparing_zeros(

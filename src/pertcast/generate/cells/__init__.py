@@ -1,0 +1,18 @@
+"""How cells are made of a prediction and of real control cells, in log1p and in whole counts."""
+
+from pertcast.generate.cells.maker import CellMaker, Wanted, dense_to_csr
+from pertcast.generate.cells.reweight import Donors, reweight
+from pertcast.generate.cells.rounding import cap_totals, round_to_counts
+from pertcast.generate.cells.shift import shift, shift_sparing_zeros
+
+__all__ = [
+    "CellMaker",
+    "Donors",
+    "Wanted",
+    "cap_totals",
+    "dense_to_csr",
+    "reweight",
+    "round_to_counts",
+    "shift",
+    "shift_sparing_zeros",
+]

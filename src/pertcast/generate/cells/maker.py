@@ -1,0 +1,194 @@
+"""Cells of a part, made of what the model predicts and of real control cells, in the way and on the scale asked for.
+
+Only `model` keeps the predicted cells; all others need their mean alone, so a part is predicted first and then made,
+block by block. Draws are keyed by the seed, context, target and a cell's number, whatever else is made.
+
+Legend of shapes: C cells of a block, G genes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from pertcast.config import GenerateConfig
+from pertcast.data.store import Store
+from pertcast.files.expression import normalise_log1p
+from pertcast.generate.cells.reweight import Donors, reweight
+from pertcast.generate.cells.rounding import cap_totals, round_to_counts
+from pertcast.generate.cells.shift import shift, shift_sparing_zeros
+from pertcast.stats.counts import CountsFit, fit_counts
+from pertcast.stats.draws import generator
+from pertcast.stats.uniforms import uniform_key
+
+__all__ = ["CellMaker", "Wanted", "dense_to_csr"]
+
+_BLOCK_CELLS = 1024
+_FIT_CELLS = 4096
+_FIT_BLOCK = 512
+_MOST_BATCHES = 64
+
+
+class Wanted(Protocol):
+    """Which cells are wanted: a part of the plan."""
+
+    @property
+    def context(self) -> str: ...  # noqa: D102
+    @property
+    def target(self) -> str: ...  # noqa: D102
+    @property
+    def num_cells(self) -> int: ...  # noqa: D102
+    @property
+    def median_umi(self) -> float | None: ...  # noqa: D102
+
+
+class CellMaker:
+    """Makes the cells of one part after another.
+
+    Parameters
+    ----------
+    store
+        Where control cells are read from.
+    config
+        The scale, the way, the seed.
+    cap
+        The most counts of a cell, ``None`` without a cap.
+    """
+
+    def __init__(self, store: Store, config: GenerateConfig, *, cap: int | None = None) -> None:
+        self._store, self._config, self._cap = store, config, cap
+        self._fits: dict[str, CountsFit] = {}
+
+    @property
+    def have_a_depth(self) -> bool:
+        """Whether cells come of whole counts, so that their depth can be asked for."""
+        return self._config.scale == "counts" or self._config.cells in ("donors", "negative_binomial")
+
+    def copied(self, rows: NDArray[np.int64]) -> Iterator[sparse.csr_matrix]:
+        """Yield control cells as they are, on the scale asked for."""
+        read = self._store.counts if self._config.scale == "counts" else self._store.csr
+        for first in range(0, len(rows), _BLOCK_CELLS):
+            block = read(rows[first : first + _BLOCK_CELLS])
+            yield cap_totals(block, self._cap) if self._config.scale == "counts" else block
+
+    def made(
+        self,
+        part: Wanted,
+        rows: NDArray[np.int64],
+        predicted: Iterator[NDArray[np.float32]],
+        *,
+        pool: NDArray[np.int64],
+    ) -> Iterator[sparse.csr_matrix]:
+        """Yield the cells of a part, CSR float32.
+
+        Parameters
+        ----------
+        part
+            What is wanted.
+        rows
+            (cells,) the control cell that each is made from.
+        predicted
+            Predicted log1p values (C, G) of these cells, in order, block by block.
+        pool
+            Rows of all control cells of the part's context.
+        """
+        if self._config.cells == "model":
+            yield from self._as_predicted(part, rows, predicted)
+            return
+        mean = _mean(predicted, self._store)
+        num_blocks = -(-len(rows) // _BLOCK_CELLS)
+        bounds = np.linspace(0, len(rows), num_blocks + 1).astype(np.int64).tolist()
+        for first, stop in itertools.pairwise(bounds):
+            if self._config.cells in ("shift", "sparse"):
+                yield self._shifted(part, rows, mean, first, stop)
+            else:
+                yield self._drawn(part, rows[first:stop], mean, first, pool)
+
+    def _key(self, part: Wanted) -> np.uint64:
+        return uniform_key(self._config.seed, "cells", part.context, part.target)
+
+    def _as_predicted(
+        self, part: Wanted, rows: NDArray[np.int64], predicted: Iterator[NDArray[np.float32]]
+    ) -> Iterator[sparse.csr_matrix]:
+        first = 0
+        for cells_CG in predicted:
+            yield self._on_scale(part, rows, dense_to_csr(cells_CG), first)
+            first += len(cells_CG)
+
+    def _shifted(
+        self, part: Wanted, rows: NDArray[np.int64], mean: NDArray[np.float64], first: int, stop: int
+    ) -> sparse.csr_matrix:
+        move = shift if self._config.cells == "shift" else shift_sparing_zeros
+        cells_CG = move(self._store.log1p(rows[first:stop]), mean, spread=self._config.spread)
+        return self._on_scale(part, rows, dense_to_csr(cells_CG), first)
+
+    def _on_scale(
+        self, part: Wanted, rows: NDArray[np.int64], log1p: sparse.csr_matrix, first: int
+    ) -> sparse.csr_matrix:
+        """Return log1p cells as they are, or rounded to counts with their control cells' totals."""
+        if self._config.scale == "log1p":
+            return log1p
+        totals = self._store.totals[rows].astype(np.float64)
+        if part.median_umi is not None:
+            totals *= part.median_umi / max(float(np.median(totals)), 1.0)
+        mine = totals[first : first + log1p.shape[0]]
+        return cap_totals(round_to_counts(log1p, mine, key=self._key(part), first_cell=first), self._cap)
+
+    def _drawn(
+        self, part: Wanted, rows: NDArray[np.int64], mean: NDArray[np.float64], first: int, pool: NDArray[np.int64]
+    ) -> sparse.csr_matrix:
+        target_sum = self._store.target_sum or 1.0
+        counts = reweight(
+            Donors(self._store.counts(rows), self._batches(pool, rows), target_sum),
+            mean,
+            self._fit(part.context, pool),
+            key=self._key(part),
+            first_cell=first,
+            median_umi=part.median_umi,
+            from_fit=self._config.cells == "negative_binomial",
+        )
+        if self._config.scale == "counts":
+            return cap_totals(counts, self._cap)
+        totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+        return normalise_log1p(counts, totals, target_sum)
+
+    def _batches(self, pool: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the place of each row's batch among those of the pool; one for all where there are very many."""
+        names = np.unique(self._store.batch_codes[pool])
+        if len(names) > _MOST_BATCHES:
+            return np.zeros(len(rows), dtype=np.int64)
+        return np.searchsorted(names, self._store.batch_codes[rows]).astype(np.int64)
+
+    def _fit(self, context: str, pool: NDArray[np.int64]) -> CountsFit:
+        if context not in self._fits:
+            rows = pool
+            if len(pool) > _FIT_CELLS:
+                random = generator(self._config.seed, "fit of counts", context)
+                rows = np.sort(random.choice(pool, _FIT_CELLS, replace=False))
+            batches = self._batches(pool, rows)
+            blocks = (slice(first, first + _FIT_BLOCK) for first in range(0, len(rows), _FIT_BLOCK))
+            pairs = ((self._store.counts(rows[block]), batches[block]) for block in blocks)
+            number = int(self._batches(pool, pool).max()) + 1
+            self._fits[context] = fit_counts(pairs, num_batches=number)
+        return self._fits[context]
+
+
+def _mean(predicted: Iterator[NDArray[np.float32]], store: Store) -> NDArray[np.float64]:
+    total, number = np.zeros(len(store.genes)), 0
+    for cells_CG in predicted:
+        total += cells_CG.sum(axis=0, dtype=np.float64)
+        number += len(cells_CG)
+    return total / max(number, 1)
+
+
+def dense_to_csr(cells_CG: NDArray[np.float32]) -> sparse.csr_matrix:
+    """Return the same cells as CSR; several times as fast as scipy's own way over coordinates."""
+    stored_CG = cells_CG != 0
+    indptr = np.concatenate([[0], np.cumsum(np.count_nonzero(stored_CG, axis=1))])
+    columns_CG = np.broadcast_to(np.arange(cells_CG.shape[1], dtype=np.int32), cells_CG.shape)
+    return sparse.csr_matrix((cells_CG[stored_CG], columns_CG[stored_CG], indptr), shape=cells_CG.shape)

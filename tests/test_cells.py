@@ -1,0 +1,254 @@
+"""Cells made of a predicted mean and of control cells: what is met, what stays as it was, and on which scale."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import sparse, stats
+
+from pertcast.files.expression import normalise_log1p
+from pertcast.generate.cells import Donors, cap_totals, reweight, round_to_counts, shift, shift_sparing_zeros
+from pertcast.stats.counts import CountsFit, fit_counts
+from pertcast.stats.quantiles import binomial_quantile, negative_binomial_quantile, normal_quantile
+from pertcast.stats.uniforms import uniform, uniform_key
+
+NUM_GENES = 300
+TARGET_SUM = 3000.0
+Float = NDArray[np.float64]
+
+
+def draw_shares(seed: int = 0) -> Float:
+    shares = np.exp(1.5 * np.random.default_rng(seed).normal(size=NUM_GENES))
+    return np.asarray(shares / shares.sum())
+
+
+def draw_cells(
+    number: int, shares: Float, *, umi: float = TARGET_SUM, shape: float = 6.0, seed: int
+) -> sparse.csr_matrix:
+    random = np.random.default_rng(seed)
+    sizes = umi * np.exp(0.3 * random.normal(size=(number, 1)))
+    rates = sizes * shares * random.gamma(shape, 1 / shape, size=(number, len(shares)))
+    return sparse.csr_matrix(random.poisson(rates).astype(np.float32))
+
+
+def log1p_of(counts: sparse.csr_matrix, target_sum: float = TARGET_SUM) -> sparse.csr_matrix:
+    return normalise_log1p(counts, np.asarray(counts.sum(axis=1)).ravel(), target_sum)
+
+
+def mean_of(counts: sparse.csr_matrix) -> Float:
+    return np.asarray(log1p_of(counts).mean(axis=0, dtype=np.float64)).ravel()
+
+
+def fit_of(counts: sparse.csr_matrix) -> CountsFit:
+    return fit_counts([(counts, np.zeros(counts.shape[0], dtype=np.int64))], num_batches=1)
+
+
+def donors_of(counts: sparse.csr_matrix) -> Donors:
+    return Donors(counts, np.zeros(counts.shape[0], dtype=np.int64), TARGET_SUM)
+
+
+def same(one: sparse.csr_matrix, other: sparse.csr_matrix) -> bool:
+    return bool((one.toarray() == other.toarray()).all())
+
+
+@pytest.fixture(scope="module")
+def shares() -> Float:
+    return draw_shares()
+
+
+@pytest.fixture(scope="module")
+def controls(shares: Float) -> sparse.csr_matrix:
+    return draw_cells(400, shares, seed=1)
+
+
+@pytest.fixture(scope="module")
+def fit(controls: sparse.csr_matrix) -> CountsFit:
+    return fit_of(controls)
+
+
+@pytest.fixture(scope="module")
+def perturbed(shares: Float) -> sparse.csr_matrix:
+    """Real cells of a target: a third of the genes move, up to a factor of e."""
+    random = np.random.default_rng(5)
+    effect = np.exp(np.clip(0.5 * random.normal(size=NUM_GENES), -1, 1) * (random.random(NUM_GENES) < 0.3))
+    changed = shares * effect
+    return draw_cells(400, changed / changed.sum(), seed=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400), st.floats(0.01, 0.99), st.integers(0, 10_000))
+def test_binomial_quantiles_are_those_of_scipy(trials: int, chance: float, place: int) -> None:
+    u = uniform(uniform_key(0, "test"), np.uint64(place))
+    ours, theirs = binomial_quantile(u, trials, chance), stats.binom.ppf(u, trials, chance)
+    assert abs(ours - theirs) <= (1 if trials * min(chance, 1 - chance) > 12 else 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0.001, 300), st.floats(0.2, 1000), st.integers(0, 10_000))
+def test_negative_binomial_quantiles_are_those_of_scipy(mean: float, shape: float, place: int) -> None:
+    u = uniform(uniform_key(1, "test"), np.uint64(place))
+    ours = negative_binomial_quantile(u, mean, shape)
+    theirs = stats.nbinom.ppf(u, shape, shape / (shape + mean))
+    near = 0.05 * np.sqrt(mean + mean**2 / shape) * (1 + 4 / shape) + 1 if mean > 40 else 0
+    assert abs(ours - theirs) <= near
+
+
+@pytest.mark.parametrize("u", [1e-6, 0.01, 0.3, 0.5, 0.7, 0.99, 1 - 1e-6])
+def test_normal_quantiles_are_those_of_scipy(u: float) -> None:
+    assert normal_quantile(u) == pytest.approx(stats.norm.ppf(u), abs=1e-7)
+
+
+def test_uniform_numbers_are_uniform_and_a_function_of_their_place() -> None:
+    key = uniform_key(3, "a")
+    numbers = np.array([uniform(key, np.uint64(place)) for place in range(4000)])
+    assert stats.kstest(numbers, "uniform").pvalue > 0.001
+    assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.05
+    assert numbers[17] == uniform(key, np.uint64(17)) != uniform(uniform_key(3, "b"), np.uint64(17))
+
+
+def test_the_fit_finds_shares_and_dispersion(shares: Float) -> None:
+    found = fit_of(draw_cells(3000, shares, shape=4.0, seed=2))
+    seen = shares * TARGET_SUM > 1
+    assert np.median(np.abs(found.share[0] / shares - 1)[seen]) < 0.03
+    assert np.median(found.shape[seen]) == pytest.approx(4.0, rel=0.1)
+    assert not found.inflation.any()
+
+
+def test_genes_get_extra_zeros_only_where_the_cells_show_them(shares: Float) -> None:
+    counts = draw_cells(2000, shares, seed=3).toarray()
+    often = np.flatnonzero(shares * TARGET_SUM > 20)[:5]
+    off = np.random.default_rng(0).random((2000, 5)) < 0.3
+    counts[:, often] = np.where(off, 0, counts[:, often])
+    found = fit_of(sparse.csr_matrix(counts))
+    assert found.inflation[often] == pytest.approx(0.3, abs=0.05)
+    assert np.count_nonzero(np.delete(found.inflation, often)) <= 2
+
+
+def test_shares_are_those_of_the_batch_as_far_as_it_has_cells(shares: Float) -> None:
+    counts = draw_cells(600, shares, seed=4)
+    doubled = shares.copy()
+    doubled[:10] *= 2
+    other = draw_cells(300, doubled / doubled.sum(), seed=5)
+    batch = np.repeat([0, 1], [600, 300])
+    found = fit_counts([(sparse.vstack([counts, other], format="csr"), batch)], num_batches=2)
+    assert np.median(found.share[1, :10] / found.share[0, :10]) == pytest.approx(2.0, rel=0.15)
+
+
+def test_without_an_effect_the_cells_are_the_donors(controls: sparse.csr_matrix, fit: CountsFit) -> None:
+    made = reweight(donors_of(controls), mean_of(controls), fit, key=uniform_key(0, "null"))
+    assert same(made, controls)
+
+
+@pytest.mark.parametrize("from_fit", [False, True])
+def test_the_pseudobulk_is_the_predicted_one_and_spread_and_zeros_are_those_of_real_cells(
+    controls: sparse.csr_matrix, perturbed: sparse.csr_matrix, fit: CountsFit, from_fit: bool
+) -> None:
+    wanted = mean_of(perturbed)
+    made = reweight(donors_of(controls), wanted, fit, key=uniform_key(0, "effect"), from_fit=from_fit)
+    assert made.dtype == np.float32
+    assert (made.data == np.rint(made.data)).all()
+    assert made.data.min() >= 1
+    values, real = log1p_of(made).toarray(), log1p_of(perturbed).toarray()
+    error = values.std(axis=0) / np.sqrt(len(values))
+    one_count = np.log(2) / len(values)
+    assert (np.abs(values.mean(axis=0) - wanted) <= np.maximum(0.5 * error, 2 * one_count)).all()
+    assert abs((values.mean(axis=0) - wanted).mean()) < 0.1 * error.mean()
+    seen = wanted > 0.2
+    assert np.median(values.var(axis=0)[seen] / real.var(axis=0)[seen]) == pytest.approx(1, abs=0.08)
+    assert np.abs((values == 0).mean(axis=0) - (real == 0).mean(axis=0)).max() < 0.12
+    assert abs(((values == 0).mean(axis=0) - (real == 0).mean(axis=0)).mean()) < 0.005
+
+
+def test_rare_genes_are_not_biased(controls: sparse.csr_matrix, fit: CountsFit) -> None:
+    rare = np.flatnonzero(np.asarray((controls > 0).mean(axis=0)).ravel() < 0.05)
+    wanted = mean_of(controls)
+    before = wanted[rare].sum()
+    wanted[rare] *= 1.13
+    keys = [uniform_key(seed, "rare") for seed in range(8)]
+    found = np.mean([mean_of(reweight(donors_of(controls), wanted, fit, key=key))[rare].sum() for key in keys])
+    assert found == pytest.approx(1.13 * before, rel=0.02)
+
+
+def test_a_gene_that_no_control_shows_can_be_switched_on(fit: CountsFit, controls: sparse.csr_matrix) -> None:
+    silent = controls.toarray()
+    silent[:, 7] = 0
+    counts = sparse.csr_matrix(silent)
+    wanted = mean_of(counts)
+    wanted[7] = 0.1
+    made = reweight(donors_of(counts), wanted, fit_of(counts), key=uniform_key(0, "on"))
+    assert mean_of(made)[7] == pytest.approx(0.1, rel=0.15)
+    wanted[7] = 0.0
+    assert same(reweight(donors_of(counts), wanted, fit_of(counts), key=uniform_key(0, "on")), counts)
+
+
+@pytest.mark.parametrize("from_fit", [False, True])
+@pytest.mark.parametrize("umi", [900.0, 3100.0, 9000.0])
+def test_the_median_depth_is_the_asked_one_and_rates_keep_their_proportions(
+    controls: sparse.csr_matrix, fit: CountsFit, shares: Float, umi: float, from_fit: bool
+) -> None:
+    made = reweight(
+        donors_of(controls), mean_of(controls), fit, key=uniform_key(0, "umi"), median_umi=umi, from_fit=from_fit
+    )
+    assert np.median(np.asarray(made.sum(axis=1))) == pytest.approx(umi, rel=0.02)
+    real = draw_cells(400, shares, umi=umi, seed=11)
+    zeros = (made.toarray() == 0).mean(axis=0) - (real.toarray() == 0).mean(axis=0)
+    assert abs(zeros.mean()) < 0.01
+    share = np.asarray(made.sum(axis=0)).ravel() / made.sum()
+    often = shares * umi > 3
+    assert np.median(np.abs(share / shares - 1)[often]) < 0.05
+
+
+def test_cells_depend_on_their_key_and_number_alone(controls: sparse.csr_matrix, fit: CountsFit) -> None:
+    wanted, key = 1.1 * mean_of(controls), uniform_key(0, "k")
+    one, again = (reweight(donors_of(controls), wanted, fit, key=key) for _ in range(2))
+    assert same(one, again)
+    assert not same(one, reweight(donors_of(controls), wanted, fit, key=uniform_key(1, "k")))
+    assert not same(one, reweight(donors_of(controls), wanted, fit, key=key, first_cell=400))
+
+
+def test_means_that_do_not_fit_are_refused(controls: sparse.csr_matrix, fit: CountsFit) -> None:
+    for wrong in (np.ones(3), np.full(NUM_GENES, -1.0), np.full(NUM_GENES, np.nan)):
+        with pytest.raises(ValueError, match="300 means"):
+            reweight(donors_of(controls), wrong, fit, key=uniform_key(0))
+
+
+def test_a_shift_meets_the_mean_where_nothing_is_cut_off_and_keeps_residuals() -> None:
+    cells = 3 + np.random.default_rng(0).random((50, 4)).astype(np.float32)
+    moved = shift(cells, np.array([1.0, 2.0, 3.0, 4.0]))
+    assert moved.mean(axis=0) == pytest.approx([1, 2, 3, 4], abs=1e-5)
+    assert moved.var(axis=0) == pytest.approx(cells.var(axis=0), rel=1e-4)
+    assert shift(cells, np.full(4, 3.0), spread=0.5).var(axis=0) == pytest.approx(cells.var(axis=0) / 4, rel=1e-4)
+
+
+def test_a_sparing_shift_leaves_zeros_of_rare_genes_alone(controls: sparse.csr_matrix) -> None:
+    cells = log1p_of(controls).toarray()
+    wanted = cells.mean(axis=0) + 0.05
+    moved = shift_sparing_zeros(cells, wanted)
+    rare = (cells > 0).mean(axis=0) < 0.5
+    assert ((moved == 0) == (cells == 0))[:, rare].all()
+    assert moved.mean(axis=0)[rare] == pytest.approx(wanted[rare], rel=1e-4)
+    assert (shift(cells, wanted) == shift_sparing_zeros(cells, wanted))[:, ~rare].all()
+
+
+def test_rounding_keeps_the_mean_and_the_totals(controls: sparse.csr_matrix) -> None:
+    cells = log1p_of(controls)
+    totals = np.full(400, 2000.0)
+    counts = round_to_counts(cells, totals, key=uniform_key(0, "round"))
+    assert (counts.data == np.rint(counts.data)).all()
+    assert np.asarray(counts.sum(axis=1)).mean() == pytest.approx(2000, rel=0.005)
+    expected = np.asarray(cells.expm1().mean(axis=0)).ravel() * 2000 / TARGET_SUM
+    assert np.asarray(counts.mean(axis=0)).ravel() == pytest.approx(expected, abs=0.1)
+    tail = round_to_counts(cells[100:], totals[100:], key=uniform_key(0, "round"), first_cell=100)
+    assert same(tail, counts[100:])
+
+
+def test_no_total_is_above_the_cap(controls: sparse.csr_matrix) -> None:
+    capped = cap_totals(controls, 2500)
+    totals, before = np.asarray(capped.sum(axis=1)).ravel(), np.asarray(controls.sum(axis=1)).ravel()
+    assert totals.max() <= 2500
+    assert (totals[before <= 2500] == before[before <= 2500]).all()
+    assert (totals[before > 2500] > 2200).all()
+    assert cap_totals(controls, None) is controls
