@@ -18,7 +18,8 @@ command = App(name="prepare")
 def prepare(experiment: Path, /, *, out: Path, set_: SetOption = None) -> None:
     """Read the h5ad files of an experiment into a training store.
 
-    The store is a folder of memory-mapped arrays: counts or log1p values, obs codes, the split, highly variable genes.
+    The store is a folder of arrays that are read cell by cell: counts or log1p values, obs codes, the split, highly
+    variable genes.
     It is written whole or not at all, and left as it is when it is already what the experiment asks for.
 
     Example: `pertcast prepare experiment.toml --out store`

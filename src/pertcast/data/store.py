@@ -1,4 +1,4 @@
-"""The training store: a folder of memory-mapped arrays, from which any cells are read at the cost of their own bytes.
+"""The training store: a folder of arrays, from which any cells are read at the cost of their own bytes.
 
 Invariants: opening reads the manifest and the codes, not the values; what is given out is log1p, float32, on one scale.
 """
@@ -19,8 +19,12 @@ from pertcast.data.split import Split
 from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.artefacts import read_manifest
 from pertcast.files.expression import Scale, normalise_log1p
+from pertcast.files.ranges import RangeFile
 
-__all__ = ["Split", "Store", "prepare"]
+__all__ = ["ALIGNMENT_BYTES", "Split", "Store", "prepare"]
+
+ALIGNMENT_BYTES = 64
+"""What :meth:`Store.log1p` aligns its arrays to, as torch does."""
 
 
 def _load(folder: Path, name: str, *, mapped: bool = False) -> np.ndarray:
@@ -28,10 +32,33 @@ def _load(folder: Path, name: str, *, mapped: bool = False) -> np.ndarray:
     try:
         array: np.ndarray = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        problem = Problem(str(path), f"missing or damaged ({error})", "run `pertcast prepare` again")
-        raise CheckpointError(problems=[problem]) from error
+        raise _damaged(path, error) from error
     # a plain view: slicing a memmap object costs a microsecond each time
     return np.asarray(array)
+
+
+def _ranges(folder: Path, name: str) -> RangeFile:
+    path = folder / f"{name}.npy"
+    try:
+        return RangeFile(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        problems=[Problem(str(path), f"missing or damaged ({error})", "run `pertcast prepare` again")]
+    )
+
+
+def _dense(block: sparse.csr_matrix) -> np.ndarray:
+    """Return a block as a dense array that is aligned as torch's own are, so that it need not be copied for torch."""
+    size = block.shape[0] * block.shape[1]
+    room = np.empty(size + ALIGNMENT_BYTES // block.dtype.itemsize, dtype=block.dtype)
+    first = (-room.ctypes.data % ALIGNMENT_BYTES) // block.dtype.itemsize
+    dense: np.ndarray = room[first : first + size].reshape(block.shape)
+    block.toarray(out=dense)
+    return dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +118,8 @@ class Store:
     config: dict[str, Any] = field(repr=False)
     notes: tuple[str, ...] = field(repr=False)
     _indptr: np.ndarray = field(repr=False)
-    _indices: np.ndarray = field(repr=False)
-    _data: np.ndarray = field(repr=False)
+    _indices: RangeFile = field(repr=False)
+    _data: RangeFile = field(repr=False)
     _embeddings: dict[str, np.ndarray] = field(repr=False)
 
     @classmethod
@@ -131,8 +158,8 @@ class Store:
             config=manifest.config,
             notes=manifest.notes,
             _indptr=_load(path, "indptr"),
-            _indices=_load(path, "indices", mapped=True),
-            _data=_load(path, "data", mapped=True),
+            _indices=_ranges(path, "indices"),
+            _data=_ranges(path, "data"),
             _embeddings={key: _load(path, f"embedding_{key}", mapped=True) for key in facts["embedding_keys"]},
         )
         lengths = {len(store._indices), len(store._data), int(store._indptr[-1]), facts["num_values"]}
@@ -167,13 +194,14 @@ class Store:
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_cells):
             raise IndexError(f"rows from {rows.min()} to {rows.max()} of a store of {self.num_cells} cells")
-        starts, stops = self._indptr[rows].tolist(), self._indptr[rows + 1].tolist()
-        spans = list(zip(starts, stops, strict=True))
-        nothing = [self._indices[:0]], [self._data[:0]]
-        indices = np.concatenate([self._indices[start:stop] for start, stop in spans] or nothing[0])
-        values = np.concatenate([self._data[start:stop] for start, stop in spans] or nothing[1])
-        indptr = np.concatenate([[0], np.cumsum(self._indptr[rows + 1] - self._indptr[rows])]).astype(np.int64)
-        indices = indices.astype(np.int32)
+        starts, stops = self._indptr[rows], self._indptr[rows + 1]
+        try:
+            indices = self._indices.gather(starts, stops).astype(np.int32)
+            values = self._data.gather(starts, stops)
+        except OSError as error:
+            problem = Problem(str(self.path), f"its values cannot be read ({error})", "run `pertcast prepare` again")
+            raise CheckpointError(problems=[problem]) from error
+        indptr = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64)
         if lookup is not None:
             indices = lookup[indices]
             kept = indices >= 0
@@ -205,7 +233,7 @@ class Store:
         return self._gather(rows, None, len(self.genes))
 
     def log1p(self, rows: np.ndarray, *, genes: np.ndarray | None = None) -> np.ndarray:
-        """Return log1p values of rows, dense float32 (len(rows), genes).
+        """Return log1p values of rows, dense float32 (len(rows), genes), aligned to 64 bytes.
 
         Parameters
         ----------
@@ -215,10 +243,10 @@ class Store:
             Positions of genes, in the order wanted, without repeats; all where not given.
         """
         if genes is None:
-            return self.csr(rows).toarray()
+            return _dense(self.csr(rows))
         lookup = np.full(len(self.genes), -1, dtype=np.int32)
         lookup[genes] = np.arange(len(genes), dtype=np.int32)
-        return self._gather(rows, lookup, len(genes)).toarray()
+        return _dense(self._gather(rows, lookup, len(genes)))
 
     def embedding(self, rows: np.ndarray, key: str) -> np.ndarray:
         """Return the embeddings of rows, float32 (len(rows), dimensions).

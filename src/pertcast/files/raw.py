@@ -12,6 +12,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from pertcast.files.ranges import read_exactly
+
 __all__ = ["RawColumn", "raw_column"]
 
 
@@ -35,16 +37,9 @@ class RawColumn:
         while start < stop:
             piece, within = divmod(start, self._chunk)
             number = min(self._chunk - within, stop - start)
-            self._fill(into[: number * size], int(self._offsets[piece]) + within * size)
+            read_exactly(self._descriptor, into[: number * size], int(self._offsets[piece]) + within * size)
             into, start = into[number * size :], start + number
         return values
-
-    def _fill(self, into: memoryview, offset: int) -> None:
-        while into:
-            done = os.preadv(self._descriptor, [into], offset)
-            if not done:
-                raise OSError(f"the file ends at byte {offset:,}, before its values do")
-            into, offset = into[done:], offset + done
 
 
 def raw_column(dataset: Any, descriptor: int) -> RawColumn | None:

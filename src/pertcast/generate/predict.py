@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pertcast.data.features import PertFeatures
 from pertcast.data.inputs import read_inputs
 from pertcast.data.store import Store
+from pertcast.data.tensors import as_tensor
 from pertcast.generate.binding import batch_codes, is_imported
 from pertcast.models.checkpoint import Run
 from pertcast.models.state import StateTransition
@@ -84,8 +85,7 @@ class NetworkPredictor:
         return output_CO
 
     def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:
-        # in torch's own, always equally aligned memory: matrix products may round by the alignment of their operands
-        return torch.from_numpy(values).clone().to(self._device)
+        return as_tensor(values).to(self._device)
 
 
 def _own_device() -> torch.device:

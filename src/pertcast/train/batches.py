@@ -20,6 +20,7 @@ from pertcast.data.inputs import input_dim, read_inputs
 from pertcast.data.sets import CellSets, training_sets
 from pertcast.data.split import Split
 from pertcast.data.store import Store
+from pertcast.data.tensors import as_tensor
 from pertcast.errors import ConfigError, DataError
 from pertcast.models.state import StateSpec, spec_for
 
@@ -193,8 +194,7 @@ class SetReader:
 
     @staticmethod
     def _tensor(values: NDArray[np.generic], shape: tuple[int, ...]) -> Tensor:
-        # In torch's own, always equally aligned memory: matrix products may round by the alignment of their operands.
-        tensor = torch.from_numpy(values).clone().reshape(*shape, *values.shape[1:])
+        tensor = as_tensor(values).reshape(*shape, *values.shape[1:])
         return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 

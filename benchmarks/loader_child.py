@@ -1,0 +1,52 @@
+"""Reads random cell sets from a store, as training does: the twin of cell_load_child.py.
+
+python benchmarks/loader_child.py experiment.toml STORE BATCHES
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from cell_load_child import forget
+
+SETS = 8
+
+
+def main() -> None:
+    """Set up, forget the files, read batches of eight sets of 128, print the cells and the seconds."""
+    import torch
+
+    from pertcast.config import load_experiment
+    from pertcast.data.features import load_features
+    from pertcast.data.sets import CellSets
+    from pertcast.data.store import Store
+    from pertcast.train.batches import Place, SetReader, SetStream, read_ahead
+
+    experiment_path, folder, batches = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    experiment = load_experiment(experiment_path, ["model.input=genes", "model.output=genes"])
+    store = Store.open(folder)
+    reader = SetReader(store, experiment, load_features(experiment.features, store, targets=()))
+    stream = SetStream(reader.training, Place(0, 0))
+
+    def pieces() -> Iterator[tuple[CellSets, Place]]:
+        for _ in range(batches):
+            yield stream.take(SETS)
+
+    # memory is there from then on
+    reader.read(stream.take(SETS)[0])
+    forget(list(folder.glob("*.npy")))
+    start, cells = time.perf_counter(), 0
+    for batch, _ in read_ahead(pieces(), reader.read):
+        for part in (batch.control_BSI, batch.real_BSO):
+            if part.is_sparse or part.dtype != torch.float32:
+                raise TypeError("expected dense float32")
+            cells += part.numel() // part.shape[-1]
+    print(json.dumps({"cells": cells, "seconds": time.perf_counter() - start}))
+
+
+if __name__ == "__main__":
+    main()
