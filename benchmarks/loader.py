@@ -4,7 +4,7 @@ Simulated counts (18,080 genes, about 7,000 stored values a cell), batches of ei
 many controls, from files that are not in the page cache, to dense float32 log1p tensors. The large store is made of
 the same cells over and over, at their full number of values.
 
-    python benchmarks/loader.py --state-python PYTHON_WITH_CELL_LOAD --shared ../shared/data --out out/loader
+    python -m benchmarks.loader --state-python PYTHON_WITH_CELL_LOAD --shared ../shared/data --out out/loader
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from against_state import simulate_data
-from packing import measure, where_and_when
+from benchmarks.against_state import simulate_data
+from benchmarks.packing import measure, where_and_when
 
 HERE = Path(__file__).parent
 BATCHES = 3
@@ -30,14 +30,16 @@ BARS = {"cells per second": 20.0, "open, s": 1.0, "training, GB": 3.0}
 
 
 def _child(command: Sequence[str]) -> dict[str, float]:
-    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    found = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE.parent
+    )
     result: dict[str, float] = json.loads(found.stdout.splitlines()[-1].rpartition("\r")[2])
     return result
 
 
 def compare(out: Path, python: str, rounds: int) -> tuple[str, float]:
     """Return a table of cells per second, and the ratio of medians against the dataset in one process."""
-    ours = [sys.executable, str(HERE / "loader_child.py"), str(out / "experiment.toml"), str(out / "store")]
+    ours = [sys.executable, "-m", "benchmarks.loader_child", str(out / "experiment.toml"), str(out / "store")]
     peer = [python, str(HERE / "cell_load_child.py"), str(out / "split.toml")]
     commands = {
         "cell-load, one process": [*peer, "0", str(BATCHES)],

@@ -1,6 +1,6 @@
 """Reads random cell sets from a store, as training does: the twin of cell_load_child.py.
 
-python benchmarks/loader_child.py experiment.toml STORE BATCHES
+python -m benchmarks.loader_child experiment.toml STORE BATCHES
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cell_load_child import forget
+from benchmarks.cell_load_child import forget
 
 SETS = 8
 

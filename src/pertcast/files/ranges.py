@@ -86,7 +86,7 @@ class RangeFile:
             for start, stop, end in zip(starts.tolist(), stops.tolist(), ends.tolist(), strict=True):
                 values[end - (stop - start) : end] = self._mapped[start:stop]
             return values
-        size, into = self.dtype.itemsize, memoryview(values).cast("B") if values.size else memoryview(b"")
+        size, into = self.dtype.itemsize, memoryview(values.data).cast("B") if values.size else memoryview(b"")
         places = (starts * size + self._offset).tolist()
         lengths = ((stops - starts) * size).tolist()
         if hasattr(os, "posix_fadvise"):
