@@ -100,7 +100,7 @@ def write_imported(workspace: Workspace, **changes: object) -> Path:
     run = Run(**(values | changes))  # type: ignore[arg-type]
     features = PertFeatures(("non-targeting", "G1"), np.eye(2, dtype=np.float32), "onehot", "non-targeting", "a test")
     save_features(features, run.path / "features")
-    save_run(run, StateTransition(run.spec).state_dict(), inputs={})
+    save_run(run, StateTransition(run.network).state_dict(), inputs={})
     return run.path
 
 

@@ -249,6 +249,47 @@ def test_onehot_has_a_column_for_each_training_label() -> None:
     assert features.dim == 4
 
 
+def label_store() -> MemoryStore:
+    """Training labels G0, G2+G4 and G4; G0+G9 and G7+G8 validate."""
+    perts = ("non-targeting", "G0", "G2+G4", "G4", "G0+G9", "G7+G8")
+    codes = np.arange(6).astype(np.int32)
+    split = np.array([TRAIN] * 4 + [VAL] * 2, dtype=np.uint8)
+    values = np.ones((6, 12), dtype=np.float32)
+    return MemoryStore(values, tuple(f"G{i}" for i in range(12)), perts, codes, split)
+
+
+def test_label_features_tell_which_genes_of_training_labels_a_label_names() -> None:
+    config = FeaturesConfig(kind="labels")
+    with pytest.raises(DataError, match="no training label names a gene of it"):
+        load_features(config, label_store())
+    features = load_features(FeaturesConfig(kind="labels", missing="mean"), label_store(), targets=["G2"])
+    expected: dict[str, list[float]] = {
+        "non-targeting": [0, 0, 0],
+        "G0": [1, 0, 0],
+        "G2+G4": [0, 1, 1],
+        "G4": [0, 0, 1],
+        "G0+G9": [1, 0, 0],
+        "G7+G8": [1 / 3, 1 / 3, 2 / 3],
+        "G2": [0, 1, 0],
+    }
+    assert features.names == tuple(expected)
+    np.testing.assert_allclose(features.matrix, np.array(list(expected.values())), rtol=1e-6)
+    assert list(features.filled) == ["G7+G8"]
+
+
+@pytest.mark.parametrize("how", ["sum", "mean"])
+def test_labels_of_several_genes_combine_their_features(how: str, tmp_path: Path) -> None:
+    vectors = {name: np.array([place, 1.0], dtype=np.float32) for place, name in enumerate(["G0", "G2", "G4", "G9"])}
+    path = write_npz_pairs(tmp_path / "f.npz", vectors)
+    base = {"kind": "file", "path": path, "missing": "mean"}
+    features = load_features(FeaturesConfig.model_validate({**base, "combine": how}), label_store())
+    share = 1 if how == "sum" else 0.5
+    np.testing.assert_allclose(features.of(["G2+G4"])[0], [3 * share, 2 * share])
+    np.testing.assert_allclose(features.of(["G0+G9"])[0], [3 * share, 2 * share])
+    assert list(features.filled) == ["G7+G8"]
+    assert "G2+G4" in load_features(FeaturesConfig.model_validate(base), label_store()).filled
+
+
 def test_file_features_are_taken_by_name_and_the_control_is_zero(tmp_path: Path) -> None:
     path = write_pt(tmp_path / "a.pt", VECTORS)
     features = load_features(file_config(path), make_store(), targets=["NA", "G0"])

@@ -365,7 +365,7 @@ def test_an_embedding_trains_with_a_decoder(bench: Bench, tmp_path: Path) -> Non
     run = bench.train(tmp_path / "run", store=store)
     entry = lines(run)[-1]
     assert entry["loss"] == pytest.approx(entry["energy"] + entry["decoder"])
-    spec = open_run(run).spec
+    spec = open_run(run).network
     assert (spec.input_dim, spec.output_dim, spec.num_genes, spec.output_space) == (5, 5, 20, "latent")
     only = bench.train(tmp_path / "only", "loss.energy=0", "loss.decoder=2", store=store)
     assert lines(only)[0]["loss"] == pytest.approx(2 * lines(only)[0]["decoder"])

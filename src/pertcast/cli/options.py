@@ -10,6 +10,7 @@ from cyclopts import Parameter
 __all__ = [
     "DevicesOption",
     "GenesOption",
+    "ModelOption",
     "NodesOption",
     "RungOption",
     "SeasonOption",
@@ -43,6 +44,15 @@ DevicesOption = Annotated[
 NodesOption = Annotated[
     int | None,
     Parameter(name="--num-nodes", help="Machines; torchrun and srun, which they need, say it themselves."),
+]
+ModelOption = Annotated[
+    Literal["state", "control", "mean", "ridge", "kernel_ridge", "knn"] | None,
+    Parameter(
+        name="--model",
+        negative="",
+        help="What learns: state (the network), or a baseline: control (no effect), mean (the mean effect), ridge, "
+        "kernel_ridge, knn (on features). Short for --set model.kind=...; --set goes on top.",
+    ),
 ]
 RulesOption = Annotated[
     list[str] | None,

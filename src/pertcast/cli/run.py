@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from pertcast.cli.options import RungOption, SetOption
+from pertcast.cli.options import ModelOption, RungOption, SetOption
 
 __all__ = ["command", "run"]
 
@@ -15,7 +15,15 @@ command = App(name="run")
 
 
 @command.default
-def run(experiment: Path, /, *, out: Path | None = None, rung: RungOption = None, set_: SetOption = None) -> None:
+def run(
+    experiment: Path,
+    /,
+    *,
+    out: Path | None = None,
+    rung: RungOption = None,
+    model: ModelOption = None,
+    set_: SetOption = None,
+) -> None:
     """Do every stage of an experiment: prepare, train, generate, assemble, check, pack.
 
     A stage whose result is there and still true is skipped; an interrupted one goes on where it stopped.
@@ -31,11 +39,14 @@ def run(experiment: Path, /, *, out: Path | None = None, rung: RungOption = None
     """
     from pertcast.cli.check import print_report
     from pertcast.cli.console import Console
-    from pertcast.config import rung_overrides
+    from pertcast.config import model_overrides, rung_overrides
     from pertcast.run import run_experiment
 
     outcome = run_experiment(
-        experiment, out or Path(experiment.stem), overrides=(*rung_overrides(rung), *(set_ or ())), progress=Console()
+        experiment,
+        out or Path(experiment.stem),
+        overrides=(*rung_overrides(rung), *model_overrides(model), *(set_ or ())),
+        progress=Console(),
     )
     print_report(outcome.report)
     print(outcome.archive)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from pertcast.cli.options import DevicesOption, NodesOption, RungOption, SetOption
+from pertcast.cli.options import DevicesOption, ModelOption, NodesOption, RungOption, SetOption
 
 __all__ = ["command", "train"]
 
@@ -22,6 +22,7 @@ def train(
     out: Path,
     store: Path | None = None,
     rung: RungOption = None,
+    model: ModelOption = None,
     devices: DevicesOption = None,
     num_nodes: NodesOption = None,
     set_: SetOption = None,
@@ -48,7 +49,7 @@ def train(
         The folder that `pertcast prepare` wrote; default: the folder `store` beside the run, prepared if need be.
     """
     from pertcast.cli.console import console, say
-    from pertcast.config import load_experiment, rung_overrides
+    from pertcast.config import load_experiment, model_overrides, rung_overrides
     from pertcast.data.store import prepare
     from pertcast.errors import ConfigError
     from pertcast.processes import launched
@@ -56,7 +57,8 @@ def train(
 
     asked = {"train.devices": devices, "train.num_nodes": num_nodes}
     options = [f"{key}={value}" for key, value in asked.items() if value is not None]
-    resolved, progress = load_experiment(experiment, (*rung_overrides(rung), *options, *(set_ or ()))), console()
+    overrides = (*rung_overrides(rung), *model_overrides(model), *options, *(set_ or ()))
+    resolved, progress = load_experiment(experiment, overrides), console()
     if store is None:
         if launched() is not None:
             raise ConfigError(

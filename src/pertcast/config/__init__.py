@@ -2,7 +2,7 @@
 
 from pertcast.config.learning import AdaptConfig, LossConfig, ModelConfig, TrainConfig
 from pertcast.config.load import load_experiment, rebuild_experiment, upgrade
-from pertcast.config.rungs import RUNGS, rung_of, rung_overrides
+from pertcast.config.rungs import RUNGS, model_overrides, rung_of, rung_overrides
 from pertcast.config.sections import (
     ColumnsConfig,
     Experiment,
@@ -27,6 +27,7 @@ __all__ = [
     "SubmissionConfig",
     "TrainConfig",
     "load_experiment",
+    "model_overrides",
     "rebuild_experiment",
     "rung_of",
     "rung_overrides",

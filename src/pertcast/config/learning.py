@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from pertcast.config.base import Section, Share, Weight
 
@@ -16,8 +16,15 @@ RESIDUAL_OF_SWITCH = {True: "state", False: "none"}
 
 
 class ModelConfig(Section):
-    """The State Transition network: a preset, and what differs from it.
+    """What learns. `kind` is ``state``, the State Transition network, or a baseline.
 
+    Baselines are fitted on the effects of training perturbations: ``control`` (no effect), ``mean`` (the mean effect),
+    and on the perturbation features ``ridge``, ``kernel_ridge`` and ``knn`` (nearest neighbours). Of the other keys
+    they heed `output`, and `set_size` with its `preset`.
+
+    `base` is the baseline that a network with ``residual = "shift"`` adds its shift to, or ``none``.
+
+    A network is a preset, and what differs from it.
     `input` is what control cells are read as: ``genes``, ``hvg``, or ``obsm:NAME`` (an embedding, with a decoder to
     genes). `output` is ``genes`` (all of the gene list) or ``hvg``.
 
@@ -26,6 +33,8 @@ class ModelConfig(Section):
     genes); or ``none``.
     """
 
+    kind: Literal["state", "control", "mean", "ridge", "kernel_ridge", "knn"] = "state"
+    base: Literal["none", "mean", "ridge", "kernel_ridge", "knn"] = "none"
     preset: Literal["tiny", "state_sm", "state"] = "state_sm"
     input: str = "genes"
     output: Literal["genes", "hvg"] = "genes"
@@ -56,6 +65,15 @@ class ModelConfig(Section):
         if value not in ("genes", "hvg") and not re.fullmatch(r"obsm:.+", value):
             raise ValueError("expected 'genes', 'hvg' or 'obsm:NAME'")
         return value
+
+    @model_validator(mode="after")
+    def _base_goes_with_shift(self) -> ModelConfig:
+        if self.base != "none" and (self.kind, self.residual) != ("state", "shift"):
+            raise ValueError(
+                f'`base = "{self.base}"` is what a network adds its shift to: '
+                'it goes with `kind = "state"` and `residual = "shift"`'
+            )
+        return self
 
 
 class LossConfig(Section):

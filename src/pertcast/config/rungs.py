@@ -1,4 +1,4 @@
-"""The rungs of the ladder, as weights of the loss; each adds one term to the one before."""
+"""Short words for overrides: the rungs of the ladder, each one more term of the loss than the one before; the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from pertcast.config.learning import LossConfig
 
-__all__ = ["RUNGS", "rung_of", "rung_overrides"]
+__all__ = ["RUNGS", "model_overrides", "rung_of", "rung_overrides"]
 
 RUNGS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
@@ -28,6 +28,17 @@ def rung_overrides(rung: str | None) -> tuple[str, ...]:
     ('loss.energy=1.0', 'loss.mae=1.0', 'loss.de=0.0', 'loss.rank=0.0')
     """
     return () if rung is None else tuple(f"loss.{name}={weight}" for name, weight in RUNGS[rung].items())
+
+
+def model_overrides(kind: str | None) -> tuple[str, ...]:
+    """Return what learns as a ``section.key=value`` override, to go before the user's own; none for ``None``.
+
+    Examples
+    --------
+    >>> model_overrides("ridge")
+    ('model.kind=ridge',)
+    """
+    return () if kind is None else (f"model.kind={kind}",)
 
 
 def rung_of(loss: Mapping[str, object]) -> str:

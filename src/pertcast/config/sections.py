@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
@@ -68,13 +68,19 @@ class PrepareConfig(Section):
 
 
 class FeaturesConfig(Section):
-    """Perturbation features: ``onehot``, ``coexpression``, or ``file`` (.pt dict, .npz, .parquet, .csv).
+    """Perturbation features: ``onehot``, ``coexpression``, ``labels``, or ``file`` (.pt dict, .npz, .parquet, .csv).
+
+    ``labels`` tells which genes a label names, among those that training labels name: 1 for each. A label names several
+    genes with `separator` between them, as "A+B". `combine` says what such a label gets where the source (a file, or
+    co-expression) knows its genes and not the label: the ``sum`` or the ``mean`` of theirs, or ``none``.
 
     `missing` says what a target without a feature gets; anything but "error" is counted in every report.
     """
 
-    kind: Literal["onehot", "coexpression", "file"] = "onehot"
+    kind: Literal["onehot", "coexpression", "labels", "file"] = "onehot"
     path: InputPath | None = None
+    combine: Literal["none", "sum", "mean"] = "none"
+    separator: Annotated[str, Field(min_length=1)] = "+"
     missing: Literal["error", "mean", "nearest"] = "error"
     num_loadings: PositiveInt = 64
 

@@ -189,6 +189,10 @@ def _features(run: Run, run_path: Path, experiment: Experiment, store: Store, pl
         return kept
     if is_imported(run):
         kept.of(targets)  # names every target that the network does not know
+    if kept.kind == "none":
+        more = tuple(target for target in targets if target not in kept.names)
+        nothing = np.zeros((len(kept.names) + len(more), 0), dtype=np.float32)
+        return dataclasses.replace(kept, names=(*kept.names, *more), matrix=nothing)
     features = load_features(experiment.features, store, targets=targets)
     if not np.array_equal(features.of(store.perts), kept.of(store.perts)):
         raise CheckpointError(

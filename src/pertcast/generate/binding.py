@@ -33,7 +33,7 @@ def bind(run: Run, store: Store) -> Run:
     CheckpointError
         With every name that the run needs and the store lacks.
     """
-    if run.spec.output_space == "embedding":
+    if run.network.output_space == "embedding":
         raise CheckpointError(f"{run.path}: the network gives an embedding and no genes; import one that gives genes")
     problems = [*_gene_problems(run, store), *_input_problems(run, store), *_batch_problems(run, store)]
     if run.control != store.control:
@@ -71,13 +71,13 @@ def _input_problems(run: Run, store: Store) -> list[Problem]:
     if key not in store.embedding_keys:
         return [Problem("embedding", f"the network reads {key!r}, the store has {_some(store.embedding_keys)}", remedy)]
     width = store.embedding(np.zeros(1, dtype=np.int64), key).shape[1]
-    if width != run.spec.input_dim:
-        return [Problem("embedding", f"expected {key!r} to be {run.spec.input_dim} wide, got {width}", remedy)]
+    if width != run.network.input_dim:
+        return [Problem("embedding", f"expected {key!r} to be {run.network.input_dim} wide, got {width}", remedy)]
     return []
 
 
 def _batch_problems(run: Run, store: Store) -> list[Problem]:
-    if not run.spec.num_batches:
+    if not run.network.num_batches:
         return []
     used = np.unique(store.batch_codes[store.rows(split=_ALL, pert=store.perts.index(store.control))])
     names = [store.batches[code] if code >= 0 else "(unknown)" for code in used]

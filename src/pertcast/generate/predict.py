@@ -16,11 +16,12 @@ from pertcast.data.inputs import read_inputs
 from pertcast.data.store import Store
 from pertcast.data.tensors import as_tensor
 from pertcast.generate.binding import batch_codes, is_imported
+from pertcast.models.baselines import Baseline, BaselineSpec, predict_effects
 from pertcast.models.checkpoint import Run
 from pertcast.models.state import StateTransition
 from pertcast.processes import launched
 
-__all__ = ["NetworkPredictor", "Predictor", "make_predictor"]
+__all__ = ["BaselinePredictor", "NetworkPredictor", "Predictor", "make_predictor"]
 
 
 class Predictor(Protocol):
@@ -43,7 +44,40 @@ class Predictor(Protocol):
 
 def make_predictor(run: Run, store: Store, features: PertFeatures) -> Predictor:
     """Return what predicts a run's cells; weights are read when the first cells are wanted."""
+    if isinstance(run.spec, BaselineSpec):
+        return BaselinePredictor(run, store, features)
     return NetworkPredictor(run, store, features)
+
+
+class BaseEffects:
+    """The effects that a run's baseline predicts in the contexts of a store."""
+
+    def __init__(self, run: Run, baseline: Baseline, store: Store, features: PertFeatures) -> None:
+        self._run, self._baseline, self._store, self._features = run, baseline, store, features
+
+    def of(self, target: str, context: str) -> NDArray[np.float32]:
+        """Return (output genes,) log1p differences; 0 for the control label."""
+        if target == self._store.control:
+            return np.zeros(self._baseline.spec.num_genes, dtype=np.float32)
+        code = self._run.contexts.index(context) if context in self._run.contexts else -1
+        effect_PG = predict_effects(self._baseline, self._features.of([target]), context=code)
+        return effect_PG.reshape(-1)
+
+
+class BaselinePredictor:
+    """A fitted baseline: the control cell plus the effect of the target, no less than 0."""
+
+    def __init__(self, run: Run, store: Store, features: PertFeatures) -> None:
+        baseline = run.baseline()
+        assert baseline is not None
+        self._run, self._store, self._effects = run, store, BaseEffects(run, baseline, store, features)
+
+    def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
+        """Return (B * S, output genes) log1p values; see :class:`Predictor`."""
+        is_whole = len(self._run.output_genes) == len(self._store.genes)
+        control_CO = self._store.log1p(rows_BS.reshape(-1), genes=None if is_whole else self._run.output_genes)
+        shifted_CO: NDArray[np.float32] = np.maximum(control_CO + self._effects.of(target, context), np.float32(0))
+        return shifted_CO
 
 
 class NetworkPredictor:
@@ -65,6 +99,8 @@ class NetworkPredictor:
         # a run that was trained elsewhere, or on other cells first, has genes and batches of its own
         self._input_genes = run.hvg if is_imported(run) or self._source == "hvg" else None
         self._batch_codes = batch_codes(run, store)
+        baseline = run.baseline()
+        self._base = BaseEffects(run, baseline, store, features) if baseline is not None else None
 
     @torch.inference_mode()
     def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
@@ -80,9 +116,13 @@ class NetworkPredictor:
             self._tensor(self._features.of([target])).expand(len(rows_BS), -1),
             self._tensor(self._batch_codes[store.batch_codes[rows]].reshape(rows_BS.shape)),
             torch.full((len(rows_BS),), code, device=self._device),
+            base_BG=self._base_of(target, context, num_sets=len(rows_BS)),
         )
         output_CO: NDArray[np.float32] = prediction.log1p_BSG.flatten(0, 1).float().cpu().numpy()
         return output_CO
+
+    def _base_of(self, target: str, context: str, *, num_sets: int) -> torch.Tensor | None:
+        return None if self._base is None else self._tensor(self._base.of(target, context)).expand(num_sets, -1)
 
     def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:
         return as_tensor(values).to(self._device)

@@ -1,5 +1,6 @@
 """A trained run as files: weights in safetensors, all else in JSON; no code runs when one is opened.
 
+A run is of a network, which may stand on a baseline in the folder ``base``, or of a baseline alone.
 Invariants: the manifest is written last, so a folder with a manifest is whole; a run that opens has every tensor of its
 network, in the network's shapes, and the bytes that its manifest says.
 """
@@ -31,10 +32,13 @@ from pertcast.files.artefacts import (
     write_json,
     write_manifest,
 )
+from pertcast.models.baselines import Baseline, BaselineSpec, open_baseline
+from pertcast.models.baselines.files import open_arrays, read_spec
 from pertcast.models.heads import DE_HEAD_PREFIX
 from pertcast.models.state import StateSpec, StateTransition
 
 __all__ = [
+    "BASE",
     "RUN_JSON",
     "WEIGHTS",
     "Run",
@@ -48,20 +52,21 @@ __all__ = [
 
 WEIGHTS = "weights.safetensors"
 RUN_JSON = "run.json"
+BASE = "base"
 _REMEDY = "train again, or give the folder of another run"
 _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained network and everything that generation needs to know about it.
+    """A trained network or fitted baseline, and everything that generation needs to know about it.
 
     Attributes
     ----------
     path
         The folder.
     spec
-        The network.
+        The network, or the baseline.
     experiment
         The resolved experiment that it was trained with, as JSON values.
     genes
@@ -92,7 +97,7 @@ class Run:
     """
 
     path: Path
-    spec: StateSpec
+    spec: StateSpec | BaselineSpec
     experiment: dict[str, Any]
     genes: tuple[str, ...]
     output_genes: NDArray[np.int64]
@@ -110,18 +115,47 @@ class Run:
     features: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def network(self) -> StateSpec:
+        """The network.
+
+        Raises
+        ------
+        CheckpointError
+            If this is a run of a baseline.
+        """
+        if isinstance(self.spec, BaselineSpec):
+            raise CheckpointError(
+                f'{self.path}: expected a run of a network, got the baseline "{self.spec.kind}"; '
+                'train one with model.kind = "state"'
+            )
+        return self.spec
+
     def model(self) -> StateTransition:
         """Return the network with its weights, on the CPU, in evaluation mode.
 
         Raises
         ------
         CheckpointError
-            If the weights do not fit the network.
+            If the weights do not fit the network, or this is a run of a baseline.
         """
         with torch.device("meta"):
-            model = StateTransition(self.spec)
+            model = StateTransition(self.network)
         load_weights(model, self.path / WEIGHTS)
         return model.eval()
+
+    def baseline(self) -> Baseline | None:
+        """Return the baseline that this run is of, or that its network stands on; ``None`` where there is none.
+
+        Raises
+        ------
+        CheckpointError
+            If its files are not whole.
+        """
+        if isinstance(self.spec, BaselineSpec):
+            return open_arrays(self.path / WEIGHTS, self.spec)
+        stands_on_one = self.experiment["model"].get("base", "none") != "none"
+        return open_baseline(self.path / BASE) if stands_on_one else None
 
 
 def save_run(run: Run, weights: Mapping[str, Tensor], *, inputs: Mapping[str, str]) -> None:
@@ -130,9 +164,9 @@ def save_run(run: Run, weights: Mapping[str, Tensor], *, inputs: Mapping[str, st
     Parameters
     ----------
     run
-        What to write; `features` are expected in the folder ``features`` already.
+        What to write; features are expected in the folder ``features`` already, the network's baseline in ``base``.
     weights
-        The network's tensors.
+        The network's tensors, or the baseline's.
     inputs
         Name → hash of what the run was made from.
     """
@@ -145,13 +179,18 @@ def save_run(run: Run, weights: Mapping[str, Tensor], *, inputs: Mapping[str, st
         folder / RUN_JSON,
         {
             **{item.name: getattr(run, item.name) for item in fields(run) if item.name not in ("path", "store_path")},
-            "spec": asdict(run.spec),
+            "spec": run.spec.as_json() if isinstance(run.spec, BaselineSpec) else asdict(run.spec),
             "output_genes": run.output_genes.tolist(),
             "hvg": run.hvg.tolist(),
             "store_path": {"relative": os.path.relpath(store, folder.absolute()), "absolute": str(store)},
         },
     )
-    kept = [folder / WEIGHTS, folder / RUN_JSON, *sorted((folder / "features").rglob("*"))]
+    kept = [
+        folder / WEIGHTS,
+        folder / RUN_JSON,
+        *sorted((folder / "features").rglob("*")),
+        *sorted((folder / BASE).rglob("*")),
+    ]
     files = {str(path.relative_to(folder)): hash_file(path) for path in kept if path.is_file()}
     facts = {"step": run.step, "metrics": run.metrics}
     manifest = Manifest("run", inputs=dict(inputs), config=run.experiment, files=files, facts=facts, notes=run.notes)
@@ -176,8 +215,11 @@ def open_run(path: Path) -> Run:
         raise CheckpointError(
             f"{path / RUN_JSON}: not a run of this version of pertcast ({error}); {_REMEDY}"
         ) from None
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in StateTransition(run.spec).state_dict().items()}
+    if isinstance(run.spec, BaselineSpec):
+        expected = run.spec.shapes()
+    else:
+        with torch.device("meta"):
+            expected = {name: tuple(value.shape) for name, value in StateTransition(run.spec).state_dict().items()}
     require_shapes(path / WEIGHTS, _without_de_head(_shapes(path / WEIGHTS)), expected)
     return run
 
@@ -199,8 +241,10 @@ def _from_json(path: Path, raw: Mapping[str, Any]) -> Run:
     )
 
 
-def _spec(raw: Mapping[str, Any]) -> StateSpec:
+def _spec(raw: Mapping[str, Any]) -> StateSpec | BaselineSpec:
     values: dict[str, Any] = dict(raw)
+    if "kind" in values:
+        return read_spec(values)
     return StateSpec(**{**values, "decoder_widths": tuple(values.get("decoder_widths", ()))})
 
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from pertcast.config import ModelConfig
 from pertcast.errors import ConfigError
 
-__all__ = ["PRESETS", "Preset", "StateSpec", "spec_for"]
+__all__ = ["PRESETS", "Preset", "StateSpec", "set_size_of", "spec_for"]
 
 
 class Preset(NamedTuple):
@@ -75,6 +75,8 @@ class StateSpec:
         Whether a learnt token stands before the cells of a set, and one after them that gives the set's confidence.
     shift
         Whether the head's output is added to the control cell itself, and is 0 for the control condition.
+    on_base
+        Whether the effect of a baseline is added, too.
     """
 
     input_dim: int
@@ -103,6 +105,7 @@ class StateSpec:
     batch_token: bool = False
     confidence_token: bool = False
     shift: bool = False
+    on_base: bool = False
 
 
 def spec_for(
@@ -153,11 +156,17 @@ def spec_for(
         dropout=config.dropout,
         residual=config.residual == "state",
         shift=config.residual == "shift",
+        on_base=config.base != "none",
         num_batches=num_batches + 1 if config.batch_embedding else 0,
         num_contexts=num_contexts if config.context_embedding else 0,
         unknown_batch=config.batch_embedding,
         **shape._asdict(),
     )
+
+
+def set_size_of(config: ModelConfig) -> int:
+    """Return how many cells make a set: the preset's number, or the configuration's own."""
+    return PRESETS[config.preset].set_size if config.set_size is None else config.set_size
 
 
 def _items(preset: Preset) -> list[tuple[str, int]]:

@@ -182,6 +182,7 @@ class StateTransition(nn.Module):
         pert_BF: Tensor,
         batch_BS: Tensor | None = None,
         context_B: Tensor | None = None,
+        base_BG: Tensor | None = None,
         control_mean_BG: Tensor | None = None,
     ) -> Prediction:
         """Predict perturbed cells.
@@ -196,6 +197,8 @@ class StateTransition(nn.Module):
             Batch codes of the control cells, -1 where unknown; needed with a batch embedding, ignored without.
         context_B
             Context codes of the sets; needed with a context embedding, ignored without.
+        base_BG
+            Effects of a baseline, to which the network adds its shift; needed by a network on a baseline.
         control_mean_BG
             Mean log1p expression of control cells; where given, the DE head, if there is one, says what it makes of
             the predicted effect.
@@ -203,7 +206,7 @@ class StateTransition(nn.Module):
         Raises
         ------
         ValueError
-            If batches or contexts are needed and not given.
+            If batches, contexts or effects of a baseline are needed and not given.
         """
         basal_BSH = self.basal_encoder(control_BSI)
         hidden_BSH = basal_BSH + self.pert_encoder(pert_BF)[:, None]
@@ -226,7 +229,7 @@ class StateTransition(nn.Module):
         if self.spec.shift:
             is_perturbed_B11 = (pert_BF != self.control_feature).any(-1)[:, None, None]
             # Unlike relu, clamp_min lets the gradient through at 0, where most values of control cells are.
-            output_BSO = (control_BSI + output_BSO * is_perturbed_B11).clamp_min(0)
+            output_BSO = (control_BSI + self._with_base(output_BSO, base_BG) * is_perturbed_B11).clamp_min(0)
         if self.gene_decoder is None:
             prediction = Prediction(
                 functional.relu(output_BSO) if not self.spec.shift else output_BSO, None, confidence_B
@@ -239,6 +242,13 @@ class StateTransition(nn.Module):
             return prediction
         effect_BG = prediction.log1p_BSG.mean(1) - control_mean_BG
         return prediction._replace(de_BG=self.de_head(hidden_BSH.mean(1), effect_BG))
+
+    def _with_base(self, shift_BSO: Tensor, base_BG: Tensor | None) -> Tensor:
+        if not self.spec.on_base:
+            return shift_BSO
+        if base_BG is None:
+            raise ValueError("this network stands on a baseline: expected base_BG, got None")
+        return shift_BSO + base_BG[:, None]
 
     def _attend(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor | None]:
         """Let the cells attend to one another and to the tokens; return them, and the sets' confidence."""

@@ -74,6 +74,11 @@ def adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, *
 def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, progress: Progress) -> Path:
     experiment = adapted_experiment(run_path, experiment)
     run, store = open_run(run_path), Store.open(store_path)
+    if run.baseline() is not None:
+        raise CheckpointError(
+            f"{run_path}: it is, or stands on, a baseline of its own contexts, which cannot be adapted; adapt one with "
+            'model.base = "none", or fit the baseline on the new line, too'
+        )
     require_losses(experiment)
     require_fitting(run, store)
     identity = _identity(run_path, experiment, store)
@@ -137,7 +142,7 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
 def _network(run: Run, experiment: Experiment, line: Line, reader: SetReader) -> tuple[StateTransition, int]:
     """Return the run's network with rows for the new line, what learns chosen; and how many numbers learn."""
     spec, weights = grow(
-        run.spec,
+        run.network,
         load_tensors(run.path / WEIGHTS),
         new_contexts=line.num_new_contexts,
         new_batches=line.num_new_batches,

@@ -23,6 +23,7 @@ from pertcast.data.store import Store
 from pertcast.data.tensors import as_tensor
 from pertcast.errors import ConfigError, DataError
 from pertcast.models.state import StateSpec, spec_for
+from pertcast.train.baseline import TrainingBase
 
 __all__ = ["Batch", "Place", "SetReader", "SetStream", "forget_batches", "read_ahead"]
 
@@ -35,7 +36,10 @@ class Place(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Some sets as tensors; `real_BSO` is in the network's output space, `genes_BSG` only in latent space."""
+    """Some sets as tensors; `real_BSO` is in the network's output space, `genes_BSG` only in latent space.
+
+    `base_BG` are the effects of the baseline that the network stands on, if it does.
+    """
 
     control_BSI: Tensor  # noqa: N815
     pert_BF: Tensor  # noqa: N815
@@ -44,6 +48,11 @@ class Batch(NamedTuple):
     real_BSO: Tensor  # noqa: N815
     genes_BSG: Tensor | None  # noqa: N815
     pert_B: Tensor  # noqa: N815
+    base_BG: Tensor | None = None  # noqa: N815
+
+    def for_network(self) -> tuple[Tensor | None, ...]:
+        """Return what the network reads, in the order of its arguments."""
+        return self.control_BSI, self.pert_BF, self.batch_BS, self.context_B, self.base_BG
 
 
 def forget_batches(batch: Batch, forgotten: Sequence[bool]) -> Batch:
@@ -111,6 +120,8 @@ class SetReader:
         Positions of the predicted genes in the store.
     untrained_batches
         Codes of batches without training cells; the network reads them as the unknown batch.
+    base
+        The fitted baseline that the network stands on; none unless it is set.
 
     Raises
     ------
@@ -120,6 +131,7 @@ class SetReader:
 
     def __init__(self, store: Store, experiment: Experiment, features: PertFeatures) -> None:
         self._store, self._experiment = store, experiment
+        self.base: TrainingBase | None = None
         self._pert_PF = torch.from_numpy(features.of(store.perts)).clone()
         self._is_latent = experiment.model.input.startswith("obsm:")
         model = experiment.model
@@ -187,6 +199,7 @@ class SetReader:
             ),
             genes_BSG=genes_BSG if self._is_latent else None,
             pert_B=torch.from_numpy(sets.pert.astype(np.int64)),
+            base_BG=None if self.base is None else torch.from_numpy(self.base.of(sets)),
         )
 
     def _gene_choice(self) -> NDArray[np.int64] | None:

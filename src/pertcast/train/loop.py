@@ -209,8 +209,7 @@ class Loop:
         """Predict a batch and measure each set; its key decides which other perturbations it is compared with."""
         if self.truth is None:
             batch = self.fabric.to_device(batch)
-            prediction = self.model(batch.control_BSI, batch.pert_BF, batch.batch_BS, batch.context_B)
-            return loss_terms(prediction, batch, self.loss)
+            return loss_terms(self.model(*batch.for_network()), batch, self.loss)
         others_BK = self.truth.draw_others(
             batch.context_B,
             batch.pert_B,
@@ -220,11 +219,8 @@ class Loop:
         )
         batch, others_BK = self.fabric.to_device(batch), self.fabric.to_device(others_BK)
         known = self.truth.of(batch.context_B, batch.pert_B)
-        prediction = self.model(
-            batch.control_BSI, batch.pert_BF, batch.batch_BS, batch.context_B, known.control_mean_BG
-        )
         return loss_terms(
-            prediction,
+            self.model(*batch.for_network(), known.control_mean_BG),
             batch,
             self.loss,
             known=known,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor, nn
 
-from pertcast.config import Experiment
+from pertcast.config import Experiment, FeaturesConfig, LossConfig, ModelConfig, TrainConfig, upgrade
 from pertcast.errors import CheckpointError, Problem
 from pertcast.files.artefacts import (
     Manifest,
@@ -42,6 +42,7 @@ __all__ = [
     "load_newest",
     "restore",
     "save_state",
+    "with_defaults",
 ]
 
 CHECKPOINTS = "checkpoints"
@@ -201,6 +202,18 @@ def identity_of(experiment: Experiment, store_fingerprint: str) -> dict[str, Any
         "loss": config["loss"],
         "train": {**train, "unknown_batch": train["unknown_batch"] if experiment.model.batch_embedding else 0.0},
     }
+
+
+def with_defaults(begun: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run was begun with; keys that there were not yet have their defaults, which change nothing."""
+    upgraded = upgrade(begun)
+    sections = {"model": ModelConfig(), "loss": LossConfig(), "features": FeaturesConfig(), "train": TrainConfig()}
+    defaults = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    defaults["train"]["unknown_batch"] = 0.0
+    del defaults["features"]["path"]
+    for name in upgraded.keys() & defaults.keys() | {"loss"}:
+        upgraded[name] = {**defaults[name], **upgraded.get(name, {})}
+    return upgraded
 
 
 def identity_problems(begun: Mapping[str, Any], asked: Mapping[str, Any], *, place: str = "") -> list[Problem]:

@@ -11,22 +11,24 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from pertcast.config import Experiment, LossConfig, TrainConfig, rebuild_experiment, upgrade
+from pertcast.config import Experiment, rebuild_experiment
 from pertcast.data.batch_effects import BatchEffects, batch_effects
-from pertcast.data.features import PertFeatures, coverage, load_features, open_features, save_features
+from pertcast.data.features import PertFeatures, save_features
 from pertcast.data.labels import de_labels
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
 from pertcast.files.artefacts import MANIFEST, any_content, read_json, remove_leftovers, write_json
 from pertcast.files.lock import claimed
-from pertcast.files.season_lists import read_targets
-from pertcast.models.checkpoint import RUN_JSON, WEIGHTS, Run, open_run, save_run
+from pertcast.models.baselines import save_baseline
+from pertcast.models.checkpoint import BASE, RUN_JSON, WEIGHTS, Run, open_run, save_run
 from pertcast.models.state import StateTransition
 from pertcast.processes import launched, run_processes
 from pertcast.progress import SILENT, Progress
 from pertcast.stats.draws import key_hash
+from pertcast.train.baseline import TrainingBase, fit_base, train_baseline
 from pertcast.train.batches import SetReader
 from pertcast.train.fabric import is_first_process, num_processes, one_process_for_all, open_fabric
+from pertcast.train.features import FEATURES, run_features, show_coverage
 from pertcast.train.loop import Loop, make_optimizer
 from pertcast.train.resume import (
     IDENTITY,
@@ -36,6 +38,7 @@ from pertcast.train.resume import (
     identity_problems,
     load_newest,
     restore,
+    with_defaults,
 )
 from pertcast.train.terms import needs_truth
 from pertcast.train.truth import Truth, learn_truth
@@ -50,12 +53,11 @@ __all__ = [
     "train_share",
 ]
 
-_FEATURES = "features"
 METRICS = "metrics.jsonl"
 
 
 def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Progress = SILENT) -> Path:
-    """Train a State Transition network on a store.
+    """Train a State Transition network on a store, or fit the baseline that ``model.kind`` names.
 
     A run that was stopped, however, goes on from its newest checkpoint and ends with the weights of a run that was
     never stopped. A finished run is left as it is, unless `train.steps` has become larger.
@@ -69,7 +71,7 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
         What :func:`pertcast.data.store.prepare` wrote.
     out
         The run's folder: weights.safetensors (of the best validated step where there are validation sets, else of the
-        last), run.json, features/, metrics.jsonl, checkpoints/.
+        last), run.json, features/, metrics.jsonl, checkpoints/, and base/ where the network stands on a baseline.
     progress
         Where steps, loss and notes are told.
 
@@ -84,6 +86,12 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
     CheckpointError
         If `out` holds a run that was begun otherwise, or training diverges.
     """
+    if experiment.model.kind != "state":
+        # one process is enough, whatever was asked for
+        if is_first_process():
+            with claimed(out):
+                train_baseline(experiment, Store.open(store_path), out, progress=progress)
+        return out
     num = num_processes(experiment.train)
     if num > 1 and launched() is None:
         job = {"experiment": experiment.as_json(), "store": str(store_path), "out": str(out)}
@@ -110,8 +118,13 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     fabric = open_fabric(experiment.train, out, some_unused=experiment.model.input.startswith("obsm:"))
     if not fabric.is_global_zero:
         progress = SILENT
-    features = _features(experiment, store, out)
+    features = run_features(experiment, store, out)
     reader = SetReader(store, experiment, features)
+    if experiment.model.base != "none":
+        size = reader.spec.set_size
+        reader.base = fit_base(
+            experiment.model.base, store, features, output_genes=reader.output_genes, set_size=size, progress=progress
+        )
     network = _new_network(reader, store, experiment, features)
     optimizer = make_optimizer(network, experiment.train, fabric.device)
     model, stepper = fabric.setup(network, optimizer)
@@ -120,7 +133,7 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     position = saved.position if saved else Position()
     fabric.barrier()
     if fabric.is_global_zero:
-        begin_run(out, identity, features)
+        begin_run(out, identity, features, base=reader.base)
     for note in notes:
         progress.note(note)
     log = MetricsLog(out / METRICS, position) if fabric.is_global_zero else None
@@ -142,7 +155,7 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     if needs_truth(experiment.loss):
         loop.truth = _learn_truth(store, reader, experiment, fabric, progress)
     facts = _learn_facts(reader, loop, features, store)
-    _show_coverage(features, store, experiment, progress)
+    show_coverage(features, store, experiment, progress)
     for note in facts.notes:
         progress.note(note)
     try:
@@ -182,11 +195,7 @@ def require_same_run(out: Path, identity: dict[str, Any]) -> None:
         return
     if not (out / IDENTITY).is_file():
         raise DataError(f"{out}: it is there already and holds no run; give another --out, or remove it first")
-    begun = upgrade(read_json(out / IDENTITY))
-    # A run that was begun before there were some terms was begun without them.
-    begun["loss"] = {**LossConfig().model_dump(mode="json"), **begun.get("loss", {})}
-    begun["train"] = {**TrainConfig().model_dump(mode="json"), "unknown_batch": 0.0, **begun.get("train", {})}
-    problems = identity_problems(begun, identity)
+    problems = identity_problems(with_defaults(read_json(out / IDENTITY)), identity)
     if problems:
         raise CheckpointError(
             f"{out}: it holds a run that was begun otherwise; give another --out, or remove the folder to train anew",
@@ -207,26 +216,6 @@ def is_finished(out: Path, steps: int) -> bool:
     return bool(metrics["last_step"] == steps or metrics["stopped_early"])
 
 
-def _features(experiment: Experiment, store: Store, out: Path) -> PertFeatures:
-    """Return the run's features: those that it was begun with, else as the experiment says, for its targets too."""
-    if (out / _FEATURES / "features.json").is_file():
-        return open_features(out / _FEATURES)
-    return load_features(experiment.features, store, targets=_targets(experiment))
-
-
-def _show_coverage(features: PertFeatures, store: Store, experiment: Experiment, progress: Progress) -> None:
-    rows = coverage(features, store, _targets(experiment))
-    table = [[row.group, f"{row.covered:,}", f"{row.filled:,}", f"{row.total:,}"] for row in rows if row.total]
-    progress.table(f"Perturbation features: {features.source}", ["", "own feature", "filled in", "all"], table)
-
-
-def _targets(experiment: Experiment) -> tuple[str, ...]:
-    submission = experiment.submission
-    if submission.targets is None:
-        return ()
-    return tuple(read_targets(submission.targets, submission.resolve()))
-
-
 def _new_network(reader: SetReader, store: Store, experiment: Experiment, features: PertFeatures) -> StateTransition:
     seed = key_hash(experiment.train.seed, "init") % 2**63
     network = StateTransition(reader.spec, generator=torch.Generator().manual_seed(seed))
@@ -239,14 +228,16 @@ def _new_network(reader: SetReader, store: Store, experiment: Experiment, featur
     return network
 
 
-def begin_run(out: Path, identity: dict[str, Any], features: PertFeatures) -> None:
+def begin_run(out: Path, identity: dict[str, Any], features: PertFeatures, *, base: TrainingBase | None = None) -> None:
     """Write what a run is begun with, and take away what an earlier one ended with."""
     out.mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS, RUN_JSON, MANIFEST, IDENTITY, METRICS):
         remove_leftovers(out / name)
     write_json(out / IDENTITY, identity)
-    if not (out / _FEATURES / "features.json").is_file():
-        save_features(features, out / _FEATURES)
+    if not (out / FEATURES / "features.json").is_file():
+        save_features(features, out / FEATURES)
+    if base is not None:
+        save_baseline(base.baseline, out / BASE)
 
 
 class _Facts(NamedTuple):

@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pertcast.data.labels import de_labels
-from pertcast.data.split import Split
 from pertcast.data.store import Store
 from pertcast.progress import Progress
 from pertcast.stats.draws import generator
+from pertcast.train.effects import training_effects
 
 __all__ = ["Known", "Truth", "learn_truth"]
 
-_CELLS_AT_ONCE = 512
 _LARGEST_WEIGHT = 100.0
 
 
@@ -160,21 +159,11 @@ def learn_truth(store: Store, output_genes: NDArray[np.int64], *, labels: bool, 
     DataError
         If labels are wanted and a context has training perturbations but no training control cells.
     """
-    groups = _training_groups(store)
+    effects = training_effects(store, output_genes, progress=progress)
+    codes = np.stack([effects.contexts, effects.perts], axis=1)
     genes = None if len(output_genes) == len(store.genes) else output_genes
-    named = [key for key in groups if key[1] != store.control_code and (key[0], store.control_code) in groups]
-    with progress.task("training effects", len(groups), "groups") as advance:
-        means = {}
-        for (context, pert), rows in groups.items():
-            means[context, pert] = _mean(store, rows, genes)
-            advance(1)
-    control = store.control_code
-    missing = store.control_mean_log1p if genes is None else store.control_mean_log1p[genes]
-    control_mean_CG = np.stack([means.get((code, control), missing) for code in range(len(store.contexts))])
-    effects = [means[key] - control_mean_CG[key[0]] for key in named]
-    codes = np.array(named, dtype=np.int64).reshape(-1, 2)
     labels_NG = None
-    if labels and named:
+    if labels and len(codes):
         found = de_labels(store, progress=progress)
         labels_NG = found.significant[found.find(codes[:, 0].astype(np.int32), codes[:, 1].astype(np.int32))]
         # They were adjusted over all genes, whichever of them are predicted.
@@ -183,29 +172,10 @@ def learn_truth(store: Store, output_genes: NDArray[np.int64], *, labels: bool, 
         labels_NG = np.zeros((1, len(output_genes)), dtype=bool)
     return Truth(
         store,
-        contexts=codes[:, 0],
-        perts=codes[:, 1],
-        effects_NG=np.stack(effects).astype(np.float32) if effects else np.zeros((1, len(output_genes)), np.float32),
-        control_mean_CG=control_mean_CG.astype(np.float32),
+        contexts=effects.contexts,
+        perts=effects.perts,
+        effects_NG=effects.effects_NG if len(codes) else np.zeros((1, len(output_genes)), np.float32),
+        control_mean_CG=effects.control_mean_CG,
         labels_NG=labels_NG,
         output_genes=output_genes,
     )
-
-
-def _training_groups(store: Store) -> dict[tuple[int, int], NDArray[np.int64]]:
-    """Return the rows of each (context, perturbation) of the training split, in the order of codes."""
-    rows = store.rows(split=Split.TRAIN)
-    keys = store.context_codes[rows].astype(np.int64) * len(store.perts) + store.pert_codes[rows]
-    order = np.argsort(keys, kind="stable")
-    distinct, starts = np.unique(keys[order], return_index=True)
-    pieces = np.split(rows[order], starts[1:])
-    return {divmod(int(key), len(store.perts)): piece for key, piece in zip(distinct, pieces, strict=True)}
-
-
-def _mean(store: Store, rows: NDArray[np.int64], genes: NDArray[np.int64] | None) -> NDArray[np.float32]:
-    total = np.zeros(len(store.genes), dtype=np.float64)
-    for start in range(0, len(rows), _CELLS_AT_ONCE):
-        block = store.csr(rows[start : start + _CELLS_AT_ONCE])
-        total += np.bincount(block.indices, weights=block.data, minlength=len(total))
-    mean = (total / len(rows)).astype(np.float32)
-    return mean if genes is None else mean[genes]

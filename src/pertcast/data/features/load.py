@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from pertcast.data.features.controls import (
     gene_correlations,
     train_controls,
 )
+from pertcast.data.features.labels import combine_genes, label_indicators
 from pertcast.data.features.readers import read_vectors
 from pertcast.data.features.table import PertFeatures
 from pertcast.data.split import Split
@@ -27,10 +28,11 @@ Vectors = dict[str, NDArray[np.float32]]
 def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Sequence[str] = ()) -> PertFeatures:
     """Return features of the control, of the store's perturbations, and of `targets`.
 
-    One-hot features have a column for each training perturbation, the control among them. Features from a file or from
-    co-expression are zero for the control where the source has none; a target without a feature of its own is an
-    error, unless ``features.missing`` says how to fill it in. Co-expression keeps the loadings of every gene, so that
-    targets that come later need no refitting.
+    One-hot features have a column for each training perturbation, the control among them. Features of labels have one
+    for each gene that training labels name; a label of which only some genes stand there has the indicators of these.
+    Features from a file, of labels or from co-expression are zero for the control where the source has none; a target
+    without a feature of its own is an error, unless ``features.missing`` says how to fill it in. Co-expression keeps
+    the loadings of every gene, so that targets that come later need no refitting.
 
     Parameters
     ----------
@@ -52,14 +54,23 @@ def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Seque
         labels = tuple(dict.fromkeys((store.control, *trained)))
         own: Vectors = dict(zip(labels, np.eye(len(labels), dtype=np.float32), strict=True))
         source = f"one-hot of {len(labels)} training labels"
+    elif config.kind == "labels":
+        others = [name for name in trained if name != store.control]
+        asked = [name for name in wanted if name != store.control]
+        own = label_indicators(asked, others, separator=config.separator)
+        width = len(next(iter(own.values()))) if own else 0
+        own[store.control] = np.zeros(width, dtype=np.float32)
+        source = f"indicators of the {width} genes that training labels name"
     elif config.kind == "coexpression":
         own, source = _coexpression(store, config.num_loadings)
         wanted = tuple(dict.fromkeys((*wanted, *own)))
+        own |= _combined(config, own, wanted)
     else:
         assert config.path is not None
         found = read_vectors(config.path)
         width = len(next(iter(found.values())))
         own = {name: found[name].astype(np.float32) for name in wanted if name in found}
+        own |= _combined(config, found, [name for name in wanted if name != store.control])
         source = f"{config.path.name} ({len(found):,} names x {width:,})"
         own.setdefault(store.control, np.zeros(width, dtype=np.float32))
 
@@ -76,6 +87,12 @@ def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Seque
         source=source,
         filled=filled,
     )
+
+
+def _combined(config: FeaturesConfig, vectors: Mapping[str, NDArray[np.floating]], labels: Sequence[str]) -> Vectors:
+    if config.combine == "none":
+        return {}
+    return combine_genes(vectors, labels, how=config.combine, separator=config.separator)
 
 
 def _coexpression(store: FeatureStore, num_loadings: int) -> tuple[Vectors, str]:
@@ -95,6 +112,7 @@ def _fill(
         remedy = {
             "onehot": 'use features.kind = "coexpression" or "file"',
             "coexpression": "it is no gene of the list that training controls express",
+            "labels": "no training label names a gene of it",
             "file": f"add it to {config.path}",
         }[config.kind]
         raise DataError(

@@ -38,7 +38,7 @@ class PertFeatures:
     matrix
         (P, F) float32.
     kind
-        ``onehot``, ``coexpression`` or ``file``.
+        ``onehot``, ``coexpression``, ``labels`` or ``file``; ``none`` where nothing looks at features.
     control
         The control label.
     source

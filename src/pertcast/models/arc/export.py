@@ -91,11 +91,13 @@ def _one_hot(names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _require_known(run: Run) -> None:
-    spec, problems = run.spec, []
+    spec, problems = run.network, []
     if spec.num_contexts:
         problems.append(Problem("model.context_embedding", "arc-state's networks have no context embedding"))
     if getattr(spec, "shift", False):
         problems.append(Problem("model.residual", "arc-state's networks do not add to the control cell itself"))
+    if run.baseline() is not None:
+        problems.append(Problem("model.base", "arc-state's networks stand on no baseline"))
     if spec.output_space == "latent" and not spec.decoder_widths:
         problems.append(Problem("model.input", "arc-state's gene decoder has other layers than ours of an embedding"))
     if spec.basal_layers not in (1, spec.encoder_layers):
@@ -106,7 +108,7 @@ def _require_known(run: Run) -> None:
 
 def _options(run: Run) -> dict[str, Any]:
     """Return arc-state's options of the network."""
-    spec, source = run.spec, str(run.experiment["model"]["input"])
+    spec, source = run.network, str(run.experiment["model"]["input"])
     embed_key = source.removeprefix(_OBSM) if source.startswith(_OBSM) else "X_hvg" if source == "hvg" else None
     outputs = [run.genes[place] for place in run.output_genes]
     space = "embedding" if spec.output_space == "embedding" else "gene"
@@ -192,7 +194,7 @@ def _backbone(spec: StateSpec) -> dict[str, Any]:
 
 def _weights(run: Run, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights under arc-state's names, with the vocabularies that it wants and cells do not have."""
-    spec, weights = run.spec, {}
+    spec, weights = run.network, {}
     for ours, value in tensors.items():
         name = ours.replace("gene_decoder.", "gene_decoder.decoder.")
         weights[name] = value.T.contiguous() if TRANSPOSED.fullmatch(name) else value

@@ -1,0 +1,18 @@
+"""Baselines: control copy, mean effect, ridge, kernel ridge, nearest neighbours on features; pure array functions."""
+
+from pertcast.models.baselines.files import open_baseline, save_baseline
+from pertcast.models.baselines.fit import Fit, fit_baseline
+from pertcast.models.baselines.predict import Baseline, BaselineKind, BaselineSpec, Choice, Examples, predict_effects
+
+__all__ = [
+    "Baseline",
+    "BaselineKind",
+    "BaselineSpec",
+    "Choice",
+    "Examples",
+    "Fit",
+    "fit_baseline",
+    "open_baseline",
+    "predict_effects",
+    "save_baseline",
+]

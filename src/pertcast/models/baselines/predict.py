@@ -1,0 +1,200 @@
+r"""What a fitted baseline is, and the effect that it predicts.
+
+An effect is mean log1p of perturbed cells minus mean log1p of the control cells of their context. All baselines are
+
+    effect(context c, feature f) = mean_c + sum over examples j of  s(c, c_j) k(f, f_j) w_j
+
+where s is 1 within a context and the `sharing` between two: 0 keeps contexts apart, 1 pools them. Ridge has k = f . f_j
+/ scale, kernel ridge k = exp(-|f - f_j|^2 / 2 bandwidth^2); nearest neighbours weigh w_j, deviations from the mean of
+their context, by 1 / distance. Control copy and mean effect have no sum.
+
+Shapes: N examples (a training perturbation in one context), C contexts, F width of a feature, G predicted genes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "Baseline",
+    "BaselineKind",
+    "BaselineSpec",
+    "Choice",
+    "Examples",
+    "distances",
+    "kernel",
+    "neighbour_weights",
+    "predict_effects",
+]
+
+BaselineKind = Literal["control", "mean", "ridge", "kernel_ridge", "knn"]
+Array = NDArray[np.float64]
+_NEAREST = 1e-3
+
+
+class Examples(NamedTuple):
+    """What a baseline is fitted on: the effects of training perturbations.
+
+    Attributes
+    ----------
+    context_N
+        int64 codes below `num_contexts`.
+    feature_NF
+        Features of the perturbations.
+    effect_NG
+        Differences of mean log1p values.
+    num_contexts
+        C; contexts without an example are allowed.
+    """
+
+    context_N: NDArray[np.int64]  # noqa: N815
+    feature_NF: NDArray[np.floating]  # noqa: N815
+    effect_NG: NDArray[np.floating]  # noqa: N815
+    num_contexts: int
+
+
+class Choice(NamedTuple):
+    """What was chosen by leave-one-out on the examples; what a kind has no use for is 0.
+
+    Attributes
+    ----------
+    penalty
+        Added to the kernel's diagonal, which is about 1.
+    bandwidth
+        Of the Gaussian kernel, in units of the features.
+    scale
+        What the products of features are divided by: their mean square over the examples.
+    neighbours
+        How many neighbours.
+    sharing
+        The similarity of two contexts.
+    error
+        The mean squared error of the left-out effects, over examples and genes.
+    """
+
+    penalty: float = 0.0
+    bandwidth: float = 0.0
+    scale: float = 0.0
+    neighbours: int = 0
+    sharing: float = 0.0
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class BaselineSpec:
+    """Everything that decides the shapes of a baseline and what it computes; JSON-able.
+
+    Attributes
+    ----------
+    kind
+        Which baseline.
+    num_genes, pert_dim, num_contexts, num_examples
+        G, F, C and N.
+    set_size
+        How many control cells make a set in generation.
+    choice
+        What leave-one-out chose.
+    """
+
+    kind: BaselineKind
+    num_genes: int
+    pert_dim: int
+    num_contexts: int
+    num_examples: int
+    set_size: int
+    choice: Choice
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON values, choices by name."""
+        return {**asdict(self), "choice": self.choice._asdict()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of the arrays."""
+        count = self.num_examples
+        return {
+            "mean_CG": (self.num_contexts + 1, self.num_genes),
+            "context_N": (count,),
+            "feature_NF": (count, self.pert_dim),
+            "weight_NG": (count, self.num_genes),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """A fitted baseline.
+
+    Attributes
+    ----------
+    spec
+        Shapes and choices.
+    mean_CG
+        (C + 1, G) float32: what is the same for all perturbations of a context; the last row, the mean over the
+        contexts with examples, is for a context without any.
+    context_N, feature_NF, weight_NG
+        int64 and float32: the examples and their weights; none for control copy and mean effect.
+    """
+
+    spec: BaselineSpec
+    mean_CG: NDArray[np.float32]  # noqa: N815
+    context_N: NDArray[np.int64]  # noqa: N815
+    feature_NF: NDArray[np.float32]  # noqa: N815
+    weight_NG: NDArray[np.float32]  # noqa: N815
+
+
+def predict_effects(baseline: Baseline, feature_PF: NDArray[np.floating], *, context: int) -> NDArray[np.float32]:
+    """Return the effects of perturbations in a context, (P, G) float32, in log1p units.
+
+    Parameters
+    ----------
+    baseline
+        From :func:`pertcast.models.baselines.fit_baseline`.
+    feature_PF
+        Features of perturbations that are no control.
+    context
+        A code that the baseline was fitted with, or -1 for another context.
+    """
+    choice, kind = baseline.spec.choice, baseline.spec.kind
+    effect_PG: Array = np.tile(baseline.mean_CG[context].astype(np.float64), (len(feature_PF), 1))
+    if len(baseline.weight_NG):
+        similar_N = np.where(baseline.context_N == context, 1.0, choice.sharing)
+        known_NF, asked_PF = baseline.feature_NF.astype(np.float64), feature_PF.astype(np.float64)
+        if kind == "knn":
+            near_PN = neighbour_weights(distances(asked_PF, known_NF), similar_N > 0, count=choice.neighbours)
+        else:
+            near_PN = kernel(kind, asked_PF, known_NF, choice) * similar_N
+        effect_PG += near_PN @ baseline.weight_NG.astype(np.float64)
+    return effect_PG.astype(np.float32)
+
+
+def kernel(kind: BaselineKind, one_PF: Array, other_NF: Array, choice: Choice) -> Array:
+    """Return the similarity of features, (P, N)."""
+    if kind == "ridge":
+        products: Array = one_PF @ other_NF.T / choice.scale
+        return products
+    gaussian: Array = np.exp(-0.5 * (distances(one_PF, other_NF) / choice.bandwidth) ** 2)
+    return gaussian
+
+
+def distances(one_PF: Array, other_NF: Array) -> Array:
+    """Return Euclidean distances of features, (P, N); equal features are at 0 to the bit."""
+    return np.stack([np.sqrt(((other_NF - one_F) ** 2).sum(axis=1)) for one_F in one_PF])
+
+
+def neighbour_weights(distance_PN: Array, allowed_N: NDArray[np.bool_], *, count: int) -> Array:
+    """Return the weights of the `count` nearest allowed examples, 1 / distance, which sum to 1; 0 where there is none.
+
+    A thousandth of the mean distance is added, so that an example at distance 0 outweighs the others and does not
+    divide by 0.
+    """
+    weight_PN = np.zeros(distance_PN.shape)
+    offered = np.flatnonzero(allowed_N)
+    for row, distance_N in enumerate(distance_PN):
+        nearest = offered[np.argsort(distance_N[offered], kind="stable")[:count]]
+        typical = float(distance_N[offered].mean()) if len(offered) else 0.0
+        closeness = 1 / (distance_N[nearest] + _NEAREST * typical) if typical else np.ones(len(nearest))
+        weight_PN[row, nearest] = closeness / max(closeness.sum(), 1e-300)
+    return weight_PN

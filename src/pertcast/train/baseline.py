@@ -1,0 +1,228 @@
+"""Fits a baseline on the training split: as a run of its own, or as what a network adds its shift to.
+
+Invariant: held-out cells are never read, and in training a perturbation's base is what the baseline predicts when this
+perturbation (in its context) is left out. On its own fitted effect a network would find nothing left to learn.
+Shapes: B sets, N training perturbations (each in its context), G predicted genes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pertcast.config import Experiment
+from pertcast.data.features import PertFeatures, save_features
+from pertcast.data.sets import CellSets
+from pertcast.data.store import Store
+from pertcast.errors import CheckpointError, DataError
+from pertcast.files.artefacts import MANIFEST, any_content, read_json, write_json
+from pertcast.models.baselines import (
+    Baseline,
+    BaselineKind,
+    Examples,
+    fit_baseline,
+    predict_effects,
+)
+from pertcast.models.baselines.files import arrays_of
+from pertcast.models.checkpoint import Run, save_run
+from pertcast.models.spec import set_size_of
+from pertcast.progress import Progress
+from pertcast.train.effects import training_effects
+from pertcast.train.features import FEATURES, needs_features, run_features, show_coverage
+from pertcast.train.resume import IDENTITY, identity_of, identity_problems, with_defaults
+
+__all__ = ["TrainingBase", "fit_base", "train_baseline"]
+
+
+class TrainingBase(NamedTuple):
+    """A baseline, and what a network in training is to add its shift to.
+
+    Attributes
+    ----------
+    baseline
+        Fitted on all training effects: what generation uses.
+    row_CP
+        The row of `left_out_NG` of each context and perturbation of the store, -1 where it is no example.
+    left_out_NG
+        The effects that the baseline predicts for training perturbations when each is left out.
+    feature_PF
+        Features of the store's perturbations.
+    control_code
+        The store's code of the control.
+    """
+
+    baseline: Baseline
+    row_CP: NDArray[np.int64]  # noqa: N815
+    left_out_NG: NDArray[np.float32]  # noqa: N815
+    feature_PF: NDArray[np.float32]  # noqa: N815
+    control_code: int
+
+    def of(self, sets: CellSets) -> NDArray[np.float32]:
+        """Return the base effect of each set, (B, G): left out for training perturbations, 0 for control cells."""
+        base_BG = np.zeros((len(sets), self.left_out_NG.shape[1]), dtype=np.float32)
+        for place, (context, pert) in enumerate(zip(sets.context.tolist(), sets.pert.tolist(), strict=True)):
+            row = self.row_CP[context, pert]
+            if row >= 0:
+                base_BG[place] = self.left_out_NG[row]
+            elif pert != self.control_code:
+                base_BG[place] = predict_effects(self.baseline, self.feature_PF[pert : pert + 1], context=context)[0]
+        return base_BG
+
+
+def fit_base(
+    kind: BaselineKind,
+    store: Store,
+    features: PertFeatures,
+    *,
+    output_genes: NDArray[np.int64],
+    set_size: int,
+    progress: Progress,
+) -> TrainingBase:
+    """Fit a baseline on the effects of the store's training cells.
+
+    Parameters
+    ----------
+    kind
+        Which baseline.
+    store, features
+        Whose TRAIN cells, and features of its perturbations.
+    output_genes
+        Positions of the predicted genes, ascending.
+    set_size
+        How many control cells make a set in generation.
+    progress
+        Where groups are counted.
+
+    Raises
+    ------
+    DataError
+        If no training perturbation has control cells in its context.
+    """
+    effects = training_effects(store, output_genes, progress=progress)
+    if not len(effects.perts):
+        raise DataError(
+            f"{store.path}: no training perturbation has training control cells in its context, so there is no effect "
+            "to fit a baseline on; mend [training]"
+        )
+    feature_PF = features.of(store.perts)
+    examples = Examples(effects.contexts, feature_PF[effects.perts], effects.effects_NG, len(store.contexts))
+    fit = fit_baseline(kind, examples, set_size=set_size)
+    row_CP = np.full((len(store.contexts), len(store.perts)), -1, dtype=np.int64)
+    row_CP[effects.contexts, effects.perts] = np.arange(len(effects.perts))
+    progress.note(_sentence(fit.baseline, effects.effects_NG))
+    return TrainingBase(fit.baseline, row_CP, fit.left_out_NG, feature_PF, store.control_code)
+
+
+def _sentence(baseline: Baseline, effects_NG: NDArray[np.float32]) -> str:
+    """Return what leave-one-out chose and how well it did, in words."""
+    spec, choice = baseline.spec, baseline.spec.choice
+    chosen = {
+        "control": {},
+        "mean": {},
+        "ridge": {"penalty": choice.penalty, "sharing": choice.sharing},
+        "kernel_ridge": {"penalty": choice.penalty, "bandwidth": choice.bandwidth, "sharing": choice.sharing},
+        "knn": {"neighbours": choice.neighbours, "sharing": choice.sharing},
+    }[spec.kind]
+    square = float((effects_NG.astype(np.float64) ** 2).mean())
+    share = choice.error / square if square else float("nan")
+    words = "".join(f", {name} {value:.4g}" for name, value in chosen.items())
+    return (
+        f"{spec.kind} baseline of {len(effects_NG):,} training effects{words}; left out one by one, its squared error "
+        f"is {share:.3f} of that of no effect"
+    )
+
+
+def train_baseline(experiment: Experiment, store: Store, out: Path, *, progress: Progress) -> Path:
+    """Fit the baseline that ``model.kind`` names, and write it as a run.
+
+    Parameters
+    ----------
+    experiment, store
+        As for :func:`pertcast.train.train`; of ``[train]`` and ``[loss]`` nothing is heeded.
+    out
+        The run's folder; a run of the same baseline that is there is left as it is.
+    progress
+        Where notes are told.
+
+    Returns
+    -------
+    `out`.
+
+    Raises
+    ------
+    DataError
+        If there is nothing to fit on, a perturbation lacks a feature, or `out` holds something else.
+    CheckpointError
+        If `out` holds a run that was begun otherwise.
+    """
+    kind = experiment.model.kind
+    assert kind != "state"
+    identity = _identity(experiment, store)
+    if _is_there(out, identity):
+        progress.note(f"{out}: already fitted")
+        return out
+    features = run_features(experiment, store, out)
+    show_coverage(features, store, experiment, progress)
+    output_genes = store.hvg if experiment.model.output == "hvg" else np.arange(len(store.genes))
+    size = set_size_of(experiment.model)
+    fitted = fit_base(kind, store, features, output_genes=output_genes, set_size=size, progress=progress)
+    write_json(out / IDENTITY, identity)
+    save_features(features, out / FEATURES)
+    arrays = {name: torch.from_numpy(value) for name, value in arrays_of(fitted.baseline).items()}
+    filled = f"{len(features.filled):,} perturbations have a feature that was filled in"
+    run = Run(
+        path=out,
+        spec=fitted.baseline.spec,
+        experiment=experiment.as_json(),
+        genes=store.genes,
+        output_genes=output_genes,
+        hvg=store.hvg,
+        perts=store.perts,
+        contexts=store.contexts,
+        batches=store.batches,
+        control=store.control,
+        target_sum=store.target_sum,
+        scale=store.scale,
+        store_path=store.path,
+        store_fingerprint=store.fingerprint,
+        step=0,
+        metrics={
+            "last_step": 0,
+            "val_loss": None,
+            "num_parameters": sum(value.size for value in arrays_of(fitted.baseline).values()),
+            "stopped_early": False,
+        },
+        features={
+            "kind": features.kind,
+            "source": features.source,
+            "dim": features.dim,
+            "filled": features.filled,
+        },
+        notes=(filled,) if features.filled else (),
+    )
+    save_run(run, arrays, inputs={"store": store.fingerprint})
+    return out
+
+
+def _identity(experiment: Experiment, store: Store) -> dict[str, Any]:
+    whole = identity_of(experiment, store.fingerprint)
+    return {name: whole[name] for name in ("store", "model", *(("features",) if needs_features(experiment) else ()))}
+
+
+def _is_there(out: Path, identity: dict[str, Any]) -> bool:
+    """Return whether the folder holds this run, whole; what an interrupted fit left is made anew."""
+    if not any_content(out):
+        return False
+    if not (out / IDENTITY).is_file():
+        raise DataError(f"{out}: it is there already and holds no run; give another --out, or remove it first")
+    begun = with_defaults(read_json(out / IDENTITY))
+    if problems := identity_problems({name: begun.get(name) for name in identity}, identity):
+        raise CheckpointError(
+            f"{out}: it holds a run that was begun otherwise; give another --out, or remove the folder to train anew",
+            problems=problems,
+        )
+    return (out / MANIFEST).is_file()
