@@ -6,22 +6,24 @@ without writing it. Targets of as many cells are alike; constant cells are made 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from pertcast.files.cpus import available_cpus
 from pertcast.ladder.cells import Side, read_groups
 from pertcast.progress import SILENT, Progress
 from pertcast.seasons import Season
 from pertcast.stats.de import differential_expression
-from pertcast.stats.groups import CellGroups, group_means
+from pertcast.stats.groups import CellGroups, group_cells, group_means
 from pertcast.stats.metrics import is_significant
 
-__all__ = ["TrainingMean", "training_mean_side"]
+__all__ = ["TrainingMean", "constant_side", "training_mean_side"]
 
 _MAX_VALUES = 1 << 27
 
@@ -48,25 +50,52 @@ def training_mean_side(training: TrainingMean, truth: Side, rules: Season, *, pr
         If the training cells cannot be read, or have no control cells.
     """
     read = read_groups(training.cells, rules, progress=progress)
-    dtype = read.groups.values.dtype
-    means = group_means(read.groups)[0].astype(dtype)
-    constant = means.mean(axis=0)
-    control = read.groups.select([read.control])
-    sizes, place = np.unique(truth.num_cells, return_inverse=True)
+    means = group_means(read.groups)[0].astype(read.groups.values.dtype)
+    return _constant_side(
+        means.mean(axis=0),
+        read.groups.select([read.control]),
+        dataclasses.replace(truth, genes=read.genes, control_mean_log1p=means[read.control]),
+        from_dense=read.from_dense,
+        progress=progress,
+    )
+
+
+def constant_side(
+    constant_log1p: NDArray[np.floating], controls_log1p: sparse.csr_matrix, truth: Side, *, progress: Progress = SILENT
+) -> Side:
+    """Return targets whose cells are all one cell, beside control cells, each with as many cells as the truth has.
+
+    Parameters
+    ----------
+    constant_log1p
+        (G,), in the number type of the control cells.
+    controls_log1p
+        (cells, G).
+    truth
+        The targets; genes in the same order.
+    """
+    control = group_cells(controls_log1p, np.zeros(controls_log1p.shape[0], dtype=np.int64))
+    mean = group_means(control)[0][0].astype(control.values.dtype)
+    beside = dataclasses.replace(truth, control_mean_log1p=mean)
+    return _constant_side(constant_log1p, control, beside, from_dense=False, progress=progress)
+
+
+def _constant_side(
+    constant: NDArray[np.floating], control: CellGroups, beside: Side, *, from_dense: bool, progress: Progress
+) -> Side:
+    """Return the side of a constant cell; targets, cells, genes and the control's mean are those of `beside`."""
+    sizes, place = np.unique(beside.num_cells, return_inverse=True)
     significant = np.zeros((len(sizes), len(constant)), dtype=bool)
     fold_change = np.zeros((len(sizes), len(constant)), dtype=np.float32)
     with progress.task("training-mean baseline", len(sizes), "sizes") as advance:
         for batch in _batches(sizes, int(np.count_nonzero(constant))):
             copies = _repeat(constant, sizes[batch])
-            table = differential_expression(copies, control, from_dense=read.from_dense, threads=available_cpus())
+            table = differential_expression(copies, control, from_dense=from_dense, threads=available_cpus())
             significant[batch], fold_change[batch] = is_significant(table.fdr), table.log2_fold_change
             advance(batch.stop - batch.start)
-    return Side(
-        perts=truth.perts,
-        genes=read.genes,
-        num_cells=truth.num_cells,
-        means_log1p=np.tile(constant, (len(truth.perts), 1)),
-        control_mean_log1p=means[read.control],
+    return dataclasses.replace(
+        beside,
+        means_log1p=np.tile(constant, (len(beside.perts), 1)),
         significant=significant[place],
         log2_fold_change=fold_change[place],
     )

@@ -6,9 +6,10 @@ cell's total over the median total, then log1p; fold changes are of means rounde
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from pertcast.stats.de import differential_expression
 from pertcast.stats.groups import CellGroups, count_entries, entry_starts, group_means, place_entries
 from pertcast.stats.metrics import is_significant
 
-__all__ = ["LabelledGroups", "Side", "cache_folder", "read_groups", "read_halves", "read_side"]
+__all__ = ["LabelledGroups", "Side", "cache_folder", "read_groups", "read_halves", "read_side", "select_perts"]
 
 _FORMAT = "1"
 
@@ -65,6 +66,19 @@ class Side:
     def effects(self) -> NDArray[np.floating]:
         """Mean log1p minus the control's, (P, G)."""
         return self.means_log1p - self.control_mean_log1p
+
+
+def select_perts(side: Side, perts: Sequence[str]) -> Side:
+    """Return a side with some of its perturbations, in the order given."""
+    rows = np.array([side.perts.index(pert) for pert in perts], dtype=np.int64)
+    return dataclasses.replace(
+        side,
+        perts=tuple(perts),
+        num_cells=side.num_cells[rows],
+        means_log1p=side.means_log1p[rows],
+        significant=side.significant[rows],
+        log2_fold_change=side.log2_fold_change[rows],
+    )
 
 
 class LabelledGroups(NamedTuple):

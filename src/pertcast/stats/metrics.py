@@ -92,7 +92,11 @@ def de_overlap(
 
 
 def discrimination(
-    real_effects: NDArray[np.floating], predicted_effects: NDArray[np.floating], own_gene: NDArray[np.int64]
+    real_effects: NDArray[np.floating],
+    predicted_effects: NDArray[np.floating],
+    own_gene: NDArray[np.int64],
+    *,
+    own_row: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
     """Return the perturbation discrimination score (cell-eval: ``discrimination_score_l1``), (P,).
 
@@ -102,9 +106,11 @@ def discrimination(
     Parameters
     ----------
     real_effects, predicted_effects
-        (P, G).
+        (P, G); with `own_row`, there may be more real ones than predicted ones.
     own_gene
         (P,) position of each perturbation's own gene, -1 where it is none of the genes.
+    own_row
+        (P,) the row of each predicted perturbation among the real ones; where not given, they are the same.
 
     Examples
     --------
@@ -112,14 +118,14 @@ def discrimination(
     >>> discrimination(real, real[::-1], np.array([2, -1])).tolist()
     [0.5, 0.5]
     """
-    num_perts = len(real_effects)
-    scores = np.empty(num_perts)
-    for pert in range(num_perts):
+    rows = np.arange(len(real_effects)) if own_row is None else own_row
+    scores = np.empty(len(rows))
+    for pert, row in enumerate(rows):
         kept = np.arange(real_effects.shape[1]) != own_gene[pert]
         distances = cdist(real_effects[:, kept], predicted_effects[pert : pert + 1, kept], "cityblock")[:, 0]
         # the sort that cell-eval takes, so that equal distances fall as they do there
-        rank = np.flatnonzero(np.argsort(distances) == pert)[0]
-        scores[pert] = 1 - rank / num_perts
+        rank = np.flatnonzero(np.argsort(distances) == row)[0]
+        scores[pert] = 1 - rank / len(real_effects)
     return scores
 
 

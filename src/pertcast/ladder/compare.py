@@ -1,0 +1,254 @@
+"""Compares rungs of the ladder, models and experiments on held-out perturbations, over seeds and folds.
+
+Each candidate is trained, and its cells made and scored, by the stages that a submission takes. All candidates meet the
+same folds, seeds, control cells and truths, so that they are compared pair by pair.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pertcast.config import Experiment, load_experiment, rung_overrides
+from pertcast.data.store import Store, prepare
+from pertcast.errors import ConfigError, Problem
+from pertcast.files.artefacts import write_json
+from pertcast.files.cpus import available_cpus
+from pertcast.files.lock import claimed
+from pertcast.ladder.chart import draw_chart
+from pertcast.ladder.comparison import Comparison, collect
+from pertcast.ladder.folds import held_out_folds
+from pertcast.ladder.held_out import HeldOut, Scores, prepare_truth, reference_scores
+from pertcast.ladder.trial import Trial, digest_of, run_trial
+from pertcast.ladder.verdict import as_markdown
+from pertcast.progress import SILENT, Progress
+from pertcast.seasons import Season, season
+
+__all__ = ["Candidate", "candidates_of", "compare"]
+
+_CONCERN_STORE = ("datasets", "training", "zeroshot", "fewshot", "columns", "prepare")
+
+
+class Candidate(NamedTuple):
+    """One of those compared: its name, its experiment file, and what is set on top of it."""
+
+    name: str
+    path: Path
+    overrides: tuple[str, ...]
+
+
+class _Fold(NamedTuple):
+    number: int
+    fewshot: Mapping[str, Any]
+    store: Path
+    held_out: tuple[HeldOut, ...]
+    references: dict[str, Scores]
+
+
+def candidates_of(paths: Sequence[Path], *, rungs: Sequence[str], models: Sequence[str]) -> list[Candidate]:
+    """Return every rung and model of every experiment; with neither, the experiments as they stand.
+
+    Raises
+    ------
+    ConfigError
+        If two would have one name.
+    """
+    found = []
+    for path in paths:
+        prefix = f"{path.stem}:" if len(paths) > 1 else ""
+        found += [Candidate(f"{prefix}{model}", path, (f'model.kind="{model}"',)) for model in models]
+        found += [Candidate(f"{prefix}{rung}", path, rung_overrides(rung)) for rung in rungs]
+        if not rungs and not models:
+            found.append(Candidate(path.stem, path, ()))
+    names = [candidate.name for candidate in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"two candidates are called {', '.join(twice)}; give experiment files of different names")
+    return found
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    out: Path,
+    *,
+    seeds: int = 5,
+    folds: int = 0,
+    jobs: int = 1,
+    overrides: Sequence[str] = (),
+    progress: Progress = SILENT,
+) -> Comparison:
+    """Train and score every candidate on every fold with every seed, as far as that is not done, and compare them.
+
+    Parameters
+    ----------
+    candidates
+        From :func:`candidates_of`.
+    out
+        The folder: ``comparison.json``, ``comparison.md``, ``comparison.svg``; stores, truths, runs and scores.
+    seeds
+        How many seeds, from 0: of training, of generation.
+    folds
+        0 for the perturbations that the experiment holds out, else into how many folds to divide them.
+    jobs
+        Processes that do trials at a time; on a machine with accelerators each takes the next of these.
+    overrides
+        ``section.key=value`` on top of all candidates.
+    progress
+        Where to report to.
+
+    Raises
+    ------
+    PertcastError
+        Whatever a stage refuses; what is done stays.
+    """
+    with claimed(out):
+        rules = season("vcc2025")
+        trials: list[Trial] = []
+        held: dict[str, list[_Fold]] = {}
+        for candidate in candidates:
+            experiment = load_experiment(candidate.path, (*candidate.overrides, *overrides))
+            if experiment.generate.scale != "log1p":
+                raise ConfigError("[generate] scale: cells are compared as log1p values; set it to log1p")
+            divided = _folds(experiment, out, folds=folds, rules=rules, known=held, progress=progress)
+            trials += _trials(candidate, experiment, divided, out, seeds=seeds, rules=rules)
+            _require_same(divided, held)
+        scores = _run_all(trials, jobs=jobs, progress=progress)
+        (first, *_) = held.values()
+        comparison = collect(
+            [(trial.name, trial.fold, trial.seed, found) for trial, found in zip(trials, scores, strict=True)],
+            [fold.references for fold in first],
+            folders={trial.name: str(trial.out.parent.relative_to(out)) for trial in trials},
+        )
+        write_json(out / "comparison.json", comparison.as_json())
+        (out / "comparison.md").write_text(as_markdown(comparison), encoding="utf-8")
+        (out / "comparison.svg").write_text(draw_chart(comparison), encoding="utf-8")
+    return comparison
+
+
+def _folds(
+    experiment: Experiment, out: Path, *, folds: int, rules: Season, known: dict[str, list[_Fold]], progress: Progress
+) -> list[_Fold]:
+    """Prepare the store and the truth of each fold of an experiment, once for all that share them."""
+    tree = experiment.as_json()
+    concern = {name: tree[name] for name in _CONCERN_STORE}
+    reads = str(tree["model"]["input"])
+    source = reads if reads.startswith("obsm:") else None
+    controls = experiment.generate.controls_from
+    digest = digest_of(concern, tree["submission"]["genes"], tree["submission"]["rules"], source, controls, folds)
+    if digest in known:
+        return known[digest]
+    divided, notes = held_out_folds(experiment, folds=folds)
+    for note in notes:
+        progress.note(note)
+    ranked: dict[str, set[str]] = {}
+    for part in divided:
+        for key, fewshot in part.fewshot.items():
+            ranked.setdefault(key.partition(".")[2], set()).update(fewshot.test)
+    found = []
+    for number, part in enumerate(divided):
+        folder = out / "folds" / digest / f"fold{number}"
+        store = prepare(part, folder / "store", progress=progress)
+        opened = Store.open(store)
+        truth = folder / f"truth-{opened.fingerprint[:10]}"
+        truth.mkdir(exist_ok=True)
+        labels = {context: sorted(names) for context, names in ranked.items()}
+        held = prepare_truth(opened, part, truth, rules=rules, ranked=labels)
+        references = reference_scores(opened, held, truth / "references.json", rules=rules, progress=progress)
+        found.append(_Fold(number, part.fewshot, store, tuple(held), references))
+    known[digest] = found
+    return found
+
+
+def _require_same(divided: list[_Fold], known: Mapping[str, list[_Fold]]) -> None:
+    """Refuse candidates that are scored on different perturbations."""
+    (first, *_) = known.values()
+    sides = [[(held.context, held.tested) for fold in folds for held in fold.held_out] for folds in (first, divided)]
+    if sides[0] != sides[1]:
+        raise ConfigError(
+            problems=[
+                Problem(
+                    "experiments to compare",
+                    "they hold out different perturbations, so that their scores say nothing of each other",
+                    "give them the same [fewshot] and [zeroshot], or compare them with --folds",
+                )
+            ]
+        )
+
+
+def _trials(
+    candidate: Candidate, experiment: Experiment, folds: list[_Fold], out: Path, *, seeds: int, rules: Season
+) -> list[Trial]:
+    tree = experiment.as_json()
+    digest = digest_of({name: tree[name] for name in ("features", "model", "loss", "train", "generate")})
+    name = candidate.name.replace(":", "-")
+    return [
+        Trial(
+            name=candidate.name,
+            fold=fold.number,
+            seed=seed,
+            experiment=experiment.model_copy(
+                update={
+                    "fewshot": fold.fewshot,
+                    "train": experiment.train.model_copy(update={"seed": seed}),
+                    "generate": experiment.generate.model_copy(update={"seed": seed}),
+                }
+            ),
+            store=fold.store,
+            held_out=fold.held_out,
+            season=rules.name,
+            out=out / "trials" / f"{name}-{digest}" / f"fold{fold.number}-seed{seed}",
+        )
+        for seed in range(seeds)
+        for fold in folds
+    ]
+
+
+def _run_all(trials: Sequence[Trial], *, jobs: int, progress: Progress) -> list[Scores]:
+    """Return the scores of all trials; the first seeds of all candidates come first."""
+    order = sorted(range(len(trials)), key=lambda place: (trials[place].seed, trials[place].fold))
+    scores: dict[int, Scores] = {}
+    if jobs <= 1:
+        for number, place in enumerate(order, start=1):
+            progress.note(f"trial {number} of {len(trials)}: {trials[place].title}")
+            scores[place] = run_trial(trials[place], progress=progress)
+        return [scores[place] for place in range(len(trials))]
+    with progress.task("trials", len(trials), "trials") as advance, _pool(jobs) as pool:
+        waiting = {pool.submit(run_trial, trials[place]): place for place in order}
+        for done in as_completed(waiting):
+            scores[waiting[done]] = done.result()
+            advance(1, detail=trials[waiting[done]].title)
+    return [scores[place] for place in range(len(trials))]
+
+
+@contextmanager
+def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Give processes that share out processors and accelerators; whatever ends the work cancels what has not begun."""
+    context = multiprocessing.get_context("spawn")
+    turn = context.Value("i", 0)
+    threads = max(1, available_cpus() // jobs)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker, initargs=(turn, threads))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker(turn: Any, threads: int) -> None:
+    """Take a share of the processors, and the next accelerator; before torch is imported."""
+    with turn.get_lock():
+        number = turn.value
+        turn.value += 1
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(device) for device in range(_count_devices())]
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+
+
+def _count_devices() -> int:
+    """Return how many NVIDIA devices there are, without importing torch, which would fix what is visible."""
+    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])

@@ -1,0 +1,236 @@
+"""What a comparison says: each candidate's metrics and the differences between them, with paired bootstrap intervals.
+
+Legend of shapes: S seeds, U units (a held-out target in a context), R resamples.
+The overall is cell-eval's: of means over all units, relative to the training-mean baseline, each metric clipped at 0.
+It is computed anew in each resample, baseline included. The rank of a target (PDS) is taken as given; it is not ranked
+anew among the targets of a resample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pertcast.stats.intervals import Interval, Resamples, draw_resamples, interval, resampled_means
+from pertcast.stats.metrics import BEST
+
+__all__ = ["METRICS", "REFERENCES", "Change", "Comparison", "collect"]
+
+Floats = NDArray[np.float64]
+Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
+
+METRICS = ("mae", "des", "pds", "effect_correlation", "overall")
+REFERENCES = ("baseline", "ceiling")
+_SCORED = ("mae", "des", "pds", "effect_correlation", "num_de_predicted")
+_STRATA = ("weak", "middle", "strong")
+_UNITS_IN_STRATUM = 3
+
+
+class Change(NamedTuple):
+    """How one candidate differs from another in a metric: the difference, and in percent of the other's value."""
+
+    name: str
+    against: str
+    metric: str
+    difference: Interval
+    percent: Interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result.
+
+    Attributes
+    ----------
+    candidates
+        Names, in order.
+    units
+        ``(context, target, fold)`` of each held-out unit.
+    num_seeds
+        S.
+    values
+        Candidate or reference → metric → (S, U); references have one row.
+    levels
+        Candidate or reference → metric → mean with its interval; ``overall`` too.
+    changes
+        Each candidate against the one before it and against every model and reference.
+    strata
+        Stratum of the size of the real effect → candidate → metric → mean with its interval.
+    folders
+        Candidate → folder of its trials, in the comparison's.
+    """
+
+    candidates: tuple[str, ...]
+    units: tuple[tuple[str, str, int], ...]
+    num_seeds: int
+    values: Mapping[str, Mapping[str, Floats]] = field(repr=False)
+    levels: Mapping[str, Mapping[str, Interval]]
+    changes: tuple[Change, ...]
+    strata: Mapping[str, Mapping[str, Mapping[str, Interval]]]
+    folders: Mapping[str, str] = field(default_factory=dict)
+
+    def change(self, name: str, against: str, metric: str) -> Change:
+        """Return one change.
+
+        Raises
+        ------
+        KeyError
+            If the two were not compared.
+        """
+        for found in self.changes:
+            if (found.name, found.against, found.metric) == (name, against, metric):
+                return found
+        raise KeyError((name, against, metric))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return JSON values; what is not a number is ``None``."""
+        return {
+            "candidates": list(self.candidates),
+            "num_seeds": self.num_seeds,
+            "levels": _plain(self.levels),
+            "changes": [_plain(change._asdict()) for change in self.changes],
+            "strata": _plain(self.strata),
+            "units": [list(unit) for unit in self.units],
+            "values": _plain(self.values),
+            "folders": dict(self.folders),
+        }
+
+
+def collect(
+    trials: Sequence[tuple[str, int, int, Scores]],
+    references: Sequence[Mapping[str, Scores]],
+    *,
+    folders: Mapping[str, str] | None = None,
+    num_resamples: int = 4000,
+) -> Comparison:
+    """Put the scores of all trials together, and compare.
+
+    Parameters
+    ----------
+    trials
+        ``(candidate, fold, seed, context → target → metric → value)``.
+    references
+        For each fold ``baseline`` and ``ceiling``, with scores of the same form.
+    folders
+        Where each candidate's trials lie.
+    num_resamples
+        R.
+    """
+    names = tuple(dict.fromkeys(name for name, _, _, _ in trials))
+    num_seeds = 1 + max(seed for _, _, seed, _ in trials)
+    first = [(fold, scores) for name, fold, seed, scores in trials if name == names[0] and seed == 0]
+    units = tuple((context, target, fold) for fold, scores in first for context in scores for target in scores[context])
+    values = {}
+    for name in names:
+        by_place = {(fold, seed): scores for other, fold, seed, scores in trials if other == name}
+        values[name] = _table(units, [{fold: by_place[fold, seed] for fold, _ in first} for seed in range(num_seeds)])
+    for name in REFERENCES:
+        values[name] = _table(units, [{fold: part[name] for fold, part in enumerate(references)}])
+    resamples = draw_resamples([target for _, target, _ in units], num_seeds=num_seeds, num=num_resamples)
+    means = {name: _Means.of(table, values["baseline"], resamples) for name, table in values.items()}
+    models = [name for name in names if name.rpartition(":")[2] not in ("c1", "c2", "c3", "c4")]
+    pairs = [(name, names[place - 1]) for place, name in enumerate(names) if place]
+    pairs += [(name, other) for name in names for other in (*models, "baseline") if name != other]
+    return Comparison(
+        candidates=names,
+        units=units,
+        num_seeds=num_seeds,
+        values=values,
+        levels={name: found.levels() for name, found in means.items()},
+        changes=tuple(
+            change for pair in dict.fromkeys(pairs) for change in _changes(*pair, means[pair[0]], means[pair[1]])
+        ),
+        strata=_strata(values, units, num_seeds, num_resamples),
+        folders=folders or {},
+    )
+
+
+def _table(units: Sequence[tuple[str, str, int]], seeds: Sequence[Mapping[int, Scores]]) -> dict[str, Floats]:
+    """Return metric → (S, U); a unit without a score is NaN."""
+
+    def of(scores: Mapping[int, Scores], unit: tuple[str, str, int], metric: str) -> float:
+        value = scores[unit[2]].get(unit[0], {}).get(unit[1], {}).get(metric)
+        return float("nan") if value is None else float(value)
+
+    return {
+        metric: np.array([[of(scores, unit, metric) for unit in units] for scores in seeds])
+        for metric in (*_SCORED, "effect_size")
+    }
+
+
+class _Means(NamedTuple):
+    """The mean of each metric, and of each resample."""
+
+    value: dict[str, float]
+    resampled: dict[str, Floats]
+
+    @classmethod
+    def of(cls, table: Mapping[str, Floats], baseline: Mapping[str, Floats], resamples: Resamples) -> _Means:
+        whole = Resamples(np.ones((1, resamples.seeds_RS.shape[1])), np.ones((1, resamples.units_RU.shape[1])))
+        value = {metric: float(resampled_means(table[metric], whole)[0]) for metric in _SCORED}
+        resampled = {metric: resampled_means(table[metric], resamples) for metric in _SCORED}
+        base = {metric: resampled_means(baseline[metric], whole) for metric in BEST}
+        bases = {metric: resampled_means(baseline[metric], resamples) for metric in BEST}
+        value["overall"] = float(_overall({metric: np.array([value[metric]]) for metric in BEST}, base)[0])
+        resampled["overall"] = _overall(resampled, bases)
+        return cls(value, resampled)
+
+    def levels(self) -> dict[str, Interval]:
+        return {metric: interval(self.value[metric], self.resampled[metric]) for metric in (*METRICS, _SCORED[-1])}
+
+
+def _overall(means: Mapping[str, Floats], baseline: Mapping[str, Floats]) -> Floats:
+    """Return :func:`pertcast.stats.metrics.overall` of each resample."""
+    gained = []
+    for metric, best in BEST.items():
+        distance = best - baseline[metric]
+        share = np.divide(means[metric] - baseline[metric], distance, out=np.zeros_like(distance), where=distance != 0)
+        gained.append(np.maximum(share, 0))
+    return np.asarray(np.mean(gained, axis=0))
+
+
+def _changes(name: str, against: str, ours: _Means, theirs: _Means) -> list[Change]:
+    found = []
+    for metric in METRICS:
+        difference = ours.value[metric] - theirs.value[metric]
+        resampled_R = ours.resampled[metric] - theirs.resampled[metric]
+        base, base_R = abs(theirs.value[metric]), np.abs(theirs.resampled[metric])
+        percent_R = np.divide(100 * resampled_R, base_R, out=np.full(len(base_R), np.nan), where=base_R > 0)
+        percent = interval(100 * difference / base if base > 0 else float("nan"), percent_R)
+        found.append(Change(name, against, metric, interval(difference, resampled_R), percent))
+    return found
+
+
+def _strata(
+    values: Mapping[str, Mapping[str, Floats]], units: Sequence[tuple[str, str, int]], num_seeds: int, num: int
+) -> dict[str, dict[str, dict[str, Interval]]]:
+    """Return the levels of each third of the units, by the size of their real effects; nothing where they are few."""
+    if len(units) < _UNITS_IN_STRATUM * len(_STRATA):
+        return {}
+    order = np.argsort(values["baseline"]["effect_size"][0], kind="stable")
+    found: dict[str, dict[str, dict[str, Interval]]] = {}
+    for stratum, places in zip(_STRATA, np.array_split(order, len(_STRATA)), strict=True):
+        parts = {
+            name: {metric: table[:, places] for metric, table in metrics.items()} for name, metrics in values.items()
+        }
+        resamples = draw_resamples([units[place][1] for place in places], num_seeds=num_seeds, num=num)
+        found[stratum] = {
+            name: _Means.of(table, parts["baseline"], resamples).levels() for name, table in parts.items()
+        }
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Interval):
+        return {"value": _plain(value.value), "low": _plain(value.low), "high": _plain(value.high)}
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

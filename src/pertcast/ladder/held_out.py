@@ -1,0 +1,190 @@
+"""The truth of a fold: its held-out cells beside the training control cells, and what is scored against them once.
+
+A fold's ranking (PDS) is among all perturbations that any fold holds out in the context, so that the number of folds
+does not change what a rank means; the other metrics are of the fold's own.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pertcast.config import Experiment
+from pertcast.data.split import Split
+from pertcast.data.store import Store
+from pertcast.errors import DataError
+from pertcast.files.artefacts import atomic_file, read_json, write_json
+from pertcast.files.csr_writer import CsrWriter
+from pertcast.generate.plan import control_rows
+from pertcast.ladder.baseline import constant_side
+from pertcast.ladder.cells import Side, read_halves, read_side, select_perts
+from pertcast.ladder.score import compare_sides
+from pertcast.progress import Progress
+from pertcast.seasons import Season
+from pertcast.stats.metrics import discrimination
+
+__all__ = ["HeldOut", "Scores", "against_truth", "prepare_truth", "reference_scores"]
+
+Scores = dict[str, dict[str, dict[str, float]]]
+"""Context → target → metric → value."""
+
+_CELLS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a fold holds out in one context.
+
+    Attributes
+    ----------
+    context
+        Its name.
+    tested
+        The labels that are predicted and scored.
+    truth
+        h5ad of the real cells of all ranked labels, and the control cells.
+    targets
+        The target list: the labels tested, with as many cells as there are real ones.
+    num_controls, num_cells
+        Control cells, and all cells of a prediction.
+    """
+
+    context: str
+    tested: tuple[str, ...]
+    truth: Path
+    targets: Path
+    num_controls: int
+    num_cells: int
+
+
+def prepare_truth(
+    store: Store, experiment: Experiment, folder: Path, *, rules: Season, ranked: Mapping[str, Sequence[str]]
+) -> list[HeldOut]:
+    """Write the truth of each context that has held-out perturbations, where it is not there already.
+
+    Parameters
+    ----------
+    store, experiment
+        Of the fold.
+    folder
+        Where to write; it belongs to this store.
+    rules
+        Names of the column and the control.
+    ranked
+        Context → labels that are held out in any fold.
+
+    Raises
+    ------
+    DataError
+        If no cell is held out.
+    """
+    found = []
+    for code, context in enumerate(store.contexts):
+        rows = store.rows(split=Split.TEST, context=code)
+        tested = np.setdiff1d(np.unique(store.pert_codes[rows]), [store.control_code])
+        if not len(tested):
+            continue
+        labels = sorted({store.perts[pert] for pert in tested} | (set(ranked.get(context, ())) & set(store.perts)))
+        cells = {label: _rows(store, code, label) for label in labels}
+        controls = control_rows(store, experiment, context)
+        truth, targets = folder / f"truth-{code}.h5ad", folder / f"targets-{code}.csv"
+        names = tuple(store.perts[pert] for pert in tested)
+        if not truth.is_file():
+            groups = [*((label, rows) for label, rows in cells.items()), (rules.control_label, controls)]
+            _write_cells(truth, store, groups, rules)
+            _write_targets(targets, [(name, len(cells[name])) for name in names], rules)
+        total = len(controls) + sum(len(cells[name]) for name in names)
+        found.append(HeldOut(context, names, truth, targets, len(controls), total))
+    if not found:
+        raise DataError(f"{store.path}: no cell of a test perturbation is held out; name some in [fewshot] test")
+    return found
+
+
+def _rows(store: Store, context: int, label: str) -> NDArray[np.int64]:
+    pert = store.perts.index(label)
+    held = store.rows(split=Split.TEST, context=context, pert=pert)
+    return held if len(held) else store.rows(split=Split.TRAIN | Split.VAL, context=context, pert=pert)
+
+
+def _write_cells(path: Path, store: Store, groups: Iterable[tuple[str, NDArray[np.int64]]], rules: Season) -> None:
+    labels: list[str] = []
+    with atomic_file(path) as temporary, CsrWriter(temporary, list(store.genes)) as writer:
+        for label, rows in groups:
+            for start in range(0, len(rows), _CELLS_AT_ONCE):
+                writer.append(store.csr(rows[start : start + _CELLS_AT_ONCE]))
+            labels += [label] * len(rows)
+        index = [str(number) for number in range(len(labels))]
+        writer.finish(pd.DataFrame({rules.pert_column: pd.Categorical(labels)}, index=index))
+
+
+def _write_targets(path: Path, rows: Sequence[tuple[str, int]], rules: Season) -> None:
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow([rules.pert_column, "n_cells"])
+        writer.writerows(rows)
+
+
+def against_truth(predicted: Side, truth: Side) -> dict[str, dict[str, float]]:
+    """Return the metrics of each predicted target; ranks are among all targets of the truth."""
+    scored = compare_sides(predicted, select_perts(truth, predicted.perts))
+    position = {gene: number for number, gene in enumerate(truth.genes)}
+    own_gene = np.array([position.get(pert, -1) for pert in predicted.perts], dtype=np.int64)
+    own_row = np.array([truth.perts.index(pert) for pert in predicted.perts], dtype=np.int64)
+    ranks = discrimination(truth.effects, predicted.effects, own_gene, own_row=own_row)
+    sizes = np.abs(select_perts(truth, predicted.perts).effects).mean(axis=1)
+    for row, pert in enumerate(predicted.perts):
+        scored[pert] |= {"pds": float(ranks[row]), "effect_size": float(sizes[row])}
+    return scored
+
+
+def reference_scores(
+    store: Store, held: Sequence[HeldOut], kept: Path, *, rules: Season, progress: Progress
+) -> dict[str, Scores]:
+    """Return what the official training-mean baseline and one half of the real cells score; kept in a file.
+
+    ``baseline``: every target is the mean over the training perturbations' means, as `cell-eval baseline` makes it.
+    ``ceiling``: one half of the real cells, and of the control cells, for the other half.
+    """
+    if kept.is_file():
+        found: dict[str, Scores] = read_json(kept)
+        return found
+    scores: dict[str, Scores] = {"baseline": {}, "ceiling": {}}
+    for part in held:
+        truth = read_side(part.truth, rules, cache=kept.parent, progress=progress)
+        constant = _training_mean(store, part.context)
+        controls = store.csr(
+            store.rows(split=Split.TRAIN, context=store.contexts.index(part.context), pert=store.control_code)
+        )
+        side = constant_side(constant, controls, select_perts(truth, part.tested), progress=progress)
+        scores["baseline"][part.context] = against_truth(side, truth)
+        first, second = read_halves(part.truth, rules, progress=progress)
+        tested = tuple(name for name in part.tested if name in first.perts)
+        scores["ceiling"][part.context] = against_truth(select_perts(second, tested), first)
+    write_json(kept, scores)
+    return scores
+
+
+def _training_mean(store: Store, context: str) -> NDArray[np.float32]:
+    """Return the mean over the training perturbations' means of a context; over those of all where it has none."""
+    rows = store.rows(split=Split.TRAIN)
+    rows = rows[store.pert_codes[rows] != store.control_code]
+    own = rows[store.context_codes[rows] == store.contexts.index(context)]
+    rows = own if len(own) else rows
+    keys = store.context_codes[rows].astype(np.int64) * len(store.perts) + store.pert_codes[rows]
+    means = [_mean(store, rows[keys == key]) for key in np.unique(keys)]
+    mean_G: NDArray[np.float32] = np.mean(means, axis=0).astype(np.float32)
+    return mean_G
+
+
+def _mean(store: Store, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    total = np.zeros(len(store.genes))
+    for start in range(0, len(rows), _CELLS_AT_ONCE):
+        block = store.csr(rows[start : start + _CELLS_AT_ONCE])
+        total += np.bincount(block.indices, weights=block.data, minlength=len(total))
+    return total / len(rows)

@@ -1,0 +1,101 @@
+"""Paired bootstrap intervals over targets and seeds, and what follows from them: changes, and how sure they are.
+
+Legend of shapes: S seeds, U units (a target in a context), R resamples.
+A resample draws targets with replacement and, independently of them, seeds (a hierarchical bootstrap with crossed
+levels: Owen, "The pigeonhole bootstrap", 2007). Units of one target are drawn together. All candidates of a comparison
+are resampled by the same draws, so that what a hard target or a lucky seed does to both of two cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pertcast.stats.draws import generator
+
+__all__ = ["Interval", "Resamples", "draw_resamples", "interval", "resampled_means"]
+
+Floats = NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """A value and its percentile interval; all NaN where there is no number."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
+class Resamples(NamedTuple):
+    """How often each seed and unit is drawn: (R, S) and (R, U) float64."""
+
+    seeds_RS: Floats  # noqa: N815
+    units_RU: Floats  # noqa: N815
+
+
+def draw_resamples(targets: Sequence[str], *, num_seeds: int, num: int = 4000, seed: int = 0) -> Resamples:
+    """Draw targets and seeds with replacement.
+
+    Parameters
+    ----------
+    targets
+        The target of each unit; units of one target are drawn together.
+    num_seeds
+        S.
+    num
+        R.
+    seed
+        Key of the draws.
+
+    Examples
+    --------
+    >>> drawn = draw_resamples(["A", "A", "B"], num_seeds=2, num=100)
+    >>> drawn.units_RU.shape, bool((drawn.units_RU[:, 0] == drawn.units_RU[:, 1]).all())
+    ((100, 3), True)
+    """
+    names, place = np.unique(np.asarray(targets, dtype=str), return_inverse=True)
+    counts_RN = _counts(len(names), num, generator(seed, "bootstrap", "targets"))
+    return Resamples(_counts(num_seeds, num, generator(seed, "bootstrap", "seeds")), counts_RN[:, place])
+
+
+def _counts(size: int, num: int, random: np.random.Generator) -> Floats:
+    return random.multinomial(size, np.full(size, 1 / size), size=num).astype(np.float64)
+
+
+def resampled_means(values_SU: Floats, resamples: Resamples) -> Floats:
+    """Return the mean of each resample, (R,); NaN values are left out, in each with its weight.
+
+    Parameters
+    ----------
+    values_SU
+        A value for each seed and unit; one row serves all seeds of what does not depend on them.
+    """
+    values_SU = np.broadcast_to(values_SU, (resamples.seeds_RS.shape[1], values_SU.shape[1]))
+    there_SU = ~np.isnan(values_SU)
+    sums_R = ((resamples.seeds_RS @ np.where(there_SU, values_SU, 0.0)) * resamples.units_RU).sum(axis=1)
+    weights_R = ((resamples.seeds_RS @ there_SU.astype(np.float64)) * resamples.units_RU).sum(axis=1)
+    means_R: Floats = np.divide(sums_R, weights_R, out=np.full(len(sums_R), np.nan), where=weights_R > 0)
+    return means_R
+
+
+def interval(value: float, resampled_R: Floats, *, level: float = 0.95) -> Interval:
+    """Return a value with the percentiles of its resamples.
+
+    Examples
+    --------
+    >>> interval(2.0, np.arange(101.0), level=0.9)
+    Interval(value=2.0, low=5.0, high=95.0)
+    """
+    known = resampled_R[np.isfinite(resampled_R)]
+    if not len(known) or not np.isfinite(value):
+        return Interval(float("nan"), float("nan"), float("nan"))
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(value), float(low), float(high))
