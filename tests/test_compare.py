@@ -17,10 +17,12 @@ import pertcast.ladder.trial
 from pertcast.cli.main import main
 from pertcast.config import load_experiment
 from pertcast.errors import ConfigError
+from pertcast.ladder.cells import Side, read_side
 from pertcast.ladder.chart import draw_chart
 from pertcast.ladder.compare import candidates_of, compare
 from pertcast.ladder.comparison import Comparison, collect
 from pertcast.ladder.folds import held_out_folds
+from pertcast.ladder.held_out import against_truth
 from pertcast.ladder.score import score
 from pertcast.ladder.verdict import as_markdown, verdict
 
@@ -54,11 +56,15 @@ def test_rungs_and_seeds_are_compared_once_and_for_all(
     assert np.isfinite(first.values["c2"]["mae"]).all()
     assert (first.values["ceiling"]["mae"] < first.values["baseline"]["mae"].mean()).any()
 
-    trained = []
-    kept = pertcast.ladder.trial.against_truth
-    monkeypatch.setattr(pertcast.ladder.trial, "against_truth", lambda *sides: trained.append(1) or kept(*sides))
+    scored: list[int] = []
+
+    def count(predicted: Side, truth: Side) -> dict[str, dict[str, float]]:
+        scored.append(1)
+        return against_truth(predicted, truth)
+
+    monkeypatch.setattr(pertcast.ladder.trial, "against_truth", count)
     again = compare(candidates, tmp_path / "out", seeds=2, overrides=TINY)
-    assert len(trained) == 2 * 2  # the new seed of two rungs in two contexts
+    assert len(scored) == 2 * 2  # the new seed of two rungs in two contexts
     np.testing.assert_array_equal(again.values["c1"]["pds"][0], first.values["c1"]["pds"][0])
 
     sets = [item for assignment in TINY for item in ("--set", assignment)]
@@ -77,7 +83,7 @@ def test_rungs_and_seeds_are_compared_once_and_for_all(
                 "--json",
             ]
         )
-    assert len(trained) == 2 * 2
+    assert len(scored) == 2 * 2
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert printed["levels"]["c1"]["mae"]["value"] == pytest.approx(again.values["c1"]["mae"].mean())
@@ -90,7 +96,6 @@ def test_a_trial_scores_what_pertcast_score_scores(
     experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PERTCAST_CACHE", str(tmp_path / "cache"))
-    read_side = pertcast.ladder.trial.read_side
 
     def read_and_keep(path: Path, *rest: Any, **options: Any) -> Any:
         shutil.copy(path, tmp_path / path.name)
