@@ -137,17 +137,35 @@ def test_interrupted_generation_goes_on_with_the_parts_that_are_missing(workspac
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in made.items())
 
 
-def test_a_target_gets_the_same_cells_whatever_else_is_asked_for_and_whatever_the_batch_size(
-    workspace: Workspace,
-) -> None:
+def cells_of(parts: Path) -> dict[str, ad.AnnData]:
+    return {path.stem: ad.read_h5ad(path) for path in sorted((parts / "H1").glob("G*.h5ad"))}
+
+
+@pytest.mark.parametrize("asked", [("G2",), ("G3", "G1"), ("G3", "G2", "G1")])
+def test_a_target_gets_the_same_cells_whatever_else_is_asked_for(workspace: Workspace, asked: tuple[str, ...]) -> None:
     outcome = run_experiment(workspace.experiment, workspace.out)
-    alone, small = workspace.folder / "alone", workspace.folder / "small"
-    workspace.targets.write_text("target_gene,n_cells\nG2,40\n")
-    generate(outcome.run, alone)
-    assert hash_file(alone / "H1" / "G2.h5ad") == hash_file(outcome.parts / "H1" / "G2.h5ad")
-    generate(outcome.run, small, overrides=["generate.sets_per_step=1"])
-    one, other = (ad.read_h5ad(parts / "H1" / "G2.h5ad").X.toarray() for parts in (alone, small))
-    assert np.abs(one - other).max() < 1e-5
+    cells = {"G1": 30, "G2": 41, "G3": 45}
+    workspace.targets.write_text("".join(["target_gene,n_cells\n", *(f"{name},{cells[name]}\n" for name in asked)]))
+    fewer, whole = workspace.folder / "fewer", cells_of(outcome.parts)
+    rules = ["submission.num_controls=4", f"submission.rules.num_targets={len(asked)}"]
+    generate(outcome.run, fewer, overrides=rules)
+    for name in asked:
+        found, same = ad.read_h5ad(fewer / "H1" / f"{name}.h5ad"), min(cells[name], whole[name].n_obs)
+        assert found.n_obs == cells[name]
+        assert found.obs["batch"].tolist()[:same] == whole[name].obs["batch"].tolist()[:same]
+        assert np.abs(found.X[:same].toarray() - whole[name].X[:same].toarray()).max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_the_cells_are_the_same_whatever_the_batch_size(workspace: Workspace, size: int) -> None:
+    outcome = run_experiment(workspace.experiment, workspace.out)
+    other = workspace.folder / "other"
+    generate(outcome.run, other, overrides=[f"generate.sets_per_step={size}"])
+    whole = cells_of(outcome.parts)
+    assert len(whole) == 3
+    for name, found in cells_of(other).items():
+        assert found.obs.equals(whole[name].obs)
+        assert np.abs(found.X.toarray() - whole[name].X.toarray()).max() < 1e-5
 
 
 def start(workspace: Workspace, out: Path) -> subprocess.Popen[bytes]:
