@@ -6,9 +6,10 @@ import sys
 import pertcast
 
 NAMES = [
-    "CheckReport", "CheckpointError", "ConfigError", "DataError", "Experiment", "PertcastError", "Problem", "SEASONS",
-    "Season", "Store", "SubmissionError", "__version__", "adapt_run", "adapted_experiment", "assemble", "check",
-    "generate_parts", "load_experiment", "pack", "prepare", "run_experiment", "season", "train_run", "unpack",
+    "CheckReport", "CheckpointError", "ConfigError", "DataError", "Experiment", "PertcastError", "Problem",
+    "RealismReport", "SEASONS", "Season", "Store", "SubmissionError", "__version__", "adapt_run", "adapted_experiment",
+    "assemble", "check", "generate_parts", "load_experiment", "pack", "prepare", "realism", "run_experiment", "season",
+    "train_run", "unpack",
 ]  # fmt: skip
 
 

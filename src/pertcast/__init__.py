@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pertcast.submission.assemble import assemble
     from pertcast.submission.check import CheckReport, check
     from pertcast.submission.pack import pack, unpack
+    from pertcast.submission.realism import RealismReport, realism
     from pertcast.train import train as train_run
     from pertcast.train.adapt import adapt as adapt_run
     from pertcast.train.line import adapted_experiment
@@ -40,6 +41,7 @@ _HOMES = {
     "Experiment": "config:Experiment",
     "PertcastError": "errors:PertcastError",
     "Problem": "errors:Problem",
+    "RealismReport": "submission.realism:RealismReport",
     "SEASONS": "seasons:SEASONS",
     "Season": "seasons:Season",
     "Store": "data.store:Store",
@@ -52,6 +54,7 @@ _HOMES = {
     "load_experiment": "config:load_experiment",
     "pack": "submission.pack:pack",
     "prepare": "data.store:prepare",
+    "realism": "submission.realism:realism",
     "run_experiment": "run:run_experiment",
     "season": "seasons:season",
     "train_run": "train:train",
@@ -67,6 +70,7 @@ __all__ = [
     "Experiment",
     "PertcastError",
     "Problem",
+    "RealismReport",
     "Season",
     "Store",
     "SubmissionError",
@@ -79,6 +83,7 @@ __all__ = [
     "load_experiment",
     "pack",
     "prepare",
+    "realism",
     "run_experiment",
     "season",
     "train_run",

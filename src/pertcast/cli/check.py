@@ -11,9 +11,11 @@ from cyclopts import App, Parameter
 from pertcast.cli.options import GenesOption, RulesOption, SeasonOption, TargetsOption, parse_rules
 
 if TYPE_CHECKING:
+    from pertcast.stats.realism import Likeness
     from pertcast.submission.check import CheckReport
+    from pertcast.submission.realism import RealismReport
 
-__all__ = ["check", "command", "print_report"]
+__all__ = ["check", "command", "print_realism", "print_report"]
 
 
 command = App(name="check")
@@ -28,6 +30,7 @@ def check(
     genes: GenesOption,
     targets: TargetsOption = None,
     set_: RulesOption = None,
+    against: Annotated[Path | None, Parameter(name="--against")] = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Name every problem of a prediction, with its place and what to do; exit code 1 if there is one.
@@ -38,6 +41,9 @@ def check(
     ----------
     file
         The prediction, an h5ad file.
+    against
+        Real control cells, an h5ad file: says how real the cells look beside them (DE calls without an effect,
+        variance, zeros, depth) and writes realism.json beside the prediction. The exit code does not depend on it.
     json_
         Print the report as JSON.
     """
@@ -45,10 +51,19 @@ def check(
     from pertcast.submission.check import check as examine
 
     report = examine(file, season=season, genes=genes, targets=targets, rules=parse_rules(set_), progress=Console())
+    found = None
+    if against is not None and report.facts.get("cells"):
+        from pertcast.files.artefacts import write_json
+        from pertcast.submission.realism import realism
+
+        found = realism(file, against, season=season, rules=parse_rules(set_), progress=Console())
+        write_json(file.with_name("realism.json"), found.as_json())
     if json_:
-        print(json.dumps(report.as_json(), indent=1))
-    else:
-        print_report(report)
+        print(json.dumps(report.as_json() | ({"realism": found.as_json()} if found else {}), indent=1))
+        return 0 if report.ok else 1
+    print_report(report)
+    if found:
+        print_realism(found)
     return 0 if report.ok else 1
 
 
@@ -62,3 +77,24 @@ def print_report(report: CheckReport) -> None:
     for problem in report.problems:
         print(f"  - {problem}")
     print("valid" if report.ok else f"not valid: {len(report.problems)} problem(s)")
+
+
+def print_realism(report: RealismReport) -> None:
+    """Print how real cells look: a line for each kind of cells, then what holds of those without an effect."""
+    for part in report.contexts:
+        print(
+            f"\nhow real the cells look{f', context {part.context}' if part.context else ''}, beside {report.against}:"
+        )
+        rows: dict[str, Likeness | None] = {"real": part.real, "null": part.null, "targets": part.targets}
+        names = {"real": "real controls", "null": "controls of the prediction", "targets": "targets, median"}
+        for name, like in rows.items():
+            if like is not None:
+                depth = f", median depth {part.totals[name][1]:,.0f}" if name in part.totals else ""
+                print(
+                    f"  {names[name]}: {like.de_calls} DE genes, variance x{like.variance_ratio[1]:.2f}, "
+                    f"zeros {100 * like.zero_difference[1]:+.1f} points, gene-gene r {like.correlation:.2f}{depth}"
+                )
+        for question, holds, evidence in part.verdicts:
+            print(f"  {'✓' if holds else '✗'} {question}: {evidence}")
+    for note in report.notes:
+        print(f"· {note}")

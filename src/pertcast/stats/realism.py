@@ -1,0 +1,128 @@
+"""How like real cells are cells that were made: DE calls, variance, zeros and gene-gene correlation beside real ones.
+
+Made cells and real ones are each compared with a *reference*, other real cells: what real cells give against the
+reference is what made ones should give. Legend of shapes: n, m cells, G genes; values are log1p, none is negative.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from pertcast.stats.de import differential_expression
+from pertcast.stats.groups import group_cells
+from pertcast.stats.metrics import is_significant
+
+__all__ = ["Likeness", "Reference", "compare_cells", "gene_correlation"]
+
+_SEEN_IN = 10
+_TOP_GENES = 100
+
+
+class Likeness(NamedTuple):
+    """What cells are like beside reference cells.
+
+    Attributes
+    ----------
+    num_cells
+        Cells compared.
+    de_calls
+        Genes called DE against the reference (two-sided Wilcoxon, FDR 0.05).
+    variance_ratio
+        Quantiles .1, .5, .9, over genes that at least ten reference cells show, of the variance over the reference's.
+    zero_difference
+        Quantiles .05, .5, .95 over these genes of the share of zeros minus the reference's, and their mean.
+    correlation
+        Correlation, over pairs of the 100 most expressed genes, of the two gene-gene correlations; NaN for few genes.
+    """
+
+    num_cells: int
+    de_calls: int
+    variance_ratio: tuple[float, float, float]
+    zero_difference: tuple[float, float, float, float]
+    correlation: float
+
+
+def _moments(cells: sparse.csr_matrix) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean, the variance and the share of zeros of each gene."""
+    number = max(cells.shape[0], 1)
+    mean = np.asarray(cells.sum(axis=0, dtype=np.float64)).ravel() / number
+    square = np.bincount(cells.indices, weights=cells.data.astype(np.float64) ** 2, minlength=cells.shape[1]) / number
+    seen = np.bincount(cells.indices[cells.data != 0], minlength=cells.shape[1])
+    return mean, np.maximum(square - mean**2, 0) * number / max(number - 1, 1), 1 - seen / number
+
+
+def gene_correlation(cells: sparse.csr_matrix, genes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return Pearson's correlation of each pair of genes, (k * (k - 1) / 2,); 0 where a gene does not vary."""
+    values = cells[:, genes].toarray().astype(np.float64)
+    values -= values.mean(axis=0)
+    norms = np.linalg.norm(values, axis=0)
+    values = np.divide(values, norms, out=np.zeros_like(values), where=norms > 0)
+    return np.asarray((values.T @ values)[np.triu_indices(len(genes), 1)])
+
+
+class Reference:
+    """Real cells that others are compared with; what is needed of them is worked out once.
+
+    Parameters
+    ----------
+    cells
+        (m, G) log1p.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two cells, or a value is negative.
+    """
+
+    def __init__(self, cells: sparse.csr_matrix) -> None:
+        _refuse_few(cells)
+        self.num_cells = cells.shape[0]
+        self.groups = group_cells(cells.astype(np.float32), np.zeros(cells.shape[0], dtype=np.int64))
+        mean, self.variance, self.zeros = _moments(cells)
+        self.shown = ((1 - self.zeros) * self.num_cells >= min(_SEEN_IN, self.num_cells)) & (self.variance > 0)
+        self.top = np.argsort(-mean, kind="stable")[: min(_TOP_GENES, int((mean > 0).sum()))]
+        self.pairs = gene_correlation(cells, self.top)
+
+
+def _refuse_few(cells: sparse.csr_matrix) -> None:
+    if cells.shape[0] < 2:
+        raise ValueError(f"expected two cells or more, got {cells.shape[0]}")
+
+
+def compare_cells(cells: sparse.csr_matrix, reference: Reference) -> Likeness:
+    """Compare cells (n, G), log1p, with reference cells.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two cells, or a value is negative.
+
+    Examples
+    --------
+    >>> random = np.random.default_rng(0)
+    >>> one, other = (sparse.csr_matrix(np.log1p(random.poisson(4, (60, 5)))) for _ in range(2))
+    >>> compare_cells(one, Reference(other)).de_calls
+    0
+    """
+    _refuse_few(cells)
+    ours = group_cells(cells.astype(np.float32), np.zeros(cells.shape[0], dtype=np.int64))
+    table = differential_expression(ours, reference.groups)
+    _, variance, zeros = _moments(cells)
+    shown, nothing = reference.shown, np.full(1, np.nan)
+    ratio = variance[shown] / reference.variance[shown] if shown.any() else nothing
+    difference = (zeros - reference.zeros)[shown] if shown.any() else nothing
+    pairs = gene_correlation(cells, reference.top)
+    varied = len(pairs) > 2 and np.ptp(pairs) > 0 and np.ptp(reference.pairs) > 0
+    low, middle, high = np.quantile(ratio, [0.1, 0.5, 0.9]).tolist()
+    few, typical, many = np.quantile(difference, [0.05, 0.5, 0.95]).tolist()
+    return Likeness(
+        num_cells=cells.shape[0],
+        de_calls=int(is_significant(table.fdr).sum()),
+        variance_ratio=(low, middle, high),
+        zero_difference=(few, typical, many, float(difference.mean())),
+        correlation=float(np.corrcoef(pairs, reference.pairs)[0, 1]) if varied else float("nan"),
+    )
