@@ -8,8 +8,8 @@ import pertcast
 NAMES = [
     "CheckReport", "CheckpointError", "ConfigError", "DataError", "Experiment", "PertcastError", "Problem",
     "RealismReport", "SEASONS", "Season", "Store", "SubmissionError", "__version__", "adapt_run", "adapted_experiment",
-    "assemble", "check", "generate_parts", "load_experiment", "pack", "prepare", "realism", "run_experiment", "season",
-    "train_run", "unpack",
+    "assemble", "check", "generate_parts", "load_experiment", "pack", "prepare", "read_ledger", "realism",
+    "run_experiment", "season", "train_run", "unpack", "write_report",
 ]  # fmt: skip
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         SubmissionError,
     )
     from pertcast.generate import generate as generate_parts
+    from pertcast.ladder.ledger import read_ledger
+    from pertcast.ladder.report import write_report
     from pertcast.run import run_experiment
     from pertcast.seasons import SEASONS, Season, season
     from pertcast.submission.assemble import assemble
@@ -54,11 +56,13 @@ _HOMES = {
     "load_experiment": "config:load_experiment",
     "pack": "submission.pack:pack",
     "prepare": "data.store:prepare",
+    "read_ledger": "ladder.ledger:read_ledger",
     "realism": "submission.realism:realism",
     "run_experiment": "run:run_experiment",
     "season": "seasons:season",
     "train_run": "train:train",
     "unpack": "submission.pack:unpack",
+    "write_report": "ladder.report:write_report",
 }
 
 __all__ = [
@@ -83,11 +87,13 @@ __all__ = [
     "load_experiment",
     "pack",
     "prepare",
+    "read_ledger",
     "realism",
     "run_experiment",
     "season",
     "train_run",
     "unpack",
+    "write_report",
 ]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pertcast.data.store import Split, Store
+from pertcast.ladder.report import write_report
 from pertcast.progress import SILENT, Progress
 from pertcast.run import Outcome, run_experiment
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN
@@ -56,16 +57,17 @@ class TargetRow:
 
 @dataclass(frozen=True)
 class DemoOutcome:
-    """What the demo made, and its table; `identical` says whether unpacking gave the packed prediction back."""
+    """What the demo made, its table, and the page about it; `identical`: unpacking gave the packed prediction back."""
 
     outcome: Outcome
     rows: tuple[TargetRow, ...]
     unpacked: Path
     identical: bool
+    report: Path
 
 
 def run_demo(out: Path, *, overrides: Sequence[str] = (), progress: Progress = SILENT) -> DemoOutcome:
-    """Train, generate, assemble, check, pack and unpack on the shipped H1 cells.
+    """Train, generate, assemble, check, pack and unpack on the shipped H1 cells, and write the report.
 
     Parameters
     ----------
@@ -77,10 +79,10 @@ def run_demo(out: Path, *, overrides: Sequence[str] = (), progress: Progress = S
     with as_file(files("pertcast") / "assets") as assets:
         outcome = run_experiment(assets / "demo.toml", out, overrides=overrides, progress=progress)
     unpacked = unpack(outcome.archive, out / "unpacked.h5ad")
+    report = write_report(out, ladder=out, progress=progress)
     prediction = ad.read_h5ad(unpacked)
-    return DemoOutcome(
-        outcome, tuple(_rows(Store.open(outcome.store), prediction)), unpacked, _same(prediction, outcome.prediction)
-    )
+    rows = tuple(_rows(Store.open(outcome.store), prediction))
+    return DemoOutcome(outcome, rows, unpacked, identical=_same(prediction, outcome.prediction), report=report)
 
 
 def _same(unpacked: ad.AnnData, path: Path) -> bool:

@@ -15,7 +15,7 @@ command = App(name="demo")
 
 @command.default
 def demo(*, out: Path = Path("demo"), set_: SetOption = None) -> None:
-    """Train STATE on 600 real H1 cells of the challenge, generate, assemble, check, pack, and unpack again.
+    """Train STATE on 600 real H1 cells of the challenge, generate, assemble, check, pack, unpack, and report.
 
     Ends with a table: for each target the predicted cells, what is left of the target gene's expression, and how the
     predicted effect agrees with cells that training has not seen. At this depth only TMSB4X and MED12 have effects
@@ -39,4 +39,5 @@ def demo(*, out: Path = Path("demo"), set_: SetOption = None) -> None:
     if not result.identical:
         raise SubmissionError(f"{result.unpacked}: unpacking did not give the prediction back; please report this")
     print(f"unpacked again, value for value: {result.unpacked}")
+    print(f"the report, a page that opens offline: {result.report}")
     print(result.outcome.archive)

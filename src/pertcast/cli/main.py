@@ -39,6 +39,7 @@ COMMANDS = {
     "score": "Score predicted cells against held-out real ones with the official metrics.",
     "ladder": "List the submissions: what each changed, and what the site said; `ladder record` writes that down.",
     "compare": "Compare rungs, models and experiments on held-out perturbations, with intervals.",
+    "report": "Write one self-contained HTML page about a run, which opens offline.",
     "sample": "Write a valid submission of random cells, to try the upload with.",
     "verify": "Tell whether an artefact is whole and still what its manifest says.",
 }
