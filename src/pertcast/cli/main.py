@@ -31,6 +31,7 @@ COMMANDS = {
     "adapt": "Adapt a run to a new cell line from a few of its cells; a handful of parameters learns.",
     "import": "Make a run of a folder that `state tx train` wrote; no code in its files runs.",
     "export": "Write a run as a folder that `state tx infer` reads.",
+    "calibrate": "Choose how large effects should be, on targets that were held out of the fit.",
     "generate": "Make exactly the wanted cells of each target, one part file a target.",
     "assemble": "Join the parts into one prediction.h5ad.",
     "check": "Name every problem of a prediction, with its place and remedy.",

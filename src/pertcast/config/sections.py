@@ -103,7 +103,8 @@ class GenerateConfig(Section):
     - ``shift``: the predicted mean plus `spread` times each control cell's residual; ``sparse``: the same, but zeros
       of rarely seen genes stay.
 
-    Where the target list gives ``median_umi_per_cell``, counts that are drawn have that median.
+    Where the target list gives ``median_umi_per_cell``, counts that are drawn have that median. With `calibrated`
+    effects and spread are scaled as `pertcast calibrate` chose for the run.
 
     `other_genes` says where genes come from that the model does not predict (``output = "hvg"``); "control" copies
     them from the control cell that each cell is made from, and is counted in every report.
@@ -113,6 +114,7 @@ class GenerateConfig(Section):
     scale: Literal["log1p", "counts"] = "log1p"
     cells: Literal["model", "donors", "negative_binomial", "shift", "sparse"] = "model"
     spread: Weight = 1.0
+    calibrated: bool = False
     controls_from: Literal["train", "all"] = "train"
     other_genes: Literal["error", "control"] = "error"
     sets_per_step: PositiveInt = 8

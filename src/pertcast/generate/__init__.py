@@ -32,6 +32,7 @@ from pertcast.files.artefacts import (
 from pertcast.files.lock import claimed, clean, locked
 from pertcast.files.origin import Origin
 from pertcast.generate.binding import bind, is_imported
+from pertcast.generate.calibration import calibrated
 from pertcast.generate.parts import PartMaker
 from pertcast.generate.plan import Part, Plan, plan_parts
 from pertcast.generate.shares import own_share, wait_for_others
@@ -213,6 +214,9 @@ def _with_notes(plan: Plan, experiment: Experiment, features: PertFeatures, run:
             f"{len(filled)} target(s) have no feature of their own; filled in as asked for with "
             f"features.missing = {experiment.features.missing!r}: {some}{more}"
         )
+    calibration, _ = calibrated(run, experiment)
+    if calibration is not None:
+        notes.append(f"calibrated on {calibration.num_targets} held-out targets: {calibration}")
     others = len(run.genes) - len(run.output_genes)
     if others:
         notes.append(f"{others:,} genes that the model does not predict are copied from control cells, as asked for")

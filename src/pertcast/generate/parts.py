@@ -28,6 +28,7 @@ from pertcast.files.artefacts import (
     write_manifest,
 )
 from pertcast.files.h5ad import CsrWriter
+from pertcast.generate.calibration import CalibratedPredictor, calibrated
 from pertcast.generate.cells import CellMaker
 from pertcast.generate.plan import Part, control_rows
 from pertcast.generate.predict import make_predictor
@@ -41,8 +42,13 @@ class PartMaker:
     """Makes one part after another with one model."""
 
     def __init__(self, run: Run, store: Store, experiment: Experiment, features: PertFeatures, weights: str) -> None:
+        self._calibration, experiment = calibrated(run, experiment)
         self._run, self._store, self._experiment, self._features = run, store, experiment, features
         self._predictor = make_predictor(run, store, features)
+        if self._calibration is not None:
+            self._predictor = CalibratedPredictor(
+                self._predictor, store, self._calibration, output_genes=run.output_genes
+            )
         cap = experiment.submission.resolve().max_cell_sum
         self._cells = CellMaker(store, experiment.generate, cap=cap)
         self.inputs = {"weights": weights, "store": store.fingerprint}
@@ -70,6 +76,8 @@ class PartMaker:
         }
         if not part.copied:
             settings |= {"cells": generate.cells, "spread": generate.spread}
+            if self._calibration is not None:
+                settings["calibration"] = self._calibration.fingerprint
             if self._cells.have_a_depth:
                 settings["median_umi"] = part.median_umi
             feature = self._features.of([self._label(part.target)])

@@ -31,7 +31,16 @@ from pertcast.stats.de import differential_expression
 from pertcast.stats.groups import CellGroups, count_entries, entry_starts, group_means, place_entries
 from pertcast.stats.metrics import is_significant
 
-__all__ = ["LabelledGroups", "Side", "cache_folder", "read_groups", "read_halves", "read_side", "select_perts"]
+__all__ = [
+    "LabelledGroups",
+    "Side",
+    "cache_folder",
+    "make_side",
+    "read_groups",
+    "read_halves",
+    "read_side",
+    "select_perts",
+]
 
 _FORMAT = "1"
 
@@ -180,22 +189,30 @@ def read_groups(
         return LabelledGroups(groups, tuple(map(str, names)), kept, control, reader.genes, reader.layout == "dense")
 
 
+def make_side(
+    groups: CellGroups, control: CellGroups, perts: tuple[str, ...], genes: tuple[str, ...], *, from_dense: bool = False
+) -> Side:
+    """Return what the metrics need of perturbed and control cells that are sorted into groups, log1p."""
+    dtype = groups.values.dtype
+    table = differential_expression(groups, control, from_dense=from_dense, threads=available_cpus())
+    return Side(
+        perts=perts,
+        genes=genes,
+        num_cells=groups.sizes,
+        means_log1p=group_means(groups)[0].astype(dtype),
+        control_mean_log1p=group_means(control)[0][0].astype(dtype),
+        significant=is_significant(table.fdr),
+        log2_fold_change=table.log2_fold_change.astype(np.float32),
+    )
+
+
 def _sides(read: LabelledGroups, *, parts: int) -> Iterator[Side]:
     perts = read.kept[read.kept != read.control]
-    dtype = read.groups.values.dtype
     for part in range(parts):
         ours = read.groups.select(part * len(read.names) + perts)
         theirs = read.groups.select([part * len(read.names) + read.control])
-        table = differential_expression(ours, theirs, from_dense=read.from_dense, threads=available_cpus())
-        yield Side(
-            perts=tuple(read.names[pert] for pert in perts),
-            genes=read.genes,
-            num_cells=ours.sizes,
-            means_log1p=group_means(ours)[0].astype(dtype),
-            control_mean_log1p=group_means(theirs)[0][0].astype(dtype),
-            significant=is_significant(table.fdr),
-            log2_fold_change=table.log2_fold_change.astype(np.float32),
-        )
+        names = tuple(read.names[pert] for pert in perts)
+        yield make_side(ours, theirs, names, read.genes, from_dense=read.from_dense)
 
 
 def _sorted_labels(path: Path, column: str, labels: pd.Categorical) -> tuple[NDArray[np.str_], NDArray[np.int64]]:

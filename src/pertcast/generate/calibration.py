@@ -1,0 +1,167 @@
+"""What calibration chose for a run, as a file of it, and a predictor whose effects are scaled so.
+
+Invariants: a calibration belongs to the weights that it was made with; it is listed in the run's manifest, so a changed
+one is found when the run is opened. Each set is scaled by itself, so cells do not depend on how many are made at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pertcast.config import Experiment, GenerateConfig
+from pertcast.data.store import Store
+from pertcast.errors import CheckpointError, ConfigError
+from pertcast.files.artefacts import hash_file, read_json, read_manifest, write_json, write_manifest
+from pertcast.generate.predict import Predictor
+from pertcast.models.checkpoint import WEIGHTS, Run
+from pertcast.stats.amplitude import amplify, effect_size
+
+__all__ = ["CALIBRATION", "CalibratedPredictor", "Calibration", "calibrated", "open_calibration", "save_calibration"]
+
+CALIBRATION = "calibration.json"
+_LARGEST_CHANGE = 4.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How much larger or smaller a run's effects, and the spread of its cells, should be.
+
+    Attributes
+    ----------
+    amplitude
+        Of all effects.
+    slope, reference
+        A target whose predicted effect has the size s has the amplitude ``amplitude * (s / reference) ** slope``; the
+        second factor is at most 4 and at least a quarter.
+    cells, spread
+        The way of making cells that it was chosen for, and the spread for ``generate.spread``.
+    weights
+        Hash of the run's weights.
+    num_targets
+        How many held-out targets it was chosen on.
+    before, after
+        What these score without and with it: metric → mean.
+    tried
+        Every choice that was looked at, with its scores.
+    notes
+        What was done, in sentences.
+    """
+
+    amplitude: float
+    slope: float
+    reference: float
+    cells: str
+    spread: float
+    weights: str
+    num_targets: int
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    tried: tuple[dict[str, float], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def of(self, size: float) -> float:
+        """Return the amplitude of a target whose predicted effect has this size."""
+        if not self.slope or not size or not self.reference:
+            return self.amplitude
+        change = (size / self.reference) ** self.slope
+        return self.amplitude * float(np.clip(change, 1 / _LARGEST_CHANGE, _LARGEST_CHANGE))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what changes cells."""
+        values = [self.amplitude, self.slope, self.reference, self.spread, self.cells, self.weights]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        """Say what it does to effects."""
+        own = f" x (predicted size / {self.reference:.3g}) ^ {self.slope:+.2f}" if self.slope else ""
+        spread = f", spread {self.spread:g}" if self.spread != 1 else ""
+        return f"effects x {self.amplitude:.3g}{own}{spread}"
+
+
+def save_calibration(run_path: Path, calibration: Calibration) -> Path:
+    """Write a calibration into a run's folder and its manifest; one that is there is replaced."""
+    manifest = read_manifest(run_path, kind="run")
+    path = run_path / CALIBRATION
+    write_json(path, asdict(calibration))
+    write_manifest(run_path, replace(manifest, files={**manifest.files, CALIBRATION: hash_file(path)}))
+    return path
+
+
+def open_calibration(run_path: Path) -> Calibration:
+    """Read the calibration of a run.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or it was made for other weights.
+    """
+    remedy = f"run `pertcast calibrate {run_path}`, or leave generate.calibrated away"
+    if CALIBRATION not in read_manifest(run_path, kind="run").files:
+        raise CheckpointError(f"{run_path}: it is not calibrated; {remedy}")
+    raw: dict[str, Any] = read_json(run_path / CALIBRATION)
+    try:
+        found = Calibration(**{**raw, "tried": tuple(raw["tried"]), "notes": tuple(raw["notes"])})
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{run_path / CALIBRATION}: no calibration of this version ({error}); {remedy}") from None
+    if found.weights != hash_file(run_path / WEIGHTS):
+        raise CheckpointError(f"{run_path / CALIBRATION}: it was made for other weights; {remedy}")
+    return found
+
+
+def calibrated(run: Run, experiment: Experiment) -> tuple[Calibration | None, Experiment]:
+    """Return the run's calibration where ``generate.calibrated`` asks for it, and the experiment with its spread.
+
+    Raises
+    ------
+    ConfigError
+        If cells are made in another way than it was chosen for.
+    """
+    generate: GenerateConfig = experiment.generate
+    if not generate.calibrated:
+        return None, experiment
+    found = open_calibration(run.path)
+    if found.cells != generate.cells:
+        raise ConfigError(
+            f"{run.path}: it was calibrated for generate.cells = {found.cells!r}, got {generate.cells!r}; "
+            f"calibrate it with --set generate.cells={generate.cells!r}"
+        )
+    return found, experiment.model_copy(update={"generate": generate.model_copy(update={"spread": found.spread})})
+
+
+class CalibratedPredictor:
+    """A predictor with the effects of its targets scaled; control cells are predicted as they were.
+
+    Parameters
+    ----------
+    predictor, store, calibration
+        What predicts, where control cells are read from, and how effects are scaled.
+    output_genes
+        Positions of the predicted genes in the store.
+    """
+
+    def __init__(
+        self, predictor: Predictor, store: Store, calibration: Calibration, *, output_genes: NDArray[np.int64]
+    ) -> None:
+        self._predictor, self._store, self._calibration = predictor, store, calibration
+        self._genes = None if len(output_genes) == len(store.genes) else output_genes
+
+    def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
+        """Return (B * S, output genes) log1p values; see :class:`pertcast.generate.predict.Predictor`."""
+        predicted_CO = self._predictor.predict(rows_BS, target=target, context=context)
+        if target == self._store.control:
+            return predicted_CO
+        size = rows_BS.shape[1]
+        for number, rows_S in enumerate(rows_BS):
+            cells = slice(number * size, (number + 1) * size)
+            control_SO = self._store.log1p(rows_S, genes=self._genes)
+            amplitude = self._calibration.of(effect_size(predicted_CO[cells], control_SO))
+            predicted_CO[cells] = amplify(predicted_CO[cells], control_SO, amplitude)
+        return predicted_CO

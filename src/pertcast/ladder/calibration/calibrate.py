@@ -1,0 +1,230 @@
+"""Calibration: how much larger effects, and how much wider cells, score best on targets that were held out of the fit.
+
+Invariants: cells that test are never read; a change is kept only where it beats none by more than a standard error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pertcast.config import rebuild_experiment
+from pertcast.data.store import Store
+from pertcast.errors import CheckpointError, DataError
+from pertcast.files.artefacts import hash_file
+from pertcast.files.lock import claimed
+from pertcast.generate.calibration import Calibration, save_calibration
+from pertcast.ladder.calibration.refit import refit
+from pertcast.ladder.calibration.targets import UnseenTargets, unseen_targets
+from pertcast.models.checkpoint import WEIGHTS, open_run
+from pertcast.progress import SILENT, Progress
+from pertcast.stats.metrics import BEST, overall
+
+__all__ = ["calibrate"]
+
+AMPLITUDES = (0.0, 0.25, 0.5, 0.75, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+SLOPES = (-0.5, -0.25, 0.25, 0.5)
+SPREADS = (0.6, 0.8, 1.2, 1.4)
+_FEWEST = 4
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One way of scaling, and what the targets score with it."""
+
+    amplitude: float = 1.0
+    slope: float = 0.0
+    spread: float = 1.0
+    scores: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 3)))
+
+
+def calibrate(
+    run_path: Path,
+    *,
+    store_path: Path | None = None,
+    overrides: Sequence[str] = (),
+    folds: int = 0,
+    fold_steps: int | None = None,
+    progress: Progress = SILENT,
+) -> Path:
+    """Choose amplitude and spread of a run's effects on held-out targets, and keep them in the run.
+
+    The amplitude of all effects is looked for first; then how a target's own amplitude goes with the size of its
+    predicted effect (the slope, shrunk by how sure it is); then, where cells are made by ``shift`` or ``sparse``, the
+    spread. Each is scored by the overall of the official metrics of season 2025, relative to copies of control cells.
+    Its standard error is the jackknife's over targets.
+
+    Parameters
+    ----------
+    run_path
+        A run that was trained here.
+    store_path
+        Where its store lies, if it has moved.
+    overrides
+        ``section.key=value`` on top of the run's experiment: ``generate.cells=sparse``.
+    folds
+        0: the run's own validation targets. K: train K networks anew, each without a K-th of the training targets,
+        beside the run in ``RUN_folds``, and choose on those.
+    fold_steps
+        Steps of each of them; default: as many as the run was to take.
+    progress
+        Where everything is told.
+
+    Returns
+    -------
+    Path of ``calibration.json`` in the run.
+
+    Raises
+    ------
+    DataError
+        If there are too few held-out targets.
+    CheckpointError
+        If the run was imported, or its store is not the one it was trained on.
+    """
+    run = open_run(run_path)
+    if not run.store_fingerprint:
+        raise CheckpointError(
+            f"{run_path}: it was imported, and nothing says which targets it was trained without; "
+            "train a run with `pertcast train` to calibrate it"
+        )
+    experiment = rebuild_experiment(run.experiment, overrides, place=run_path / "run.json")
+    pairs = [(run_path, store_path or run.store_path)]
+    if folds:
+        pairs = refit(run_path, store_path or run.store_path, folds=folds, steps=fold_steps, progress=progress)
+    cases: list[UnseenTargets] = []
+    for path, place in pairs:
+        fold, store = open_run(path), Store.open(place)
+        if store.fingerprint != fold.store_fingerprint:
+            raise CheckpointError(f"{place}: not the store that {path} was trained on; give that one with --store")
+        cases += unseen_targets(fold, store, experiment, progress=progress)
+    number = sum(len(case.parts) for case in cases)
+    if number < _FEWEST:
+        raise DataError(
+            f"{run_path}: expected at least {_FEWEST} targets that validate and that their context did not train on, "
+            f'got {number}; hold some out ([fewshot."dataset.cell_type"] val), or train anew without some: --folds 5'
+        )
+    found = _search(cases, cells=experiment.generate.cells, weights=hash_file(run_path / WEIGHTS), progress=progress)
+    with claimed(run_path):
+        return save_calibration(run_path, found)
+
+
+def _search(cases: Sequence[UnseenTargets], *, cells: str, weights: str, progress: Progress) -> Calibration:
+    sizes = [case.sizes() for case in cases]
+    reference = float(np.median([size for some in sizes for size in some]))
+    base = _table([score for case in cases for score in case.copies()])
+    tried: list[_Choice] = []
+    spreads = SPREADS if cells in ("shift", "sparse") else ()
+    most = 1 + len(AMPLITUDES) + 2 + len(SLOPES) + len(spreads)
+
+    with progress.task("calibrate", most, "choices") as advance:
+
+        def look(amplitude: float, slope: float, spread: float) -> _Choice:
+            scaling = Calibration(amplitude, slope, reference, cells, spread, weights, 0)
+            scores = [
+                score
+                for case, own in zip(cases, sizes, strict=True)
+                for score in case.scores(
+                    {part.target: scaling.of(size) for part, size in zip(case.parts, own, strict=True)}, spread=spread
+                )
+            ]
+            tried.append(_Choice(amplitude, slope, spread, _table(scores)))
+            advance(1)
+            return tried[-1]
+
+        none = best = look(1.0, 0.0, 1.0)
+        best = _better(none, [look(amplitude, 0.0, 1.0) for amplitude in AMPLITUDES], base)
+        if best is not none:
+            places = sorted({*AMPLITUDES, 1.0})
+            here = places.index(best.amplitude)
+            beside = [place for place in (here - 1, here + 1) if 0 <= place < len(places)]
+            finer = [look((best.amplitude + places[place]) / 2, 0.0, 1.0) for place in beside]
+            best = max([best, *finer], key=lambda choice: _overall(choice.scores, base))
+        if best.amplitude:
+            slopes = [look(best.amplitude, slope, 1.0) for slope in SLOPES]
+            sloped = _better(best, slopes, base)
+            if sloped is not best:
+                gain, error = _gain(sloped, best, base)
+                best = look(best.amplitude, sloped.slope * (1 - (error / gain) ** 2), 1.0)
+        best = _better(best, [look(best.amplitude, best.slope, spread) for spread in spreads], base)
+    _show(tried, base, progress)
+    notes = _notes(none, best, base)
+    found = Calibration(
+        amplitude=best.amplitude,
+        slope=best.slope,
+        reference=reference,
+        cells=cells,
+        spread=best.spread,
+        weights=weights,
+        num_targets=len(none.scores),
+        before=_named(none, base),
+        after=_named(best, base),
+        tried=tuple(
+            {**_named(choice, base), "amplitude": choice.amplitude, "slope": choice.slope, "spread": choice.spread}
+            for choice in tried
+        ),
+        notes=notes,
+    )
+    progress.note(f"{found}: " + "; ".join(notes))
+    return found
+
+
+def _table(scores: Sequence[dict[str, float]]) -> NDArray[np.float64]:
+    """Return (targets, metrics of the overall)."""
+    return np.array([[score[name] for name in BEST] for score in scores], dtype=np.float64)
+
+
+def _overall(scores: NDArray[np.float64], base: NDArray[np.float64]) -> float:
+    ours, theirs = (dict(zip(BEST, table.mean(0).tolist(), strict=True)) for table in (scores, base))
+    return overall(ours, theirs)
+
+
+def _gain(choice: _Choice, other: _Choice, base: NDArray[np.float64]) -> tuple[float, float]:
+    """Return how much better a choice is than another, and the jackknife's standard error of that over targets."""
+
+    def gain(kept: NDArray[np.int64]) -> float:
+        return _overall(choice.scores[kept], base[kept]) - _overall(other.scores[kept], base[kept])
+
+    every = np.arange(len(base))
+    without = np.array([gain(np.delete(every, place)) for place in every])
+    error = np.sqrt((len(every) - 1) / len(every) * np.square(without - without.mean()).sum())
+    return gain(every), float(error)
+
+
+def _better(now: _Choice, others: Sequence[_Choice], base: NDArray[np.float64]) -> _Choice:
+    """Return the best of some choices where it beats the one now by more than a standard error, else that one."""
+    if not others:
+        return now
+    best = max(others, key=lambda choice: _overall(choice.scores, base))
+    gain, error = _gain(best, now, base)
+    return best if gain > error else now
+
+
+def _named(choice: _Choice, base: NDArray[np.float64]) -> dict[str, float]:
+    means = dict(zip(BEST, choice.scores.mean(0).tolist(), strict=True))
+    return {**means, "overall": _overall(choice.scores, base)}
+
+
+def _show(tried: Sequence[_Choice], base: NDArray[np.float64], progress: Progress) -> None:
+    shown: Callable[[float], str] = "{:.4f}".format
+    rows = [
+        [f"x {choice.amplitude:g}, slope {choice.slope:+.2f}, spread {choice.spread:g}"]
+        + [shown(value) for value in _named(choice, base).values()]
+        for choice in tried
+    ]
+    copies = [shown(value) for value in base.mean(0)] + [shown(0.0)]
+    progress.table("Held-out targets", ["", *BEST, "overall"], [["copies of controls", *copies], *rows])
+
+
+def _notes(none: _Choice, best: _Choice, base: NDArray[np.float64]) -> tuple[str, ...]:
+    if best is none:
+        return (f"no change beats none by more than a standard error on {len(base)} held-out targets",)
+    before, after = _named(none, base), _named(best, base)
+    gain, error = _gain(best, none, base)
+    each = ", ".join(f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in (*BEST, "overall"))
+    return (
+        f"on {len(base)} held-out targets {each}, a gain of {gain:.4f} ± {error:.4f} (chosen there, so it flatters)",
+    )
