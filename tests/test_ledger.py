@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,12 @@ def make_archive(path: Path, experiment: dict[str, Any] | None, *, packed_at: st
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content or f"{path} {packed_at}")
     origin = Origin("w" + packed_at, str(path.parent / "run"), 5, "s" * 64, experiment or {}).as_facts()
-    facts = {"packed_at": packed_at, **(origin if experiment else {})}
+    facts = origin if experiment else {}
     inputs = {"prediction": "p" + packed_at, "genes": "g", "targets": "t"}
     write_manifest(path, Manifest("submission", inputs=inputs, config={"season": "vcc2025"}, facts=facts))
+    seconds = datetime.fromisoformat(packed_at).timestamp()
+    for written in (path, manifest_path(path)):
+        os.utime(written, (seconds, seconds))
     return path
 
 

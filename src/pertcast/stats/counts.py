@@ -76,7 +76,7 @@ def fit_counts(blocks: Iterable[tuple[sparse.csr_matrix, NDArray[np.int64]]], *,
     --------
     >>> cells = sparse.csr_matrix(np.array([[2.0, 0.0], [4.0, 0.0]]))
     >>> fit_counts([(cells, np.zeros(2, dtype=np.int64))], num_batches=1).share.round(3).tolist()
-    [[1.0, 0.083]]
+    [[1.0, 0.069]]
     """
     sums: list[Float] = []
     sizes: list[Float] = []

@@ -91,8 +91,8 @@ def interval(value: float, resampled_R: Floats, *, level: float = 0.95) -> Inter
 
     Examples
     --------
-    >>> interval(2.0, np.arange(101.0), level=0.9)
-    Interval(value=2.0, low=5.0, high=95.0)
+    >>> interval(2.0, np.arange(101.0), level=0.5)
+    Interval(value=2.0, low=25.0, high=75.0)
     """
     known = resampled_R[np.isfinite(resampled_R)]
     if not len(known) or not np.isfinite(value):

@@ -26,7 +26,7 @@ def uniform_key(seed: int, *key: str | int) -> np.uint64:
 
     Examples
     --------
-    >>> uniform_key(0, "cells", "H1") == uniform_key(0, "cells", "H1")
+    >>> int(uniform_key(0, "cells", "H1")) == int(uniform_key(0, "cells", "H1"))
     True
     """
     return np.uint64(key_hash(seed, *key) & 0xFFFFFFFFFFFFFFFF)

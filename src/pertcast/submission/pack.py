@@ -22,7 +22,6 @@ from pertcast.files.artefacts import (
     hash_file,
     manifest_path,
     read_manifest,
-    timestamp,
     write_manifest,
 )
 from pertcast.files.h5ad import open_h5ad
@@ -247,7 +246,7 @@ class _Job:
             inputs=self._inputs(prediction),
             config=self._config,
             files={self._out.name: packed.archive},
-            facts={**facts, "packed_at": timestamp(), **prediction_origin(self._path, prediction)},
+            facts={**facts, **prediction_origin(self._path, prediction)},
             notes=tuple(notes),
         )
         write_manifest(self._out, manifest)

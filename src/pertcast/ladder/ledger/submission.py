@@ -32,7 +32,7 @@ class Submission:
     sha256
         Of its content; empty where neither the archive nor its manifest is there.
     packed_at
-        UTC, as the manifest says, else the archive's time.
+        UTC, the archive's time on disk; manifests hold no times, so that equal inputs give equal bytes.
     season
         Empty where no manifest says it.
     origin
@@ -99,7 +99,7 @@ def _of_archive(archive: Path, found: Found) -> list[Submission]:
         submission = Submission(
             archive,
             sha256,
-            packed_at=facts.get("packed_at") or _time_of(archive),
+            packed_at=_time_of(archive),
             season=str(manifest.config.get("season", "")) if manifest else "",
             origin=Origin.of_facts(facts) or (_follow(manifest, found) if manifest else None),
             records=tuple(record for record in records if record.archive_sha256 == sha256),
