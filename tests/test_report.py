@@ -21,14 +21,16 @@ from pertcast.errors import DataError
 from pertcast.ladder.report import write_report
 from pertcast.ladder.report.figure import Figure
 from pertcast.ladder.report.figures import curves
+from pertcast.ladder.report.gather import Material
 from pertcast.ladder.report.html import as_script
 from pertcast.ladder.report.measure import de_tables, effects, fit_plane, with_controls
+from pertcast.ladder.report.realism_section import realism
 from pertcast.ladder.report.sample import Cells, Group, Limits, sample_h5ad, sample_store
 from pertcast.run import run_experiment
 from pertcast.seasons import season
 from workspace import Workspace, make_workspace
 
-PARTS = ["run", "check", "training", "effects", "cells", "genes", "volcano", "budget", "ladder"]
+PARTS = ["run", "check", "training", "effects", "cells", "genes", "volcano", "realism", "budget", "ladder"]
 
 
 class Page(HTMLParser):
@@ -174,6 +176,24 @@ def test_truth_stands_beside_the_prediction(
     assert names == ["against training cells", "against held-out cells", "against real cells", "equal"]
     assert "zeros.<b>" in page.text
     assert "as real cells" in page.text
+
+
+def test_realism_is_shown_as_the_check_writes_it() -> None:
+    likeness = {"num_cells": 100, "de_calls": 3, "variance_ratio": [0.8, 1.0, 1.25], "zero_difference": [0.0] * 4,
+                "correlation": None}  # fmt: skip
+    context = {"context": "A", "real": likeness, "null": likeness, "targets": None, "totals": {},
+               "verdicts": [["few genes are DE", False, "3 of 2"]]}  # fmt: skip
+    html = realism(Material(Path(), realism={"contexts": [context], "notes": ["a note"]})).html
+    for words in (
+        "few genes are DE",
+        "✗ no",
+        "0.8, 1, 1.25",
+        "predicted controls",
+        "a note",
+        "How the cells look in A",
+    ):
+        assert words in html
+    assert "targets, median" not in html
 
 
 def dense(cells: Cells, rows: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from pertcast.ladder.report import sections
 from pertcast.ladder.report.cell_sections import cell_sections
 from pertcast.ladder.report.gather import gather
 from pertcast.ladder.report.page import render
+from pertcast.ladder.report.realism_section import realism
 from pertcast.progress import SILENT, Progress
 
 __all__ = ["write_report"]
@@ -56,12 +57,12 @@ def write_report(
         sections.check(material),
         sections.training(material),
         *with_cells,
-        sections.realism(material),
+        realism(material),
         sections.budget(material),
         sections.ladder(material, ledger),
     ]
     page = out or material.place / "report.html"
-    text = render(f"Report of {around.name}", [part for part in parts if part], colophon=sections.colophon())
+    text = render(f"Report of {around.name}", parts, colophon=sections.colophon())
     with atomic_file(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return page

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from pertcast.ladder.report.figure import Figure, Table
+from pertcast.ladder.report.figure import Figure, Table, number
 
-__all__ = ["Section", "as_script", "details", "facts", "figure", "paragraph", "section", "table", "unordered"]
+__all__ = ["Section", "as_script", "details", "facts", "figure", "paragraph", "plain", "section", "table", "unordered"]
 
 
 class Section(NamedTuple):
@@ -37,6 +37,17 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
     """Return names with their values."""
     listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs)
     return f'<dl class="facts">{listed}</dl>'
+
+
+def plain(value: object) -> str:
+    """Return a value as a reader wants it: thousands parted, four digits, a dash for nothing."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return number(value, 4) if isinstance(value, float) else str(value)
 
 
 def table(content: Table, *, caption: str) -> str:

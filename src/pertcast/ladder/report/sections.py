@@ -1,4 +1,4 @@
-"""The parts of the page that need no cells: the run in numbers, training, budget, check, realism, the ladder."""
+"""The parts of the page that need no cells: the run in numbers, training, budget, check, the ladder."""
 
 from __future__ import annotations
 
@@ -12,19 +12,9 @@ from pertcast.ladder.ledger import METRICS, Change, Ledger
 from pertcast.ladder.report.figure import Table, number
 from pertcast.ladder.report.figures import curves
 from pertcast.ladder.report.gather import Material
-from pertcast.ladder.report.html import Section, details, facts, figure, paragraph, section, table, unordered
+from pertcast.ladder.report.html import Section, details, facts, figure, paragraph, plain, section, table, unordered
 
-__all__ = ["budget", "check", "colophon", "ladder", "realism", "run_in_numbers", "training"]
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return number(value, 4) if isinstance(value, float) else str(value)
+__all__ = ["budget", "check", "colophon", "ladder", "run_in_numbers", "training"]
 
 
 def run_in_numbers(material: Material) -> Section:
@@ -40,12 +30,12 @@ def run_in_numbers(material: Material) -> Section:
         ("rung", rung_of(loss) if kind == "state" else "other"),
         ("model", " ".join(str(item) for item in (kind, model.get("preset")) if item)),
         ("weights of the loss", ", ".join(f"{name} {value:g}" for name, value in weights.items())),
-        ("parameters", _plain(metrics.get("num_parameters"))),
-        ("step of the weights", _plain(manifest.facts.get("step"))),
-        ("steps trained", _plain(metrics.get("last_step"))),
-        ("validation loss", _plain(metrics.get("val_loss"))),
-        ("seed", _plain(experiment.get("train", {}).get("seed"))),
-        ("features", _plain(material.run_facts.get("features", {}).get("source"))),
+        ("parameters", plain(metrics.get("num_parameters"))),
+        ("step of the weights", plain(manifest.facts.get("step"))),
+        ("steps trained", plain(metrics.get("last_step"))),
+        ("validation loss", plain(metrics.get("val_loss"))),
+        ("seed", plain(experiment.get("train", {}).get("seed"))),
+        ("features", plain(material.run_facts.get("features", {}).get("source"))),
         *_store_pairs(material),
         ("sha256 of the weights", manifest.files.get("weights.safetensors", "–")),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
@@ -66,9 +56,9 @@ def _store_pairs(material: Material) -> list[tuple[str, str]]:
     known = read_manifest(material.store, kind="store").facts
     names = ", ".join(known["contexts"][:5]) + (" ..." if len(known["contexts"]) > 5 else "")
     return [
-        ("cells of the store", _plain(known["num_cells"])),
-        ("genes", _plain(len(known["genes"]))),
-        ("perturbations of the store", _plain(len(known["perts"]) - 1)),
+        ("cells of the store", plain(known["num_cells"])),
+        ("genes", plain(len(known["genes"]))),
+        ("perturbations of the store", plain(len(known["perts"]) - 1)),
         ("contexts", names),
     ]
 
@@ -79,7 +69,7 @@ def _leaves(tree: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str
         if isinstance(value, Mapping):
             yield from _leaves(value, name)
         else:
-            yield name, _plain(value)
+            yield name, plain(value)
 
 
 def training(material: Material) -> Section:
@@ -107,11 +97,11 @@ def budget(material: Material) -> Section:
     parts, control = plan["parts"], plan["control_label"]
     cells = [part["num_cells"] for part in parts if part["target"] != control]
     pairs = [
-        ("targets", _plain(len({part["target"] for part in parts if part["target"] != control}))),
-        ("cells of targets", _plain(sum(cells))),
-        ("control cells", _plain(plan["num_controls"])),
-        ("in all", _plain(sum(cells) + plan["num_controls"])),
-        ("share of what was asked for (α)", _plain(plan["alpha"])),
+        ("targets", plain(len({part["target"] for part in parts if part["target"] != control}))),
+        ("cells of targets", plain(sum(cells))),
+        ("control cells", plain(plan["num_controls"])),
+        ("in all", plain(sum(cells) + plan["num_controls"])),
+        ("share of what was asked for (α)", plain(plan["alpha"])),
         ("fewest and most of a target", f"{min(cells):,} to {max(cells):,}" if cells else "–"),
     ]
     rows = tuple((part["target"], str(part["context"] or "–"), f"{part['num_cells']:,}") for part in parts)
@@ -143,18 +133,6 @@ def check(material: Material) -> Section:
     )
 
 
-def realism(material: Material) -> Section | None:
-    """Return the facts of ``realism.json`` beside the prediction as they stand; nothing where it is not there."""
-    found = material.realism
-    if not isinstance(found, Mapping):
-        return None
-    notes = found.get("notes", ())
-    rest = {name: value for name, value in found.items() if name != "notes"}
-    content = Table(("fact", "value"), tuple(_leaves(rest)))
-    said = [str(note) for note in notes] if isinstance(notes, Sequence) and not isinstance(notes, str) else [str(notes)]
-    return section("realism", "Realism of the cells", unordered(said), table(content, caption="Facts of realism.json"))
-
-
 def ladder(material: Material, ledger: Ledger) -> Section:
     """Return all submissions and what moved between them."""
     if not ledger.submissions:
@@ -179,7 +157,7 @@ def ladder(material: Material, ledger: Ledger) -> Section:
     trade_offs = ledger.trade_offs()
     moved = [
         (
-            ", ".join(f"{key} {_plain(a)} → {_plain(b)}" for key, (a, b) in (item.changed or {}).items()) or "–",
+            ", ".join(f"{key} {plain(a)} → {plain(b)}" for key, (a, b) in (item.changed or {}).items()) or "–",
             f"{item.before} → {item.now}",
             *(_relative(item.moved.get(name)) for name in names),
         )
@@ -202,7 +180,7 @@ def ladder(material: Material, ledger: Ledger) -> Section:
 def _ladder_row(ledger: Ledger, at: int, names: Sequence[str], material: Material) -> tuple[str, ...]:
     item = ledger.submissions[at - 1]
     changed = ledger.changed(at)
-    shown = "–" if changed is None else ", ".join(f"{k} {_plain(a)} → {_plain(b)}" for k, (a, b) in changed.items())
+    shown = "–" if changed is None else ", ".join(f"{k} {plain(a)} → {plain(b)}" for k, (a, b) in changed.items())
     is_this = (
         material.archive is not None and item.archive.resolve() == material.archive.resolve() and item.state == "packed"
     )
@@ -211,7 +189,7 @@ def _ladder_row(ledger: Ledger, at: int, names: Sequence[str], material: Materia
         f"{at}{'*' if is_this else ''} {item.archive.parent.name}/{item.archive.name}",
         item.rung or "unknown",
         item.kind or "unknown",
-        _plain(item.origin.step if item.origin else None),
+        plain(item.origin.step if item.origin else None),
         item.packed_at.replace("T", " ").removesuffix("Z"),
         shown or "nothing",
         *(number(scores[name], 4) if name in scores else "–" for name in names),
