@@ -16,7 +16,8 @@ from scipy import sparse
 
 from conftest import write_small_h5ad
 from pertcast.cli.main import main
-from pertcast.data.store import Split, Store
+from pertcast.config import load_experiment
+from pertcast.data.store import Split, Store, prepare
 from pertcast.errors import DataError
 from pertcast.ladder.report import write_report
 from pertcast.ladder.report.figure import Figure
@@ -253,6 +254,19 @@ def test_cells_without_controls_take_those_of_the_store(whole: Workspace) -> Non
     assert de_tables(without) == {}
     np.testing.assert_array_equal(effects(with_controls(without, training)).effect, effects(training).effect)
     assert sample_store(store, [Group("", "nothing")], split=Split.TRAIN, title="training") is None
+
+
+def test_groups_without_a_context_are_of_the_one_that_is_named(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path / "w")
+    write_small_h5ad(workspace.data, contexts=("A", "B"))
+    store = Store.open(prepare(load_experiment(workspace.experiment), tmp_path / "store"))
+    sizes = []
+    for within in (None, "A", "C"):
+        cells = sample_store(store, [Group("", "G1")], split=Split.TRAIN, title="training", within=within)
+        sizes.append(0 if cells is None else cells.num_cells[0])
+    everywhere = len(store.rows(split=Split.TRAIN, pert=store.perts.index("G1")))
+    assert sizes == [everywhere, len(store.rows(split=Split.TRAIN, context=0, pert=store.perts.index("G1"))), 0]
+    assert sizes[1] < everywhere
 
 
 def test_the_plane_is_that_of_a_plain_decomposition() -> None:

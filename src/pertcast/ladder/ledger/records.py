@@ -82,8 +82,8 @@ class Record:
     about: dict[str, Any] = field(default_factory=dict)
     submission: dict[str, Any] = field(default_factory=dict)
 
-    def says_what(self, other: Record) -> bool:
-        """Return whether two records say the same, whenever they were made."""
+    def repeats(self, other: Record) -> bool:
+        """Return whether this says the same as another, whenever they were made."""
         return (self.archive_sha256, self.metrics, self.source, self.entry, self.note, self.about) == (
             other.archive_sha256,
             other.metrics,
@@ -140,7 +140,7 @@ def record_scores(archive: Path, record: Record) -> tuple[Path, bool]:
     path = scores_path(archive)
     with locked(path):
         records = read_records(archive)
-        if records and records[-1].says_what(record):
+        if records and records[-1].repeats(record):
             return path, False
         write_json(path, {"archive": archive.name, "records": [asdict(item) for item in (*records, record)]})
     return path, True

@@ -88,14 +88,15 @@ def _read(material: Material, truth: Path | None, progress: Progress) -> _Sides:
         raise CheckpointError(
             f"{store.path}: not the store that {material.run} was trained on; give the run its own store"
         )
-    target_sum = store.target_sum if store else None
+    target_sum, context = store.target_sum if store else None, _only_context(material)
     assert material.prediction is not None
     predicted = sample_h5ad(material.prediction, rules, title="predicted", target_sum=target_sum, progress=progress)
     measured: dict[str, Cells | None] = {}
     if store is not None:
-        measured["training"] = sample_store(store, predicted.groups, split=Split.TRAIN, title="training")
-        held_out = Split.VAL | Split.TEST
-        measured["held out"] = sample_store(store, predicted.groups, split=held_out, title="held out", limits=limits)
+        for name, split in (("training", Split.TRAIN), ("held out", Split.VAL | Split.TEST)):
+            measured[name] = sample_store(
+                store, predicted.groups, split=split, title=name, within=context, limits=limits
+            )
     if truth is not None:
         measured["real"] = sample_h5ad(truth, rules, title="real", target_sum=target_sum, progress=progress)
     there = {name: cells for name, cells in measured.items() if cells is not None}
@@ -109,14 +110,20 @@ def _read(material: Material, truth: Path | None, progress: Progress) -> _Sides:
     predicted = predicted.on_genes(genes)
     if "training" in there:
         predicted = with_controls(predicted, there["training"])
-    return _Sides(predicted, there, _plane_of(store, genes))
+    return _Sides(predicted, there, _plane_of(store, genes, context))
 
 
-def _plane_of(store: Store | None, genes: Sequence[str]) -> Plane | None:
-    """Return the plane of a store's training cells, whatever they were perturbed by."""
+def _only_context(material: Material) -> str | None:
+    """Return the context of the prediction where the plan has one alone."""
+    contexts = {part["context"] for part in material.plan["parts"]} if material.plan else set()
+    return str(next(iter(contexts))) if len(contexts) == 1 else None
+
+
+def _plane_of(store: Store | None, genes: Sequence[str], context: str | None) -> Plane | None:
+    """Return the plane of a store's training cells, whatever they were perturbed by; of one context if it is named."""
     if store is None:
         return None
-    rows = store.rows(split=Split.TRAIN)
+    rows = store.rows(split=Split.TRAIN, context=store.contexts.index(context) if context in store.contexts else None)
     if len(rows) > _PLANE_POINTS * 2:
         rows = np.sort(generator(0, "report", "training").choice(rows, _PLANE_POINTS * 2, replace=False))
     codes = np.zeros(len(rows), dtype=np.int64)

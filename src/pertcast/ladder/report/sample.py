@@ -175,23 +175,35 @@ def sample_store(
     *,
     split: Split,
     title: str,
+    within: str | None = None,
     limits: Limits = Limits(),  # noqa: B008 (a frozen record)
 ) -> Cells | None:
     """Sample those cells of a store that some groups have in some splits; ``None`` where there are none.
 
-    An empty context stands for all of them.
+    Parameters
+    ----------
+    store, groups, split, title
+        Which cells, and what they are.
+    within
+        The context of groups that name none; all contexts where not given.
+    limits
+        How many.
     """
+    contexts = {group.context: group.context or within for group in groups}
+    codes_of = {
+        name: store.contexts.index(there) if there else None
+        for name, there in contexts.items()
+        if there is None or there in store.contexts
+    }
     there = []
     for group in groups:
         pert = store.perts.index(group.target) if group.target in store.perts else None
-        if pert is not None and (group.context in store.contexts or not group.context):
-            rows = store.rows(split=split, context=_context(store, group), pert=pert)
+        if pert is not None and group.context in codes_of:
+            rows = store.rows(split=split, context=codes_of[group.context], pert=pert)
             if len(rows):
                 there.append((group, rows))
     names = tuple(dict.fromkeys(group.context for group, _ in there))
-    controls = [
-        store.rows(split=split, context=_context(store, Group(name, "")), pert=store.control_code) for name in names
-    ]
+    controls = [store.rows(split=split, context=codes_of[name], pert=store.control_code) for name in names]
     if not there or not all(map(len, controls)):
         return None
     number = limits.per_group(len(groups))
@@ -201,7 +213,3 @@ def sample_store(
     kept = tuple(group for group, _ in there)
     sizes = tuple(len(rows) for _, rows in there)
     return Cells(title, store.genes, kept, names, store.csr(np.concatenate(drawn)), codes, sizes)
-
-
-def _context(store: Store, group: Group) -> int | None:
-    return store.contexts.index(group.context) if group.context else None
