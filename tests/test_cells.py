@@ -233,6 +233,16 @@ def test_a_sparing_shift_leaves_zeros_of_rare_genes_alone(controls: sparse.csr_m
     assert (shift(cells, wanted) == shift_sparing_zeros(cells, wanted))[:, ~rare].all()
 
 
+def test_a_rare_gene_that_rises_much_is_shown_by_more_cells_and_not_far_more_in_few() -> None:
+    cells = np.zeros((100, 2), dtype=np.float32)
+    cells[::50, 0] = 2
+    cells[::25, 1] = [1, 1, 2, 2]
+    moved = shift_sparing_zeros(cells, np.array([0.8, 0.07]))
+    assert moved.max() == 4
+    np.testing.assert_allclose(moved.mean(axis=0), [0.8, 0.07], rtol=0.03)
+    assert np.count_nonzero(moved, axis=0).tolist() == [20, 4]
+
+
 def test_rounding_keeps_the_mean_and_the_totals(controls: sparse.csr_matrix) -> None:
     cells = log1p_of(controls)
     totals = np.full(400, 2000.0)

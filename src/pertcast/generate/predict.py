@@ -28,7 +28,10 @@ class Predictor(Protocol):
     """Predicts cells, each from a control cell of a store."""
 
     def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
-        """Return (B * S, output genes) log1p values >= 0, in the order of the control cells.
+        """Return (B * S, output genes) log1p values, in the order of the control cells.
+
+        They may be below 0, where an effect takes more than a cell has: the mean over cells is what is predicted, and
+        whoever makes cells cuts them off at 0.
 
         Parameters
         ----------
@@ -65,7 +68,7 @@ class BaseEffects:
 
 
 class BaselinePredictor:
-    """A fitted baseline: the control cell plus the effect of the target, no less than 0."""
+    """A fitted baseline: the control cell plus the effect of the target."""
 
     def __init__(self, run: Run, store: Store, features: PertFeatures) -> None:
         baseline = run.baseline()
@@ -76,8 +79,7 @@ class BaselinePredictor:
         """Return (B * S, output genes) log1p values; see :class:`Predictor`."""
         is_whole = len(self._run.output_genes) == len(self._store.genes)
         control_CO = self._store.log1p(rows_BS.reshape(-1), genes=None if is_whole else self._run.output_genes)
-        shifted_CO: NDArray[np.float32] = np.maximum(control_CO + self._effects.of(target, context), np.float32(0))
-        return shifted_CO
+        return control_CO + self._effects.of(target, context)
 
 
 class NetworkPredictor:

@@ -117,7 +117,7 @@ class CellMaker:
     ) -> Iterator[sparse.csr_matrix]:
         first = 0
         for cells_CG in predicted:
-            yield self._on_scale(part, rows, dense_to_csr(cells_CG), first)
+            yield self._on_scale(part, rows, dense_to_csr(np.maximum(cells_CG, np.float32(0))), first)
             first += len(cells_CG)
 
     def _shifted(
@@ -183,7 +183,7 @@ def _mean(predicted: Iterator[NDArray[np.float32]], store: Store) -> NDArray[np.
     for cells_CG in predicted:
         total += cells_CG.sum(axis=0, dtype=np.float64)
         number += len(cells_CG)
-    return total / max(number, 1)
+    return np.asarray(np.maximum(total / max(number, 1), 0))
 
 
 def dense_to_csr(cells_CG: NDArray[np.float32]) -> sparse.csr_matrix:

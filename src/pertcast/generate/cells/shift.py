@@ -8,10 +8,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SEEN_OFTEN", "shift", "shift_sparing_zeros"]
+__all__ = ["MOST_SCALED", "SEEN_OFTEN", "shift", "shift_sparing_zeros"]
 
 SEEN_OFTEN = 0.5
 """Zeros stay where fewer than this share of the control cells show a gene."""
+MOST_SCALED = 2.0
+"""A log1p value is scaled no further: beyond it a rise means that more cells show the gene, not that they show more."""
 
 
 def shift(
@@ -43,7 +45,8 @@ def shift_sparing_zeros(
 ) -> NDArray[np.float32]:
     """Return the same, but zeros stay where a gene is rarely seen: its other values are scaled to the predicted mean.
 
-    A gene that no control cell shows stays 0.
+    Where that would take more than `MOST_SCALED` times a value, further cells show the gene, as many as the mean needs,
+    each at the mean of those that do. A gene that no control cell shows stays 0.
 
     Examples
     --------
@@ -59,5 +62,16 @@ def shift_sparing_zeros(
     cells = donors_log1p[:, rare]
     centre = cells.mean(axis=0, dtype=np.float64)
     factor = np.divide(wanted[rare], centre, out=np.zeros_like(centre), where=centre > 0)
-    moved[:, rare] = (cells * factor).astype(np.float32)
+    scaled = (cells * np.minimum(factor, MOST_SCALED)).astype(np.float32)
+    for gene in np.flatnonzero(factor > MOST_SCALED):
+        _show_in_more_cells(scaled[:, gene], float(wanted[rare][gene]))
+    moved[:, rare] = scaled
     return moved
+
+
+def _show_in_more_cells(gene_n: NDArray[np.float32], mean: float) -> None:
+    """Give evenly spaced zeros of a gene the mean of its other values, until its mean is the wanted one."""
+    typical = float(gene_n[gene_n > 0].mean())
+    silent = np.flatnonzero(gene_n == 0)
+    number = min(round((mean * len(gene_n) - float(gene_n.sum())) / typical), len(silent))
+    gene_n[silent[np.linspace(0, len(silent), number, endpoint=False).astype(np.int64)]] = typical
