@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from pertcast.data.split import Split
 from pertcast.data.store import Store, prepare
 from pertcast.errors import DataError
 from pertcast.files.artefacts import write_json
+from pertcast.files.expression import normalise_log1p
 from pertcast.generate.cells import shift_sparing_zeros
 from pertcast.generate.predict import make_predictor
 from pertcast.ladder.cells import Side, read_halves, read_side
@@ -105,6 +108,14 @@ def methods(group: str) -> list[Method]:
     ]
 
 
+def with_overrides(method: Method, overrides: Sequence[str]) -> Method:
+    """Return a method with further overrides, which its name tells."""
+    if not overrides:
+        return method
+    words = ", ".join(item.rpartition(".")[2].replace("=", " ") for item in overrides)
+    return Method(f"{method.name}; {words}", (*method.overrides, *overrides), method.cells)
+
+
 def write_data(out: Path) -> dict[str, Path]:
     """Write the cells once as log1p on one scale, all of them and K562 alone, and the season's labels."""
     paths = {setting: out / f"{setting}.h5ad" for setting in SETTINGS}
@@ -115,7 +126,7 @@ def write_data(out: Path) -> dict[str, Path]:
     totals = np.asarray(counts.sum(axis=1)).ravel()
     is_control = (cells.obs["perturbation"] == "control").to_numpy()
     size = float(np.median(totals[is_control]))
-    log1p = counts.multiply(size / np.maximum(totals, 1)[:, None]).tocsr().log1p().astype(np.float32)
+    log1p = normalise_log1p(counts.astype(np.float32), totals, size)
     labels = cells.obs["perturbation"].astype(str).where(~is_control, CONTROL_LABEL)
     obs = pd.DataFrame({"target_gene": labels, "cell_type": cells.obs["cell_type"].astype(str)})
     whole = ad.AnnData(log1p, obs=obs.astype("category"), var=pd.DataFrame(index=cells.var_names))
@@ -196,7 +207,7 @@ def predict_fold(
 
 def score_method(out: Path, setting: str, method: Method, seed: int) -> None:
     """Predict every fold, score them together in each context, and keep the metrics of each target."""
-    name = method.name.replace(" ", "_").replace(",", "").replace("(", "").replace(")", "")
+    name = re.sub(r"[^\w.]+", "_", method.name)
     result = out / "scores" / setting / f"{name}-{seed}.json"
     if result.is_file():
         return
@@ -240,7 +251,7 @@ def side_of(out: Path, setting: str, context: str, made: dict[str, NDArray[np.fl
     labels = [CONTROL_LABEL] * controls.n_obs + [name for name, cells in made.items() for _ in range(len(cells))]
     values = sparse.vstack([controls.X, *(sparse.csr_matrix(cells) for cells in made.values())]).tocsr()
     obs = pd.DataFrame({"target_gene": pd.Categorical(labels)}, index=[str(n) for n in range(len(labels))])
-    path = out / "work" / f"{setting}-{context}-predicted.h5ad"
+    path = out / "work" / f"{setting}-{context}-{os.getpid()}.h5ad"
     path.parent.mkdir(parents=True, exist_ok=True)
     ad.AnnData(values, obs=obs, var=real.var).write_h5ad(path)
     try:
@@ -267,6 +278,9 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
     parser.add_argument("--methods", choices=("baselines", "state"), help="which methods to predict with and score")
     parser.add_argument("--only", default="", help="methods whose name has this in it")
+    parser.add_argument(
+        "--set", nargs="+", default=[], help="overrides of the experiment, which become part of the name"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(NUM_SEEDS)))
     parser.add_argument("--table", action="store_true", help="print the tables of all that was scored")
     given = parser.parse_args(arguments)
@@ -276,7 +290,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
         for setting in given.settings:
             for method in methods(given.methods):
                 if given.only in method.name:
-                    score_method(out, setting, method, seed)
+                    score_method(out, setting, with_overrides(method, given.set), seed)
             score_ceiling(out, setting, seed)
     if given.table:
         for setting in given.settings:

@@ -73,7 +73,7 @@ def _read(folder: Path) -> tuple[dict[str, Values], list[str], NDArray[np.float6
     return {name: methods[name] for name in order}, targets, sizes
 
 
-def _overall(values: Mapping[str, NDArray[np.float64]], base: Mapping[str, NDArray[np.float64]], rows: object) -> float:
+def _overall(values: Values, base: Values, rows: NDArray[np.int64] | slice) -> float:
     mine = {name: float(values[name][rows].mean()) for name in ("mae", "des", "pds")}
     return overall(mine, {name: float(base[name][rows].mean()) for name in ("mae", "des", "pds")})
 
