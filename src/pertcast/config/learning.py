@@ -107,6 +107,9 @@ class TrainConfig(Section):
     of its ``context``. The sets of a step are shared out over `devices` on each of `num_nodes` machines; `strategy` is
     how: each device has the whole network (``ddp``; ``auto`` with several devices). Where the model embeds batches, a
     share `unknown_batch` of the sets is shown as of no known batch, so that cells of new batches have a trained row.
+
+    `select_by` says which validated step is best, whose weights are kept: that of the lowest ``loss``, or of the best
+    ``mae``, ``pds``, ``des`` or ``overall`` (against the training-mean baseline) of the perturbations that validate.
     """
 
     seed: int = 0
@@ -127,6 +130,7 @@ class TrainConfig(Section):
     unknown_batch: Share = 0.1
     control_sets: bool = True
     val_every: PositiveInt = 2000
+    select_by: Literal["loss", "overall", "mae", "pds", "des"] = "loss"
     max_val_sets: PositiveInt = 256
     checkpoint_every: PositiveInt = 2000
     patience: Annotated[int, Field(ge=0)] = 0

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,8 @@ from pertcast.progress import Advance
 from pertcast.stats.draws import generator
 from pertcast.train.batches import Batch, Place, SetReader, SetStream, forget_batches, read_ahead
 from pertcast.train.resume import MetricsLog, Position, save_state
+from pertcast.train.select import OfficialMetrics, criterion
+from pertcast.train.signals import interrupts
 from pertcast.train.terms import Others, loss_terms, total_loss
 from pertcast.train.truth import Truth
 
@@ -74,6 +74,8 @@ class Loop:
         metrics.jsonl, on the first process alone.
     truth
         Effects and labels of the training split, where a term needs them.
+    official
+        The official metrics of validation, where they select the best step.
     validates_first
         Whether the weights that training starts with are validated, too, and may stay the best.
     """
@@ -92,6 +94,7 @@ class Loop:
     val_sets: CellSets
     log: MetricsLog | None
     truth: Truth | None = None
+    official: OfficialMetrics | None = None
     validates_first: bool = False
     _saved_step: int = -1
     _is_whole: bool = True
@@ -110,7 +113,7 @@ class Loop:
         self._saved_step = self.position.step
         stream = SetStream(self.reader.training, Place(self.position.epoch, self.position.offset))
         batches = read_ahead(self._pieces(stream), self.reader.read)
-        with closing(batches), _interrupts() as interrupted:  # type: ignore[type-var]
+        with closing(batches), interrupts() as interrupted:  # type: ignore[type-var]
             try:
                 while True:
                     if self._is_validation_due():
@@ -274,14 +277,18 @@ class Loop:
                 for name, value in {"loss": total_loss(terms, self.loss, step=None), **terms}.items():
                     sums[name] = sums.get(name, 0) + value
                 advance(0, detail=f"validating, {first:,} of {len(self.val_sets):,} sets")
-        self.model.train()
         values = {name: value / len(self.val_sets) for name, value in self._reduce(sums, "sum").items()}
         self._require_numbers(self.position.step, values)
+        if self.official is not None:
+            values |= self.official.measure(self.model, self.fabric)
+        self.model.train()
         self._write("val", values)
         position = self.position
+        measured = criterion(values, "loss" if self.official is None else self.train.select_by)
         position.validated = position.step
-        if values["loss"] < position.best_loss:
-            position.best_loss, position.best_step, position.num_worse = values["loss"], position.step, 0
+        if measured < position.best_value:
+            position.best_loss, position.best_value, position.num_worse = values["loss"], measured, 0
+            position.best_step = position.step
             self.best = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
         else:
             position.num_worse += 1
@@ -319,28 +326,3 @@ class Loop:
         before = self._rates.get(name, value)
         self._rates[name] = _SMOOTHING * before + (1 - _SMOOTHING) * value
         return self._rates[name]
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], int]]:
-    """Let Ctrl-C and SIGTERM wait for the end of the step; a second one does not wait.
-
-    Only within training, and only where Python lets signals be handled (its main thread).
-    """
-    received: list[int] = []
-
-    def remember(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    handled = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, remember) for number in handled}
-    try:
-        yield lambda: received[0] if received else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -66,8 +66,9 @@ class Position:
         Where the stream of sets stands.
     validated
         The last step that was validated, -1 before the first.
-    best_step, best_loss
-        The step with the lowest validation loss, and that loss; -1 and infinity before the first.
+    best_step, best_loss, best_value
+        The best validated step, its validation loss, and the value that it was selected by (the lower the better);
+        -1 and infinity before the first.
     num_worse
         Validations since then.
     """
@@ -79,6 +80,7 @@ class Position:
     best_step: int = -1
     best_loss: float = float("inf")
     num_worse: int = 0
+    best_value: float = float("inf")
 
 
 class SavedState(NamedTuple):
@@ -107,8 +109,8 @@ def save_state(
         if best is not None and position.best_step != position.step:
             save_tensors(temporary / _BEST, best)
         # JSON has no infinity.
-        best_loss = position.best_loss if position.best_step >= 0 else None
-        write_json(temporary / _STATE, {**asdict(position), "best_loss": best_loss})
+        none = {} if position.best_step >= 0 else {"best_loss": None, "best_value": None}
+        write_json(temporary / _STATE, {**asdict(position), **none})
         write_manifest(temporary, Manifest("checkpoint"))
     for old in _folders(out)[:-_NUM_KEPT]:
         shutil.rmtree(old)
@@ -150,7 +152,8 @@ def load_newest(out: Path) -> tuple[SavedState | None, list[str]]:
 def _position(folder: Path) -> Position:
     raw = read_json(folder / _STATE)
     try:
-        return Position(**{**raw, "best_loss": float("inf") if raw["best_loss"] is None else raw["best_loss"]})
+        best = {"best_loss": raw["best_loss"], "best_value": raw.get("best_value", raw["best_loss"])}
+        return Position(**{**raw, **{name: float("inf") if value is None else value for name, value in best.items()}})
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{folder / _STATE}: not of this version of pertcast ({error})") from None
 

@@ -40,6 +40,7 @@ from pertcast.train.resume import (
     restore,
     with_defaults,
 )
+from pertcast.train.select import OfficialMetrics
 from pertcast.train.terms import needs_truth
 from pertcast.train.truth import Truth, learn_truth
 
@@ -125,6 +126,9 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
         reader.base = fit_base(
             experiment.model.base, store, features, output_genes=reader.output_genes, set_size=size, progress=progress
         )
+    official = None
+    if experiment.train.select_by != "loss":
+        official = OfficialMetrics(store, reader, experiment.train, progress=progress)
     network = _new_network(reader, store, experiment, features)
     optimizer = make_optimizer(network, experiment.train, fabric.device)
     model, stepper = fabric.setup(network, optimizer)
@@ -151,6 +155,7 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
         best=best,
         val_sets=reader.validation(),
         log=log,
+        official=official,
     )
     if needs_truth(experiment.loss):
         loop.truth = _learn_truth(store, reader, experiment, fabric, progress)
@@ -299,6 +304,7 @@ def _finish(out: Path, experiment: Experiment, store: Store, features: PertFeatu
         metrics={
             "last_step": position.step,
             "val_loss": position.best_loss if has_best else None,
+            "selected_by": experiment.train.select_by if has_best else None,
             "num_parameters": sum(parameter.numel() for parameter in loop.network.parameters()),
             "stopped_early": position.step < experiment.train.steps,
             "batch_effects": facts.batches._asdict() if facts.batches else None,

@@ -1,0 +1,184 @@
+"""Which validated step is best: by the loss, or by the official metrics of the perturbations that validate.
+
+The truth side (real cells, their DE genes, the training-mean baseline) is computed once, when training starts. Cells
+are predicted from TRAIN control cells, by the same draws at every validation, without dropout; metrics are of the
+predicted genes. Each context with validation perturbations and training controls is scored alone; means are over all
+of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+from scipy import sparse
+
+from pertcast.config import TrainConfig
+from pertcast.data.sets import CellSets, generation_sets
+from pertcast.data.split import Split
+from pertcast.data.store import Store
+from pertcast.errors import ConfigError
+from pertcast.files.cpus import available_cpus
+from pertcast.models.state import Prediction
+from pertcast.progress import Progress
+from pertcast.stats.draws import generator
+from pertcast.stats.metrics import BEST, overall
+from pertcast.stats.profiles import Profile, constant_profile, profile_of, score_profiles
+from pertcast.train.batches import SetReader
+from pertcast.train.effects import training_effects
+
+__all__ = ["OfficialMetrics", "criterion"]
+
+_MOST_CELLS = 256
+_PREFIX = "held_out_"
+
+
+def criterion(values: Mapping[str, float], select_by: str) -> float:
+    """Return what of a validation's values the best step has the least of.
+
+    Examples
+    --------
+    >>> criterion({"loss": 2.0, "held_out_pds": 0.75}, "pds")
+    -0.75
+    """
+    if select_by == "loss":
+        return values["loss"]
+    return values[_PREFIX + select_by] * (1 if select_by == "mae" else -1)
+
+
+class _Context(NamedTuple):
+    """The validation perturbations of one context: P of them, by code."""
+
+    perts_P: NDArray[np.int64]  # noqa: N815
+    sizes_P: NDArray[np.int64]  # noqa: N815
+    sets: CellSets
+    pert_of_cell: NDArray[np.int64]
+    own_gene_P: NDArray[np.int64]  # noqa: N815
+    controls: sparse.csr_matrix
+    real: Profile
+    baseline: dict[str, NDArray[np.float64]]
+
+
+class OfficialMetrics:
+    """Measures a network in training on the validation perturbations.
+
+    Parameters
+    ----------
+    store, reader
+        Where cells are, and how the network reads them.
+    train
+        The training's section: seed and sets at a time.
+    progress
+        Where contexts are counted.
+
+    Raises
+    ------
+    ConfigError
+        If no perturbation validates in a context with training control cells.
+    """
+
+    def __init__(self, store: Store, reader: SetReader, train: TrainConfig, *, progress: Progress) -> None:
+        self._reader, self._size = reader, train.sets_per_step
+        rows = store.rows(split=Split.VAL)
+        rows = rows[store.pert_codes[rows] != store.control_code]
+        effects = training_effects(store, reader.output_genes, progress=progress)
+        self._contexts: list[_Context] = []
+        contexts = np.unique(store.context_codes[rows]).tolist()
+        with progress.task("validation truth", len(contexts), "contexts") as advance:
+            for context in contexts:
+                controls = store.rows(split=Split.TRAIN, context=context, pert=store.control_code)
+                if len(controls):
+                    mine = effects.effects_NG[effects.contexts == context]
+                    mean_G = effects.control_mean_CG[context] + (mine if len(mine) else effects.effects_NG).mean(axis=0)
+                    cells = rows[store.context_codes[rows] == context]
+                    self._contexts.append(_context(store, reader, cells, controls, mean_G=mean_G, seed=train.seed))
+                advance(1)
+        if not self._contexts:
+            raise ConfigError(
+                f'[train] select_by: "{train.select_by}" is of validation perturbations, and {store.path} has none '
+                'beside training control cells; list some as val in [fewshot], or set train.select_by = "loss"'
+            )
+
+    def measure(self, model: Callable[..., Prediction], fabric: Fabric) -> dict[str, float]:
+        """Return ``held_out_`` and each of mae, pds, des, overall; the same values on all devices."""
+        values = self._measure(model, fabric) if fabric.is_global_zero else {}
+        shared: dict[str, float] = fabric.broadcast(values)
+        return shared
+
+    @torch.no_grad()
+    def _measure(self, model: Callable[..., Prediction], fabric: Fabric) -> dict[str, float]:
+        scores: list[dict[str, NDArray[np.float64]]] = []
+        for context in self._contexts:
+            cells = np.concatenate(list(self._predict(context, model, fabric)))
+            kept = context.pert_of_cell >= 0
+            predicted = profile_of(cells[kept], context.pert_of_cell[kept], context.controls, threads=available_cpus())
+            scores.append(score_profiles(predicted, context.real, context.own_gene_P))
+        ours = {name: float(np.concatenate([score[name] for score in scores]).mean()) for name in BEST}
+        base = {name: float(np.concatenate([part.baseline[name] for part in self._contexts]).mean()) for name in BEST}
+        return {_PREFIX + name: value for name, value in {**ours, "overall": overall(ours, base)}.items()}
+
+    def _predict(
+        self, context: _Context, model: Callable[..., Prediction], fabric: Fabric
+    ) -> Iterator[NDArray[np.float32]]:
+        for start in range(0, len(context.sets), self._size):
+            batch = fabric.to_device(self._reader.read(context.sets[start : start + self._size]))
+            yield model(*batch.for_network()).log1p_BSG.flatten(0, 1).float().cpu().numpy()
+
+
+def _context(
+    store: Store,
+    reader: SetReader,
+    rows: NDArray[np.int64],
+    controls: NDArray[np.int64],
+    *,
+    mean_G: NDArray[np.float32],
+    seed: int,
+) -> _Context:
+    """Return the truth of one context; of its validation cells, `rows`, some are drawn where there are many."""
+    context = int(store.context_codes[rows[0]])
+    size = reader.spec.set_size
+    perts_P = np.unique(store.pert_codes[rows]).astype(np.int64)
+    real, sets, pert_of_cell = [], [], []
+    for place, pert in enumerate(perts_P):
+        mine = rows[store.pert_codes[rows] == pert]
+        label = store.perts[pert]
+        mine = np.sort(generator(seed, "select", store.contexts[context], label).permutation(mine)[:_MOST_CELLS])
+        real.append(mine)
+        drawn = generation_sets(
+            store, context=context, target=label, num_cells=len(mine), set_size=size, seed=seed, controls=controls
+        )
+        sets.append(drawn)
+        # the surplus of the last set is no cell
+        pert_of_cell.append(np.where(np.arange(drawn.size) < len(mine), place, -1))
+    control_rows = np.concatenate(sets)
+    whole = len(reader.output_genes) == len(store.genes)
+    genes = None if whole else reader.output_genes
+    controls_csr = sparse.csr_matrix(store.csr(controls) if genes is None else store.log1p(controls, genes=genes))
+    sizes_P = np.array([len(mine) for mine in real])
+    cells = np.concatenate(real)
+    cells_csr = sparse.csr_matrix(store.csr(cells) if genes is None else store.log1p(cells, genes=genes))
+    position = {store.genes[gene]: place for place, gene in enumerate(reader.output_genes.tolist())}
+    own_gene_P = np.array([position.get(store.perts[pert], -1) for pert in perts_P])
+    truth = profile_of(cells_csr, np.repeat(np.arange(len(perts_P)), sizes_P), controls_csr, threads=available_cpus())
+    constant = constant_profile(mean_G, sizes_P, controls_csr, threads=available_cpus())
+    of_set = np.repeat(perts_P, [len(drawn) for drawn in sets]).astype(np.int32)
+    return _Context(
+        perts_P,
+        sizes_P,
+        CellSets(
+            pert=of_set,
+            context=np.full(len(of_set), context, dtype=np.int32),
+            # the real cells that a set stands for are not needed; the controls stand in for them
+            pert_rows=control_rows,
+            control_rows=control_rows,
+        ),
+        np.concatenate(pert_of_cell),
+        own_gene_P,
+        controls_csr,
+        truth,
+        score_profiles(constant, truth, own_gene_P),
+    )
