@@ -183,6 +183,14 @@ def test_each_step_has_one_line_and_the_learning_rate_rises_to_its_height(bench:
     assert any(detail.startswith("validating") for detail in watcher.details)
 
 
+def test_the_learning_rate_falls_to_a_hundredth_where_asked(bench: Bench, tmp_path: Path) -> None:
+    run = bench.train(tmp_path / "run", "train.decay_steps=8", "train.warmup_steps=2")
+    rates = [entry["learning_rate"] for entry in lines(run)]
+    np.testing.assert_allclose(
+        rates, [1e-3 * share for share in (0.5, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, *[0.01] * 4)]
+    )
+
+
 def test_training_learns(bench: Bench, tmp_path: Path) -> None:
     settings_ = ("train.steps=150", "train.val_every=10", "train.checkpoint_every=50", "model.dropout=0.0")
     run = bench.train(tmp_path / "run", *settings_, "train.learning_rate=1e-2")

@@ -103,6 +103,9 @@ class LossConfig(Section):
 class TrainConfig(Section):
     """The training loop: a step is `sets_per_step` sets times `accumulate`; `patience` counts validations, 0 = no end.
 
+    The learning rate rises over `warmup_steps`, and falls linearly to a hundredth of its height over `decay_steps`,
+    counted from the first step; 0 = level. It does not hang on `steps`, so that a run can be made longer.
+
     `match` says which controls a perturbed cell may be paired with: those of its ``batch`` where it is known, or any
     of its ``context``. The sets of a step are shared out over `devices` on each of `num_nodes` machines; `strategy` is
     how: each device has the whole network (``ddp``; ``auto`` with several devices). Where the model embeds batches, a
@@ -120,6 +123,7 @@ class TrainConfig(Section):
     learning_rate: PositiveFloat = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_steps: Annotated[int, Field(ge=0)] = 0
     clip: Annotated[float, Field(ge=0)] = 10.0
     precision: Literal["fp32", "bf16"] = "fp32"
     accelerator: str = "auto"

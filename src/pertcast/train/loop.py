@@ -37,6 +37,7 @@ from pertcast.train.truth import Truth
 __all__ = ["Loop", "make_optimizer"]
 
 _SMOOTHING = 0.9
+_LOWEST_SHARE = 0.01
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -243,8 +244,10 @@ class Loop:
         return gathered.flatten(0, 1)
 
     def _set_learning_rate(self, step: int) -> float:
-        """Set and return the learning rate of a step: a linear rise over the warm-up, then level."""
+        """Set and return the learning rate of a step: a linear rise, and a linear fall where asked."""
         share = min(1.0, (step + 1) / self.train.warmup_steps) if self.train.warmup_steps else 1.0
+        if self.train.decay_steps:
+            share *= max(_LOWEST_SHARE, 1 - step / self.train.decay_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.train.learning_rate * share
         return self.train.learning_rate * share
