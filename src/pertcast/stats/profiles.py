@@ -70,7 +70,7 @@ def constant_profile(
     codes = np.repeat(np.arange(len(distinct)), distinct)
     copies = np.broadcast_to(cell_log1p.astype(controls_log1p.dtype), (len(codes), len(cell_log1p)))
     found = profile_of(copies, codes, controls_log1p, threads=threads)
-    return Profile(*(values[place] for values in found))
+    return Profile(found.means[place], found.effects[place], found.significant[place], found.log2_fold_change[place])
 
 
 def score_profiles(predicted: Profile, real: Profile, own_gene: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
