@@ -20,6 +20,7 @@ from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN, Season, season
 
 __all__ = [
     "ColumnsConfig",
+    "DatasetColumns",
     "Experiment",
     "FeaturesConfig",
     "FewshotConfig",
@@ -36,10 +37,24 @@ class FewshotConfig(Section):
     test: tuple[str, ...] = ()
 
 
+class DatasetColumns(Section):
+    """What one dataset calls otherwise than the others; what is not given is as in ``[columns]``.
+
+    `control` is its own control label, read as that of the experiment. An empty `batch` says that it has none.
+    """
+
+    pert: str | None = None
+    control: str | None = None
+    cell_type: str | None = None
+    context: str | None = None
+    batch: str | None = None
+
+
 class ColumnsConfig(Section):
     """Where obs says what: the perturbation, the control label in it, the cell type (context), the batch.
 
-    `context` names the one context of data that has no cell-type column.
+    `context` names the one context of data that has no cell-type column. `of` says what differs for a dataset:
+    ``[columns.of.NAME]``.
     """
 
     pert: str = PERT_COLUMN
@@ -47,6 +62,16 @@ class ColumnsConfig(Section):
     cell_type: str | None = None
     context: str | None = None
     batch: str | None = None
+    of: dict[str, DatasetColumns] = Field(default_factory=dict)
+
+    def in_dataset(self, name: str) -> ColumnsConfig:
+        """Return the columns of one dataset; its control label is its own."""
+        own = self.of[name].model_dump(exclude_none=True) if name in self.of else {}
+        if "cell_type" in own:
+            own.setdefault("context", None)
+        elif "context" in own:
+            own["cell_type"] = None
+        return self.model_copy(update={**own, "batch": own.get("batch", self.batch) or None, "of": {}})
 
 
 class PrepareConfig(Section):
@@ -104,7 +129,8 @@ class GenerateConfig(Section):
       of rarely seen genes stay.
 
     Where the target list gives ``median_umi_per_cell``, counts that are drawn have that median. With `calibrated`
-    effects and spread are scaled as `pertcast calibrate` chose for the run.
+    effects and spread are scaled as `pertcast calibrate` chose for the run. `centred` predicts each control cell too, as
+    the control condition, and takes of the model only what a target adds to that; it takes twice the time.
 
     `other_genes` says where genes come from that the model does not predict (``output = "hvg"``); "control" copies
     them from the control cell that each cell is made from, and is counted in every report.
@@ -115,14 +141,17 @@ class GenerateConfig(Section):
     cells: Literal["model", "donors", "negative_binomial", "shift", "sparse"] = "model"
     spread: Weight = 1.0
     calibrated: bool = False
+    centred: bool = False
     controls_from: Literal["train", "all"] = "train"
     other_genes: Literal["error", "control"] = "error"
     sets_per_step: PositiveInt = 8
 
     @model_validator(mode="after")
-    def _spread_goes_with_shift(self) -> GenerateConfig:
+    def _fit_together(self) -> GenerateConfig:
         if self.spread != 1 and self.cells not in ("shift", "sparse"):
             raise ValueError('`spread` goes with `cells = "shift"` or "sparse"; leave it away, or choose one of these')
+        if self.centred and self.calibrated:
+            raise ValueError("`calibrated` was chosen for effects that are not `centred`; leave one of the two away")
         return self
 
 
@@ -196,6 +225,13 @@ class Experiment(Section):
                         f"{place}, [training] {name}",
                         f"no such dataset; [datasets] has {known}",
                         "use one of these names",
+                    )
+                )
+        for name in self.columns.of:
+            if name not in self.datasets:
+                problems.append(
+                    Problem(
+                        f"{place}, [columns.of.{name}]", f"no such dataset; [datasets] has {known}", "use one of these"
                     )
                 )
         for table in ("zeroshot", "fewshot"):

@@ -138,7 +138,7 @@ class _FileObs:
 
 
 def _read_file(experiment: Experiment, dataset: str, path: Path, *, several_datasets: bool) -> _FileObs:
-    columns = experiment.columns
+    columns = experiment.columns.in_dataset(dataset)
     with open_h5ad(path) as reader:
         problems: list[Problem] = []
         if not reader.num_cells or not reader.num_genes:
@@ -149,6 +149,7 @@ def _read_file(experiment: Experiment, dataset: str, path: Path, *, several_data
             place = f"{path}, obs ({', '.join(reader.obs_columns)})"
             problems.append(Problem(place, "nothing says of which cell type a cell is", remedy))
         perts = _column(reader, columns.pert, problems, required=True)
+        perts = _renamed(perts, columns.control, experiment.columns.control)
         contexts = _constant(reader, columns.context or "")
         if columns.cell_type is not None:
             contexts = _column(reader, columns.cell_type, problems, required=True)
@@ -160,6 +161,14 @@ def _read_file(experiment: Experiment, dataset: str, path: Path, *, several_data
         if problems:
             raise DataError(problems=problems)
         return _FileObs(reader.num_cells, reader.genes, reader.obs_names(), perts, contexts, batches)
+
+
+def _renamed(perts: pd.Categorical, label: str, wanted: str) -> pd.Categorical:
+    """Return the labels with one renamed."""
+    if label == wanted or label not in perts.categories:
+        return perts
+    names = np.array([*(wanted if name == label else name for name in perts.categories), None], dtype=object)
+    return pd.Categorical(names[perts.codes])
 
 
 def _constant(reader: H5adReader, label: str | None) -> pd.Categorical:
@@ -199,16 +208,19 @@ def read_cells(experiment: Experiment) -> CellTable:
         With every problem of every file: not AnnData, a column that is missing or has gaps.
     """
     columns = experiment.columns
-    if columns.cell_type is not None and columns.context is not None:
-        raise ConfigError(
-            problems=[
-                Problem("[columns]", "cell_type and context are both given", "keep cell_type where there is a column")
-            ]
+    problems = [
+        Problem(place, "cell_type and context are both given", "keep cell_type where there is a column")
+        for place, cell_type, context in (
+            ("[columns]", columns.cell_type, columns.context),
+            *((f"[columns.of.{name}]", of.cell_type, of.context) for name, of in columns.of.items()),
         )
+        if cell_type is not None and context is not None
+    ]
+    if problems:
+        raise ConfigError(problems=problems)
     files = experiment_files(experiment)
     several = len(experiment.datasets) > 1
     parts: list[_FileObs] = []
-    problems: list[Problem] = []
     for dataset, path in files:
         try:
             parts.append(_read_file(experiment, dataset, path, several_datasets=several))

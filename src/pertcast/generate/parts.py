@@ -30,6 +30,7 @@ from pertcast.files.artefacts import (
 from pertcast.files.h5ad import CsrWriter
 from pertcast.generate.calibration import CalibratedPredictor, calibrated
 from pertcast.generate.cells import CellMaker
+from pertcast.generate.centre import CentredPredictor
 from pertcast.generate.plan import Part, control_rows
 from pertcast.generate.predict import make_predictor
 from pertcast.models.checkpoint import Run
@@ -45,6 +46,8 @@ class PartMaker:
         self._calibration, experiment = calibrated(run, experiment)
         self._run, self._store, self._experiment, self._features = run, store, experiment, features
         self._predictor = make_predictor(run, store, features)
+        if experiment.generate.centred:
+            self._predictor = CentredPredictor(self._predictor, store, output_genes=run.output_genes)
         if self._calibration is not None:
             self._predictor = CalibratedPredictor(
                 self._predictor, store, self._calibration, output_genes=run.output_genes
@@ -75,7 +78,7 @@ class PartMaker:
             "season": submission.season,
         }
         if not part.copied:
-            settings |= {"cells": generate.cells, "spread": generate.spread}
+            settings |= {"cells": generate.cells, "spread": generate.spread, "centred": generate.centred}
             if self._calibration is not None:
                 settings["calibration"] = self._calibration.fingerprint
             if self._cells.have_a_depth:

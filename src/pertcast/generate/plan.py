@@ -17,6 +17,7 @@ from pertcast.errors import ConfigError, DataError
 from pertcast.files.season_lists import read_targets
 from pertcast.seasons import Season
 from pertcast.submission.budget import Budget, plan_budget, room_for_controls
+from pertcast.submission.bundle import contexts_in_force
 
 __all__ = ["Part", "Plan", "control_rows", "plan_parts"]
 
@@ -71,7 +72,9 @@ def _contexts(store: Store, experiment: Experiment, season: Season) -> tuple[str
                 return group
         wanted = " or ".join(", ".join(group) for group in season.contexts)
         raise DataError(
-            f"{store.path}: season {season.name} wants the contexts {wanted}; the store has {there}; add them"
+            f"{store.path}: season {season.name} wants control cells of the contexts {wanted}; the store has {there}; "
+            "add the season's control cells to [datasets] and [training], with the name of their column of contexts in "
+            "columns.cell_type (or in [columns.of.DATASET] cell_type)"
         )
     if experiment.submission.context is not None:
         if experiment.submission.context not in store.contexts:
@@ -148,7 +151,7 @@ def plan_parts(store: Store, experiment: Experiment) -> Plan:
         If targets, contexts, controls or the cap do not fit one another; the message says what would.
     """
     submission = experiment.submission
-    season = submission.resolve()
+    season, bundle_notes = contexts_in_force(submission.resolve(), submission.targets, submission.genes)
     if submission.targets is None:
         raise ConfigError("[submission] targets: no target list is given; pass --targets pert_counts.csv")
     _check_scale(store, experiment, season)
@@ -160,7 +163,7 @@ def plan_parts(store: Store, experiment: Experiment) -> Plan:
         )
     targets = read_targets(submission.targets, season)
     contexts = _contexts(store, experiment, season)
-    notes = [*season.describe_overrides(), *targets.notes]
+    notes = [*season.describe_overrides(), *bundle_notes, *targets.notes]
     num_controls, more = _num_controls(store, experiment, season, contexts[0])
     notes += more
     requested = {(context, target): number for context in contexts for target, number in targets.requested().items()}
