@@ -1,7 +1,7 @@
 """A predictor whose effects are beside its own control condition: what it gets wrong about every cell cancels out.
 
-A network's copies of control cells may miss these by more than effects are large; every gene then looks as if each target
-changed it.
+A network's copies of control cells may miss these by more than effects are large; every gene then looks as if each
+target changed it.
 """
 
 from __future__ import annotations
