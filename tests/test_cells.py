@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import resources
+from pathlib import Path
+
+import anndata as ad
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +17,7 @@ from pertcast.files.expression import normalise_log1p
 from pertcast.generate.cells import Donors, cap_totals, reweight, round_to_counts, shift, shift_sparing_zeros
 from pertcast.stats.counts import CountsFit, fit_counts
 from pertcast.stats.quantiles import binomial_quantile, negative_binomial_quantile, normal_quantile
+from pertcast.stats.realism import Reference, compare_cells
 from pertcast.stats.uniforms import uniform, uniform_key
 
 NUM_GENES = 300
@@ -262,3 +267,25 @@ def test_no_total_is_above_the_cap(controls: sparse.csr_matrix) -> None:
     assert (totals[before <= 2500] == before[before <= 2500]).all()
     assert (totals[before > 2500] > 2200).all()
     assert cap_totals(controls, None) is controls
+
+
+@pytest.mark.parametrize("from_fit", [False, True])
+def test_real_h1_cells_made_with_no_effect_are_like_other_real_cells(from_fit: bool) -> None:
+    cells = ad.read_h5ad(Path(str(resources.files("pertcast"))) / "assets" / "h1_vcc2025.h5ad")
+    counts = sparse.csr_matrix(cells.X, dtype=np.float32)
+    order = np.random.default_rng(0).permutation(counts.shape[0])
+    ours, theirs = counts[order[:300]], counts[order[300:]]
+    target_sum = float(np.median(np.asarray(ours.sum(axis=1))))
+    reference = Reference(log1p_of(theirs, target_sum))
+    real = compare_cells(log1p_of(ours, target_sum), reference)
+    wanted = np.asarray(log1p_of(ours, target_sum).mean(axis=0, dtype=np.float64)).ravel()
+    # cells are made of a sample, and carry the mean of all
+    donors = Donors(ours[:200], np.zeros(200, dtype=np.int64), target_sum)
+    made = reweight(donors, wanted, fit_of(ours), key=uniform_key(0, "h1"), median_umi=target_sum, from_fit=from_fit)
+    found = compare_cells(log1p_of(made, target_sum), reference)
+    assert found.de_calls <= 1.5 * real.de_calls + 2
+    assert 0.9 <= found.variance_ratio[1] <= 1.1
+    assert abs(found.zero_difference[1]) <= 0.02
+    assert np.median(np.asarray(made.sum(axis=1))) == pytest.approx(target_sum, rel=0.02)
+    if not from_fit:
+        assert found.correlation > 0.9 * real.correlation
