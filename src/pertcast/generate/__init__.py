@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pertcast.config import Experiment, rebuild_experiment
+from pertcast.config import Experiment, GenerateConfig, rebuild_experiment
 from pertcast.data.features import PertFeatures, load_features, open_features
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, DataError
@@ -217,10 +217,25 @@ def _with_notes(plan: Plan, experiment: Experiment, features: PertFeatures, run:
     calibration, _ = calibrated(run, experiment)
     if calibration is not None:
         notes.append(f"calibrated on {calibration.num_targets} held-out targets: {calibration}")
+    notes += _how_made(experiment.generate)
     others = len(run.genes) - len(run.output_genes)
     if others:
         notes.append(f"{others:,} genes that the model does not predict are copied from control cells, as asked for")
     return dataclasses.replace(plan, notes=tuple(notes))
+
+
+def _how_made(generate: GenerateConfig) -> list[str]:
+    """Say where cells come from when they are not the model's own."""
+    ways = {
+        "donors": "real control cells, re-weighted gene by gene to the predicted mean",
+        "negative_binomial": "drawn around the predicted mean, with the control cells' dispersion and depth",
+        "shift": "control cells moved to the predicted mean",
+        "sparse": "control cells moved to the predicted mean, zeros of rarely seen genes left alone",
+    }
+    notes = [f"cells are {ways[generate.cells]} (generate.cells)"] if generate.cells in ways else []
+    if generate.centred:
+        notes.append("effects are beside the model's own control condition (generate.centred)")
+    return notes
 
 
 def _show(plan: Plan, progress: Progress) -> None:
