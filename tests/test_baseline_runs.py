@@ -217,6 +217,18 @@ def test_the_whole_path_of_a_network_on_a_baseline_and_its_resumption(workspace:
         open_run(outcome.run)
 
 
+def test_where_no_step_is_better_on_held_out_perturbations_the_baseline_stays(workspace: Workspace) -> None:
+    given = [*ON_BASE, *features_of(workspace.folder), HELD_OUT.replace("test", "val"), "train.learning_rate=1.0"]
+    experiment = load_experiment(workspace.experiment, [*given, "prepare.holdout_cells=0.0"])
+    run = open_run(train(experiment, prepare(experiment, workspace.folder / "store"), workspace.folder / "run"))
+    assert (run.step, run.metrics["last_step"]) == (0, 12)
+    control = torch.rand(1, 8, 20, generator=torch.Generator().manual_seed(0))
+    base = torch.linspace(-1, 1, 20)[None]
+    with torch.no_grad():
+        found = run.model()(control, torch.ones(1, 4), base_BG=base).log1p_BSG
+    torch.testing.assert_close(found, (control + base).clamp_min(0))
+
+
 @pytest.mark.parametrize("overrides", [["model.kind=mean"], [*ON_BASE, "train.steps=1"]])
 def test_what_arc_state_does_not_know_is_not_exported(workspace: Workspace, overrides: list[str]) -> None:
     from pertcast.train.arc import export_run

@@ -156,6 +156,8 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
         val_sets=reader.validation(),
         log=log,
         official=official,
+        # where no step is better on held-out perturbations, the baseline stays
+        validates_first=reader.base is not None,
     )
     if needs_truth(experiment.loss):
         loop.truth = _learn_truth(store, reader, experiment, fabric, progress)
