@@ -125,7 +125,8 @@ class TrainConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     decay_steps: Annotated[int, Field(ge=0)] = 0
     clip: Annotated[float, Field(ge=0)] = 10.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    compile: bool = False
     accelerator: str = "auto"
     devices: PositiveInt = 1
     num_nodes: PositiveInt = 1

@@ -21,7 +21,7 @@ class Linear(nn.Linear):
 
     def forward(self, values: Tensor) -> Tensor:
         """Return ``values @ weight.T + bias``, ``(..., out_features)``."""
-        if torch.is_autocast_enabled(values.device.type) or not _suits_onednn(values, self.weight):
+        if not _suits_onednn(values, self.weight) or torch.is_autocast_enabled(values.device.type):
             return functional.linear(values, self.weight, self.bias)
         output: Tensor = _OneDnnLinear.apply(  # type: ignore[no-untyped-call]
             values.reshape(-1, values.shape[-1]), self.weight, self.bias

@@ -25,7 +25,7 @@ from pertcast.errors import ConfigError, Problem
 from pertcast.processes import LostProcessError, Ranks, launched
 from pertcast.train.loggers import make_loggers
 
-__all__ = ["is_first_process", "num_processes", "one_process_for_all", "open_fabric"]
+__all__ = ["is_first_process", "num_processes", "one_process_for_all", "open_fabric", "products"]
 
 # The first process may learn labels while the others wait; a dead one is found by its launcher, not by this.
 _TIMEOUT = timedelta(hours=6)
@@ -115,6 +115,17 @@ def _environment(ranks: Ranks | None) -> ClusterEnvironment:
     if ranks is None:
         return LightningEnvironment()
     return TorchElasticEnvironment() if ranks.launcher == "torchrun" else SLURMEnvironment(auto_requeue=False)
+
+
+@contextmanager
+def products(config: TrainConfig) -> Iterator[None]:
+    """Let float32 products be as short as the precision says, and put torch's own setting back at the end."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ _OPTIMIZER, _BEST, _STATE = "optimizer.safetensors", "best.safetensors", "state.
 _NUM_KEPT = 2
 # They decide how long, how visibly and on how many devices a run trains, not what its weights are after a step (but
 # for rounding, which the number of devices changes).
-_FREE_KEYS = frozenset({"steps", "checkpoint_every", "loggers", "devices", "num_nodes", "strategy"})
+_FREE_KEYS = frozenset({"steps", "checkpoint_every", "loggers", "devices", "num_nodes", "strategy", "compile"})
 
 
 @dataclass

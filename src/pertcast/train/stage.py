@@ -27,7 +27,7 @@ from pertcast.progress import SILENT, Progress
 from pertcast.stats.draws import key_hash
 from pertcast.train.baseline import TrainingBase, fit_base, train_baseline
 from pertcast.train.batches import SetReader
-from pertcast.train.fabric import is_first_process, num_processes, one_process_for_all, open_fabric
+from pertcast.train.fabric import is_first_process, num_processes, one_process_for_all, open_fabric, products
 from pertcast.train.features import FEATURES, run_features, show_coverage
 from pertcast.train.loop import Loop, make_optimizer
 from pertcast.train.resume import (
@@ -98,7 +98,7 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
         job = {"experiment": experiment.as_json(), "store": str(store_path), "out": str(out)}
         run_processes("pertcast.train.stage:train_share", job, num=num, progress=progress)
         return out
-    with claimed(out) if is_first_process() else nullcontext(), one_process_for_all(num):
+    with claimed(out) if is_first_process() else nullcontext(), one_process_for_all(num), products(experiment.train):
         return _train(experiment, store_path, out, progress)
 
 
@@ -131,7 +131,8 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
         official = OfficialMetrics(store, reader, experiment.train, progress=progress)
     network = _new_network(reader, store, experiment, features)
     optimizer = make_optimizer(network, experiment.train, fabric.device)
-    model, stepper = fabric.setup(network, optimizer)
+    compiled: Any = torch.compile(network) if experiment.train.compile else network
+    model, stepper = fabric.setup(compiled, optimizer)
     saved, notes = fabric.broadcast(load_newest(out) if fabric.is_global_zero else (None, []))
     best = restore(saved, model=network, optimizer=optimizer) if saved else None
     position = saved.position if saved else Position()
