@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from unittest import mock
 
 import anndata as ad
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from arc_oracle import GENES, HVGS, OPTIONS
-from pertcast.config import load_experiment
+from pertcast.config import load_experiment, rung_overrides
 from pertcast.data.features import PertFeatures, open_features, save_features
 from pertcast.data.store import Split, Store, prepare
 from pertcast.errors import CheckpointError, DataError
@@ -20,6 +22,8 @@ from pertcast.models.arc import convert_run, read_arc_folder
 from pertcast.models.checkpoint import Run, open_run, save_run
 from pertcast.models.spec import StateSpec
 from pertcast.models.state import StateTransition
+from pertcast.progress import SILENT
+from pertcast.train import train
 from pertcast.train.arc import export_run, import_run
 from test_arc_import import arc_runs, call_oracle, require_same_output, run_of
 from workspace import Workspace, make_workspace
@@ -162,6 +166,59 @@ def test_an_unknown_target_is_named_and_never_filled(workspace: Workspace) -> No
 def test_an_imported_run_asks_for_a_store(workspace: Workspace) -> None:
     with pytest.raises(CheckpointError, match="give it with --store"):
         generate(write_imported(workspace), workspace.folder / "parts", overrides=OVERRIDES)
+
+
+def test_a_folder_as_earlier_versions_wrote_it_reads_alike(workspace: Workspace, tmp_path: Path) -> None:
+    """Before arc-state 0.10 one-hot maps were pickled, and the names of genes stood nowhere."""
+    folder = export_run(write_imported(workspace), tmp_path / "arc")
+    now = read_arc_folder(folder)
+    for name in ("batch_onehot_map", "cell_type_onehot_map"):
+        values = torch.load(folder / f"{name}.torch", weights_only=True)
+        (folder / f"{name}.torch").unlink()
+        (folder / f"{name}.pkl").write_bytes(pickle.dumps(values))
+    dims = pickle.loads((folder / "var_dims.pkl").read_bytes())
+    del dims["gene_names"]
+    (folder / "var_dims.pkl").write_bytes(pickle.dumps(dims))
+    saved = torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)
+    del saved["hyper_parameters"]["gene_names"]
+    torch.save(saved, folder / "checkpoints" / "final.ckpt")
+    (folder / "data_module.torch").write_bytes(b"never read")
+    before = read_arc_folder(folder)
+    assert (before.batches, before.contexts) == (now.batches, now.contexts) == (("b2", "b1"), ("context",))
+    assert convert_run(before).spec == convert_run(now).spec == SPEC
+    with pytest.raises(CheckpointError, match="--genes"):
+        import_run(folder, tmp_path / "run")
+    names = tmp_path / "hvgs.txt"
+    names.write_text("G7\nG2\nG11\n")
+    assert open_run(import_run(folder, tmp_path / "run", genes=names, hvgs=names)).genes == ("G7", "G2", "G11")
+
+
+def write_trained(workspace: Workspace, out: Path) -> Path:
+    """Train a network with all that arc-state's has not and that only training needs."""
+    overrides = ("train.steps=2", "model.batch_embedding=true", *rung_overrides("c3"))
+    experiment = load_experiment(workspace.experiment, overrides)
+    return train(experiment, workspace.folder / "store", out)
+
+
+def test_what_only_training_needs_is_left_out_of_an_export_and_said(workspace: Workspace, tmp_path: Path) -> None:
+    run = write_trained(workspace, tmp_path / "run")
+    said: list[str] = []
+    with mock.patch.object(type(SILENT), "note", lambda _, text: said.append(text)):
+        folder = read_arc_folder(export_run(run, tmp_path / "arc"))
+    assert ["DE head" in note for note in said] == [True, False]
+    assert "unknown batch" in said[1]
+    assert not [name for name in folder.weights if name.startswith("de_head.")]
+    network, ours = convert_run(folder), open_run(run).model()
+    assert (network.spec.num_batches, ours.spec.num_batches) == (2, 3)
+    inputs = torch.rand(2, 8, 20), torch.eye(4)[:2], torch.tensor([[0, 1] * 4] * 2)
+    with torch.inference_mode():
+        torch.testing.assert_close(network.model()(*inputs).log1p_BSG, ours(*inputs).log1p_BSG)
+
+
+def test_arc_state_reads_an_exported_run_of_ours(workspace: Workspace, tmp_path: Path) -> None:
+    folder = export_run(write_trained(workspace, tmp_path / "run"), tmp_path / "arc")
+    call_oracle("forward", folder)
+    require_same_output(open_run(tmp_path / "run").model(), folder)
 
 
 def test_export_and_reading_it_back_is_the_identity(workspace: Workspace, tmp_path: Path) -> None:

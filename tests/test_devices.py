@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -234,3 +235,14 @@ def test_dropout_of_a_set_is_its_own_in_any_batch() -> None:
     assert not torch.equal(network(values), network(values))
     network.eval()
     assert torch.equal(network(values), values)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_training_has_the_same_losses(workspace: Workspace, tmp_path: Path) -> None:
+    overrides = ("train.steps=3", "model.layers=1", "loss.rank=0", "train.val_every=3")
+    runs = [
+        train(experiment_of(workspace, *overrides, *more), workspace.folder / "store", tmp_path / name)
+        for name, more in (("plain", ()), ("compiled", ("train.compile=true", "train.precision=tf32")))
+    ]
+    assert_same_losses(runs[1], runs[0])
+    assert torch.get_float32_matmul_precision() == "highest"

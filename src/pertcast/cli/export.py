@@ -25,6 +25,7 @@ def export(run: Path, /, *, out: Path) -> None:
     out
         The folder to write; it must not be there yet.
     """
+    from pertcast.cli.console import Console
     from pertcast.train.arc import export_run
 
-    print(export_run(run, out))
+    print(export_run(run, out, progress=Console()))

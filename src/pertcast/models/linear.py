@@ -59,7 +59,8 @@ def _product(a_NK: Tensor, b_MK: Tensor, bias_M: Tensor | None = None) -> Tensor
 
 def _suits_onednn(a: Tensor, b: Tensor) -> bool:
     return (
-        a.device.type == "cpu"
+        not torch.compiler.is_compiling()  # a compiler has products of its own
+        and a.device.type == "cpu"
         and a.dtype == b.dtype == torch.float32
         and a.numel() > 0
         and b.numel() > 0

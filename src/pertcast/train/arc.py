@@ -147,8 +147,8 @@ def _read_names(path: Path | None) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines if line.strip())
 
 
-def export_run(run_path: Path, out: Path) -> Path:
-    """Write a run as a folder that ``state tx infer`` reads.
+def export_run(run_path: Path, out: Path, *, progress: Progress = SILENT) -> Path:
+    """Write a run as a folder that ``state tx infer`` reads; what is left out is noted.
 
     Raises
     ------
@@ -162,5 +162,6 @@ def export_run(run_path: Path, out: Path) -> Path:
     run = open_run(run_path)
     features = open_features(run_path / _FEATURES)
     vectors = {name: torch.from_numpy(row.copy()) for name, row in zip(features.names, features.matrix, strict=True)}
-    write_arc_folder(run, vectors, out)
+    for note in write_arc_folder(run, vectors, out):
+        progress.note(note)
     return out

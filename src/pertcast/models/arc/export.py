@@ -15,15 +15,17 @@ from pertcast.errors import CheckpointError, Problem
 from pertcast.files.artefacts import atomic_dir
 from pertcast.models.arc.convert import TRANSPOSED
 from pertcast.models.checkpoint import WEIGHTS, Run, load_tensors
+from pertcast.models.heads import DE_HEAD_PREFIX
 from pertcast.models.spec import StateSpec
 
 __all__ = ["write_arc_folder"]
 
 _OBSM = "obsm:"
+_BATCHES = "batch_encoder.weight"
 
 
-def write_arc_folder(run: Run, vectors: Mapping[str, Tensor], out: Path) -> None:
-    """Write a run's network, names and perturbation vectors as ``state tx train`` would.
+def write_arc_folder(run: Run, vectors: Mapping[str, Tensor], out: Path) -> tuple[str, ...]:
+    """Write a run's network, names and perturbation vectors as ``state tx train`` would; return what is left out.
 
     Parameters
     ----------
@@ -34,14 +36,19 @@ def write_arc_folder(run: Run, vectors: Mapping[str, Tensor], out: Path) -> None
     out
         The folder; replaced as one.
 
+    Returns
+    -------
+    A sentence for each thing that arc-state's network has not and that its predictions do not need.
+
     Raises
     ------
     CheckpointError
         If the network has what arc-state's has not.
     """
     _require_known(run)
+    tensors, notes = _needed(run, load_tensors(run.path / WEIGHTS))
     options = _options(run)
-    weights = _weights(run, load_tensors(run.path / WEIGHTS))
+    weights = _weights(run, tensors)
     outputs = [run.genes[place] for place in run.output_genes]
     dims = {
         name: options[name]
@@ -84,6 +91,26 @@ def write_arc_folder(run: Run, vectors: Mapping[str, Tensor], out: Path) -> None
         torch.save(_one_hot(run.batches or ("batch",)), folder / "batch_onehot_map.torch")
         torch.save(_one_hot(run.contexts or ("context",)), folder / "cell_type_onehot_map.torch")
         torch.save(saved, folder / "checkpoints" / "final.ckpt")
+    return notes
+
+
+def _needed(run: Run, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the weights that arc-state's network has, too, and a sentence on each that is left out."""
+    kept, notes = dict(tensors), []
+    head = [name for name in kept if name.startswith(DE_HEAD_PREFIX)]
+    if head:
+        notes.append("the DE head is left out: it serves training alone, and predictions are the same without it")
+    for name in head:
+        del kept[name]
+    if run.spec.unknown_batch:
+        kept[_BATCHES] = kept[_BATCHES][:-1]
+        notes.append("the row of the unknown batch is left out: arc-state knows no cell without a batch")
+    return kept, tuple(notes)
+
+
+def _num_batches(run: Run) -> int:
+    """Return how many rows arc-state's batch embedding has, 0 where there is none."""
+    return run.spec.num_batches - int(run.spec.unknown_batch and run.spec.num_batches > 0)
 
 
 def _one_hot(names: Sequence[str]) -> dict[str, Tensor]:
@@ -127,7 +154,7 @@ def _options(run: Run) -> dict[str, Any]:
         "hidden_dim": spec.hidden,
         "output_dim": spec.output_dim,
         "pert_dim": spec.pert_dim,
-        "batch_dim": spec.num_batches or max(1, len(run.batches)),
+        "batch_dim": _num_batches(run) or max(1, len(run.batches)),
         "gene_dim": spec.num_genes or spec.output_dim,
         "hvg_dim": spec.num_genes or spec.output_dim,
         "gene_names": outputs,
@@ -207,7 +234,7 @@ def _weights(run: Run, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights["transformer_backbone.embed_tokens.weight"] = vocabulary
     if spec.batch_token:
         # which only its training reads
-        num_batches = spec.num_batches or max(1, len(run.batches))
+        num_batches = _num_batches(run) or max(1, len(run.batches))
         weights["batch_classifier.0.weight"] = torch.zeros(num_batches, spec.hidden)
         weights["batch_classifier.0.bias"] = torch.zeros(num_batches)
     return weights
