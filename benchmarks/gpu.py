@@ -192,8 +192,8 @@ class _Clock:
     def listening(self, read_ahead: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         """Return `read_ahead` such that waiting for it is counted."""
 
-        def timed(*arguments: Any) -> Iterator[Any]:
-            stream = read_ahead(*arguments)
+        def timed(*arguments: Any, threads: int = 1) -> Iterator[Any]:
+            stream = read_ahead(*arguments, threads=threads)
             while True:
                 start = time.perf_counter()
                 try:
@@ -235,7 +235,7 @@ def measure(experiment: Path, setting: Setting, row: Row) -> Row:
         first_step_seconds=clock.times[1] - clock.times[0],
         sets_per_second=steps * row.sets_per_step / seconds,
         waiting=(clock.waits[-1] - clock.waits[skipped]) / seconds,
-        flops_per_second=network_flops(open_run(run).spec, row.sets_per_step) * steps / seconds,
+        flops_per_second=network_flops(open_run(run).network, row.sets_per_step) * steps / seconds,
         peak_train_bytes=peak,
         generated_per_second=setting.num_targets * setting.generated / generation,
     )

@@ -186,7 +186,7 @@ def test_a_folder_as_earlier_versions_wrote_it_reads_alike(workspace: Workspace,
     before = read_arc_folder(folder)
     assert (before.batches, before.contexts) == (now.batches, now.contexts) == (("b2", "b1"), ("context",))
     assert convert_run(before).spec == convert_run(now).spec == SPEC
-    with pytest.raises(CheckpointError, match="--genes"):
+    with pytest.raises(CheckpointError, match="--hvgs"):
         import_run(folder, tmp_path / "run")
     names = tmp_path / "hvgs.txt"
     names.write_text("G7\nG2\nG11\n")

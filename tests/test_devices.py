@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning_fabric.utilities import move_data_to_device
 from torch import nn
 
+from pertcast.ahead import one_ahead
 from pertcast.config import Experiment, load_experiment, rung_overrides
-from pertcast.data.store import prepare
+from pertcast.data.features import load_features
+from pertcast.data.store import Store, prepare
 from pertcast.errors import ConfigError
 from pertcast.files.artefacts import verify_artefact
 from pertcast.generate import Part, generate
@@ -28,6 +31,7 @@ from pertcast.generate.shares import own_share
 from pertcast.models.checkpoint import open_run
 from pertcast.models.dropout import SetDropout, dropout_keys, key_dropout
 from pertcast.train import train
+from pertcast.train.batches import Place, SetReader, SetStream, read_ahead
 from workspace import Workspace, make_workspace
 
 EVERY_TERM = (*rung_overrides("c4"), "loss.rank_margin=0.5", "loss.warmup_steps=5", "train.sets_per_step=4")
@@ -237,6 +241,7 @@ def test_dropout_of_a_set_is_its_own_in_any_batch() -> None:
     assert torch.equal(network(values), values)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_training_has_the_same_losses(workspace: Workspace, tmp_path: Path) -> None:
     overrides = ("train.steps=3", "model.layers=1", "loss.rank=0", "train.val_every=3")
@@ -246,3 +251,46 @@ def test_a_compiled_training_has_the_same_losses(workspace: Workspace, tmp_path:
     ]
     assert_same_losses(runs[1], runs[0])
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("source", ["hvg", "genes"])
+def test_batches_are_the_same_bits_however_they_travel_and_are_read(workspace: Workspace, source: str) -> None:
+    experiment = experiment_of(workspace, f"model.input={source}", "model.output=hvg")
+    store = Store.open(workspace.folder / "store")
+    features = load_features(experiment.features, store, targets=())
+    taken = []
+    for sparse, threads in ((False, 1), (True, 1), (True, 3)):
+        reader = SetReader(store, experiment, features, sparse=sparse)
+        stream = SetStream(reader.training, Place(0, 0))
+        pieces = (stream.take(3) for _ in range(7))
+        batches = [
+            (move_data_to_device(batch, "cpu"), place)
+            for batch, place in read_ahead(pieces, reader.read, threads=threads)
+        ]
+        assert len(batches) == 7
+        taken.append(batches)
+    for others in taken[1:]:
+        for (batch, place), (other, other_place) in zip(taken[0], others, strict=True):
+            assert place == other_place
+            for one, two in zip(batch, other, strict=True):
+                assert one is two is None or torch.equal(one, two)
+
+
+@given(num=st.integers(0, 12), threads=st.integers(1, 4), stop=st.integers(0, 12), broken=st.integers(0, 20))
+def test_work_ahead_keeps_the_order_and_passes_errors_on_in_their_turn(
+    num: int, threads: int, stop: int, broken: int
+) -> None:
+    def work(number: int) -> int:
+        if number == broken:
+            raise ValueError("in its turn")
+        return number
+
+    seen: list[int] = []
+    fails = broken < min(num, stop + 1)
+    results = one_ahead(range(num), work, threads=threads)
+    with pytest.raises(ValueError, match="in its turn") if fails else nullcontext(), closing(results):  # type: ignore[type-var]
+        for number in results:
+            seen.append(number)
+            if number == stop:
+                break
+    assert seen == list(range(min(num, stop + 1, broken)))

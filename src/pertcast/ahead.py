@@ -1,7 +1,9 @@
-"""One item ahead: a thread works on the next item while the caller uses this one; order and results stay the same."""
+"""Work ahead: threads work on the next items while the caller uses this one; order and results stay the same."""
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -12,33 +14,52 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def one_ahead(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
+def one_ahead(items: Iterable[Item], work: Callable[[Item], Result], *, threads: int = 1) -> Iterator[Result]:
     """Yield ``work(item)`` for each item, in order; the next one is worked on while the caller has the last.
 
     Parameters
     ----------
     items
-        Drawn from in the thread, one after the other.
+        Drawn from in the threads, one after the other.
     work
         Worth a thread where it lets go of the interpreter: reading, array arithmetic, a network.
+    threads
+        How many next items are worked on at once.
 
     Examples
     --------
-    >>> list(one_ahead(range(4), lambda number: number**2))
+    >>> list(one_ahead(range(4), lambda number: number**2, threads=3))
     [0, 1, 4, 9]
     """
     stream = iter(items)
 
-    def next_result() -> tuple[Result] | None:
-        for item in stream:
-            return (work(item),)
-        return None
-
-    with ThreadPoolExecutor(1, thread_name_prefix="pertcast-ahead") as executor:
-        pending: Future[tuple[Result] | None] = executor.submit(next_result)
+    def next_result(may_draw: threading.Event, has_drawn: threading.Event) -> tuple[Result] | None:
+        may_draw.wait()
         try:
-            while (result := pending.result()) is not None:
-                pending = executor.submit(next_result)
+            item = next(stream)
+        except StopIteration:
+            return None
+        finally:
+            has_drawn.set()
+        return (work(item),)
+
+    last_drawn = threading.Event()
+    last_drawn.set()
+    pending: deque[Future[tuple[Result] | None]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="pertcast-ahead") as executor:
+
+        def submit() -> None:
+            nonlocal last_drawn
+            before, last_drawn = last_drawn, threading.Event()
+            pending.append(executor.submit(next_result, before, last_drawn))
+
+        try:
+            for _ in range(threads):
+                submit()
+            while (result := pending.popleft().result()) is not None:
+                submit()
                 yield result[0]
         finally:
-            pending.cancel()
+            # The newest first: none that has begun waits for one that never will.
+            while pending:
+                pending.pop().cancel()

@@ -228,9 +228,16 @@ class Store:
             raise DataError(problems=[Problem(str(self.path), message, "prepare it from raw counts")])
         return self._stored(rows, None, len(self.genes)).astype(np.float32)
 
-    def csr(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return log1p values of rows, as asked for, float32 CSR (len(rows), genes); only their bytes are read."""
-        return self._gather(rows, None, len(self.genes))
+    def csr(self, rows: np.ndarray, *, genes: np.ndarray | None = None) -> sparse.csr_matrix:
+        """Return log1p values of rows, as asked for, float32 CSR (len(rows), genes); only their bytes are read.
+
+        `genes` as in :meth:`log1p`.
+        """
+        if genes is None:
+            return self._gather(rows, None, len(self.genes))
+        lookup = np.full(len(self.genes), -1, dtype=np.int32)
+        lookup[genes] = np.arange(len(genes), dtype=np.int32)
+        return self._gather(rows, lookup, len(genes))
 
     def log1p(self, rows: np.ndarray, *, genes: np.ndarray | None = None) -> np.ndarray:
         """Return log1p values of rows, dense float32 (len(rows), genes), aligned to 64 bytes.
@@ -242,11 +249,7 @@ class Store:
         genes
             Positions of genes, in the order wanted, without repeats; all where not given.
         """
-        if genes is None:
-            return _dense(self.csr(rows))
-        lookup = np.full(len(self.genes), -1, dtype=np.int32)
-        lookup[genes] = np.arange(len(genes), dtype=np.int32)
-        return _dense(self._gather(rows, lookup, len(genes)))
+        return _dense(self.csr(rows, genes=genes))
 
     def embedding(self, rows: np.ndarray, key: str) -> np.ndarray:
         """Return the embeddings of rows, float32 (len(rows), dimensions).

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 
 from pertcast.data.store import ALIGNMENT_BYTES
 
-__all__ = ["as_tensor"]
+__all__ = ["SparseCells", "as_tensor"]
 
 
 def as_tensor(values: NDArray[np.generic]) -> Tensor:
@@ -24,3 +25,39 @@ def as_tensor(values: NDArray[np.generic]) -> Tensor:
     """
     tensor = torch.from_numpy(values)
     return tensor if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT_BYTES == 0 else tensor.clone()
+
+
+class SparseCells:
+    """Cells on their way to a device: stored values alone travel, and become a dense tensor where they arrive.
+
+    It stands in a batch for a tensor; whatever moves the batch calls :meth:`to`. The values are those of the dense
+    matrix, to the bit.
+
+    Parameters
+    ----------
+    cells
+        CSR float32 (cells, genes), no column twice in a row.
+    shape
+        Dimensions before the genes; their product is the number of cells.
+
+    Examples
+    --------
+    >>> SparseCells(sparse.csr_matrix([[0.0, 2.0], [3.0, 0.0]], dtype=np.float32), (2, 1)).to("cpu").tolist()
+    [[[0.0, 2.0]], [[3.0, 0.0]]]
+    """
+
+    def __init__(self, cells: sparse.csr_matrix, shape: tuple[int, ...]) -> None:
+        self.shape = (*shape, cells.shape[1])
+        stored = (np.diff(cells.indptr), cells.indices, cells.data)
+        # Memory that the device copies from by itself, while the processor goes on.
+        is_pinned = torch.cuda.is_available()
+        self._stored = tuple(tensor.pin_memory() if is_pinned else tensor for tensor in map(torch.from_numpy, stored))
+
+    def to(self, device: torch.device | str) -> Tensor:
+        """Return the dense tensor on a device, float32 ``(*shape, genes)``."""
+        device = torch.device(device)
+        counts, columns, values = (part.to(device, non_blocking=device.type == "cuda") for part in self._stored)
+        starts = torch.arange(len(counts), device=device) * self.shape[-1]
+        places = torch.repeat_interleave(starts, counts, output_size=len(values)) + columns
+        dense = torch.zeros(len(counts) * self.shape[-1], dtype=values.dtype, device=device)
+        return dense.scatter_(0, places, values).view(self.shape)

@@ -1,4 +1,4 @@
-"""What the loop is fed: an endless stream of cell sets with a position, read ahead by one thread.
+"""What the loop is fed: an endless stream of cell sets with a position, read ahead by threads.
 
 Shapes: B sets, S cells in a set, I input width, F width of a perturbation feature, O output width, G predicted genes.
 """
@@ -6,7 +6,7 @@ Shapes: B sets, S cells in a set, I input width, F width of a perturbation featu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,12 +20,15 @@ from pertcast.data.inputs import input_dim, read_inputs
 from pertcast.data.sets import CellSets, training_sets
 from pertcast.data.split import Split
 from pertcast.data.store import Store
-from pertcast.data.tensors import as_tensor
+from pertcast.data.tensors import SparseCells, as_tensor
 from pertcast.errors import ConfigError, DataError
+from pertcast.files.cpus import available_cpus
 from pertcast.models.state import StateSpec, spec_for
 from pertcast.train.baseline import TrainingBase
 
 __all__ = ["Batch", "Place", "SetReader", "SetStream", "forget_batches", "read_ahead"]
+
+_MOST_THREADS = 4
 
 
 class Place(NamedTuple):
@@ -111,6 +114,8 @@ class SetReader:
     ----------
     store, experiment, features
         What to read, how, and the perturbations' features.
+    sparse
+        Whether cells travel to their device as stored values, and become dense there; they do if it is a GPU.
 
     Attributes
     ----------
@@ -129,8 +134,8 @@ class SetReader:
         If the store lacks what the model asks for, or a perturbation lacks a feature.
     """
 
-    def __init__(self, store: Store, experiment: Experiment, features: PertFeatures) -> None:
-        self._store, self._experiment = store, experiment
+    def __init__(self, store: Store, experiment: Experiment, features: PertFeatures, *, sparse: bool = False) -> None:
+        self._store, self._experiment, self._is_sparse = store, experiment, sparse
         self.base: TrainingBase | None = None
         self._pert_PF = torch.from_numpy(features.of(store.perts)).clone()
         self._is_latent = experiment.model.input.startswith("obsm:")
@@ -156,6 +161,11 @@ class SetReader:
             num_batches=len(store.batches),
             num_contexts=len(store.contexts),
         )
+
+    @property
+    def threads(self) -> int:
+        """How many batches are worth reading at once: a GPU is faster than one thread."""
+        return min(_MOST_THREADS, available_cpus()) if self._is_sparse else 1
 
     @property
     def control_code(self) -> int:
@@ -187,20 +197,29 @@ class SetReader:
         """Return sets as tensors."""
         store, shape = self._store, sets.pert_rows.shape
         controls, perturbed = sets.control_rows.reshape(-1), sets.pert_rows.reshape(-1)
-        source = self._experiment.model.input
-        genes_BSG = self._tensor(store.log1p(perturbed, genes=self._gene_choice()), shape)
+        genes_BSG = self._genes(perturbed, shape, self._gene_choice())
         return Batch(
-            control_BSI=self._tensor(read_inputs(store, controls, source=source), shape),
+            control_BSI=self._inputs(controls, shape),
             pert_BF=self._pert_PF[torch.from_numpy(sets.pert.astype(np.int64))],
             batch_BS=self._tensor(self._batch_rows[store.batch_codes[controls]], shape),
             context_B=torch.from_numpy(sets.context.astype(np.int64)),
-            real_BSO=(
-                self._tensor(read_inputs(store, perturbed, source=source), shape) if self._is_latent else genes_BSG
-            ),
+            real_BSO=self._inputs(perturbed, shape) if self._is_latent else genes_BSG,
             genes_BSG=genes_BSG if self._is_latent else None,
             pert_B=torch.from_numpy(sets.pert.astype(np.int64)),
             base_BG=None if self.base is None else torch.from_numpy(self.base.of(sets)),
         )
+
+    def _inputs(self, rows: NDArray[np.int64], shape: tuple[int, ...]) -> Tensor:
+        source = self._experiment.model.input
+        if self._is_sparse and not self._is_latent:
+            return self._genes(rows, shape, self._store.hvg if source == "hvg" else None)
+        return self._tensor(read_inputs(self._store, rows, source=source), shape)
+
+    def _genes(self, rows: NDArray[np.int64], shape: tuple[int, ...], genes: NDArray[np.int64] | None) -> Tensor:
+        if self._is_sparse:
+            # A tensor as soon as the batch has been moved, which everyone does first.
+            return cast("Tensor", SparseCells(self._store.csr(rows, genes=genes), shape))
+        return self._tensor(self._store.log1p(rows, genes=genes), shape)
 
     def _gene_choice(self) -> NDArray[np.int64] | None:
         return self.output_genes if len(self.output_genes) < len(self._store.genes) else None
@@ -212,7 +231,7 @@ class SetReader:
 
 
 def read_ahead(
-    stream: Iterator[tuple[CellSets, Place]], read: Callable[[CellSets], Batch]
+    stream: Iterator[tuple[CellSets, Place]], read: Callable[[CellSets], Batch], *, threads: int = 1
 ) -> Iterator[tuple[Batch, Place]]:
-    """Yield what `read` makes of each piece of the stream; the next one is read while the caller computes."""
-    return one_ahead(stream, lambda piece: (read(piece[0]), piece[1]))
+    """Yield what `read` makes of each piece of the stream; the next ones are read while the caller computes."""
+    return one_ahead(stream, lambda piece: (read(piece[0]), piece[1]), threads=threads)

@@ -113,7 +113,7 @@ class Loop:
         """
         self._saved_step = self.position.step
         stream = SetStream(self.reader.training, Place(self.position.epoch, self.position.offset))
-        batches = read_ahead(self._pieces(stream), self.reader.read)
+        batches = read_ahead(self._pieces(stream), self.reader.read, threads=self.reader.threads)
         with closing(batches), interrupts() as interrupted:  # type: ignore[type-var]
             try:
                 while True:

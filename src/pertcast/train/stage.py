@@ -120,7 +120,7 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     if not fabric.is_global_zero:
         progress = SILENT
     features = run_features(experiment, store, out)
-    reader = SetReader(store, experiment, features)
+    reader = SetReader(store, experiment, features, sparse=fabric.device.type == "cuda")
     if experiment.model.base != "none":
         size = reader.spec.set_size
         reader.base = fit_base(

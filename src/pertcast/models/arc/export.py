@@ -102,7 +102,7 @@ def _needed(run: Run, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
         notes.append("the DE head is left out: it serves training alone, and predictions are the same without it")
     for name in head:
         del kept[name]
-    if run.spec.unknown_batch:
+    if run.network.unknown_batch:
         kept[_BATCHES] = kept[_BATCHES][:-1]
         notes.append("the row of the unknown batch is left out: arc-state knows no cell without a batch")
     return kept, tuple(notes)
@@ -110,7 +110,8 @@ def _needed(run: Run, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
 
 def _num_batches(run: Run) -> int:
     """Return how many rows arc-state's batch embedding has, 0 where there is none."""
-    return run.spec.num_batches - int(run.spec.unknown_batch and run.spec.num_batches > 0)
+    spec = run.network
+    return spec.num_batches - int(spec.unknown_batch and spec.num_batches > 0)
 
 
 def _one_hot(names: Sequence[str]) -> dict[str, Tensor]:
