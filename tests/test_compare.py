@@ -110,6 +110,15 @@ def test_a_trial_scores_what_pertcast_score_scores(
                 assert found.values["c1"][metric][0, column] == scored.targets[target][metric]
 
 
+def test_models_stand_beside_rungs_and_each_is_compared_with_them(experiment: Path, tmp_path: Path) -> None:
+    candidates = candidates_of([experiment], rungs=["c1"], models=["control", "mean"])
+    found = compare(candidates, tmp_path, seeds=1, overrides=TINY)
+    pairs = {(change.name, change.against) for change in found.changes}
+    assert {("c1", "mean"), ("c1", "control"), ("mean", "control"), ("c1", "baseline")} <= pairs
+    assert ("control", "mean") not in pairs
+    np.testing.assert_array_equal(found.values["control"]["num_de_predicted"], 0)
+
+
 def test_several_processes_find_the_same(experiment: Path, tmp_path: Path) -> None:
     candidates = candidates_of([experiment], rungs=["c1"], models=[])
     one, two = (compare(candidates, tmp_path / str(jobs), seeds=1, jobs=jobs, overrides=TINY) for jobs in (1, 2))

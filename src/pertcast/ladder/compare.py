@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pertcast.config import Experiment, load_experiment, rung_overrides
+from pertcast.config import Experiment, load_experiment, model_overrides, rung_overrides
 from pertcast.data.store import Store, prepare
 from pertcast.errors import ConfigError, Problem
 from pertcast.files.artefacts import write_json
@@ -61,7 +61,7 @@ def candidates_of(paths: Sequence[Path], *, rungs: Sequence[str], models: Sequen
     found = []
     for path in paths:
         prefix = f"{path.stem}:" if len(paths) > 1 else ""
-        found += [Candidate(f"{prefix}{model}", path, (f'model.kind="{model}"',)) for model in models]
+        found += [Candidate(f"{prefix}{model}", path, model_overrides(model)) for model in models]
         found += [Candidate(f"{prefix}{rung}", path, rung_overrides(rung)) for rung in rungs]
         if not rungs and not models:
             found.append(Candidate(path.stem, path, ()))

@@ -26,6 +26,7 @@ Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
 METRICS = ("mae", "des", "pds", "effect_correlation", "overall")
 REFERENCES = ("baseline", "ceiling")
 _SCORED = ("mae", "des", "pds", "effect_correlation", "num_de_predicted")
+_MODELS = frozenset({"control", "mean", "ridge", "kernel_ridge", "knn"})
 _STRATA = ("weak", "middle", "strong")
 _UNITS_IN_STRATUM = 3
 
@@ -132,9 +133,10 @@ def collect(
         values[name] = _table(units, [{fold: part[name] for fold, part in enumerate(references)}])
     resamples = draw_resamples([target for _, target, _ in units], num_seeds=num_seeds, num=num_resamples)
     means = {name: _Means.of(table, values["baseline"], resamples) for name, table in values.items()}
-    models = [name for name in names if name.rpartition(":")[2] not in ("c1", "c2", "c3", "c4")]
+    models = [name for name in names if name.rpartition(":")[2] in _MODELS]
     pairs = [(name, names[place - 1]) for place, name in enumerate(names) if place]
     pairs += [(name, other) for name in names for other in (*models, "baseline") if name != other]
+    pairs = [pair for place, pair in enumerate(pairs) if pair[::-1] not in pairs[:place]]
     return Comparison(
         candidates=names,
         units=units,
