@@ -152,7 +152,7 @@ class AdaptConfig(Section):
     """
 
     learn: str = "context,bias"
-    steps: PositiveInt = 400
-    learning_rate: PositiveFloat = 3e-3
+    steps: PositiveInt = 600
+    learning_rate: PositiveFloat = 2e-2
     val_every: PositiveInt = 20
     patience: Annotated[int, Field(ge=0)] = 10
