@@ -87,6 +87,25 @@ def test_an_amplitude_of_1_is_the_prediction_itself() -> None:
     assert amplify(predicted, np.zeros((2, 3), dtype=np.float32), 1.0) is predicted
 
 
+def test_nothing_rises_above_the_ceiling_unless_it_was_predicted_there() -> None:
+    predicted, control = np.array([[0.5, 9.0], [3.0, 9.0]], dtype="f4"), np.array([[0.1, 9.0]] * 2, dtype="f4")
+    scaled = amplify(predicted, control, 4.0, ceiling=8.0)
+    assert scaled[1].tolist() == [8.0, 9.0]
+    assert scaled[0, 0] > predicted[0, 0]
+
+
+def test_a_mean_worse_than_the_controls_is_not_hidden_by_the_clip() -> None:
+    class Inflated(Fake):
+        def scores(self, amplitudes: dict[str, float], *, spread: float) -> list[dict[str, float]]:
+            del spread
+            return [
+                {"mae": 0.9 + 3 * (amplitudes[part.target] - 1), "pds": 0.6, "des": 0.1 * amplitudes[part.target]}
+                for part in self.parts
+            ]
+
+    assert search(Inflated(1.0)).amplitude <= 1
+
+
 class Fake:
     """Held-out targets whose scores depend on the amplitude alone, best at `best`."""
 
@@ -140,7 +159,7 @@ def test_calibration_is_part_of_the_run_and_generation_applies_it_when_asked(fol
     assert verify_artefact(folder / "run") == []
     found = open_calibration(folder / "run")
     assert found.num_targets == 4
-    assert {"mae", "pds", "des", "overall"} == found.before.keys() == found.after.keys()
+    assert {"mae", "pds", "des", "overall", "unclipped"} == found.before.keys() == found.after.keys()
     assert any("effects x" in note for note in watcher.notes)
     assert len(found.tried) >= 11
     assert all(np.array_equal(cells, parts_of(folder, "plain2")[name]) for name, cells in plain.items())

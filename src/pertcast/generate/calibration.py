@@ -23,10 +23,19 @@ from pertcast.generate.predict import Predictor
 from pertcast.models.checkpoint import WEIGHTS, Run
 from pertcast.stats.amplitude import amplify, effect_size
 
-__all__ = ["CALIBRATION", "CalibratedPredictor", "Calibration", "calibrated", "open_calibration", "save_calibration"]
+__all__ = [
+    "CALIBRATION",
+    "CalibratedPredictor",
+    "Calibration",
+    "calibrated",
+    "largest_log1p",
+    "open_calibration",
+    "save_calibration",
+]
 
 CALIBRATION = "calibration.json"
 _LARGEST_CHANGE = 4.0
+_LARGEST_TOTAL = 1e6
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,11 @@ def calibrated(run: Run, experiment: Experiment) -> tuple[Calibration | None, Ex
     return found, experiment.model_copy(update={"generate": generate.model_copy(update={"spread": found.spread})})
 
 
+def largest_log1p(store: Store) -> float:
+    """Return log1p of the total that a store's cells are normalised to: no gene of a cell can have more."""
+    return float(np.log1p(store.target_sum or _LARGEST_TOTAL))
+
+
 class CalibratedPredictor:
     """A predictor with the effects of its targets scaled; control cells are predicted as they were.
 
@@ -163,5 +177,7 @@ class CalibratedPredictor:
             cells = slice(number * size, (number + 1) * size)
             control_SO = self._store.log1p(rows_S, genes=self._genes)
             amplitude = self._calibration.of(effect_size(predicted_CO[cells], control_SO))
-            predicted_CO[cells] = amplify(predicted_CO[cells], control_SO, amplitude)
+            predicted_CO[cells] = amplify(
+                predicted_CO[cells], control_SO, amplitude, ceiling=largest_log1p(self._store)
+            )
         return predicted_CO

@@ -12,7 +12,11 @@ __all__ = ["amplify", "effect_size"]
 
 
 def amplify(
-    predicted_log1p_SG: NDArray[np.float32], control_log1p_SG: NDArray[np.float32], amplitude: float
+    predicted_log1p_SG: NDArray[np.float32],
+    control_log1p_SG: NDArray[np.float32],
+    amplitude: float,
+    *,
+    ceiling: float = float("inf"),
 ) -> NDArray[np.float32]:
     """Return predicted cells whose mean effect is `amplitude` times as large, where that is not below 0; zeros stay 0.
 
@@ -25,6 +29,9 @@ def amplify(
         Cells of a set, each beside the control cell that it was made from.
     amplitude
         0 gives the controls' mean, 1 the prediction itself, to the bit.
+    ceiling
+        What no value rises above, unless it was predicted there: log1p of a cell's total is what a gene has that is all
+        of the cell. Means fall short by what is cut off.
 
     Examples
     --------
@@ -42,7 +49,7 @@ def amplify(
     amplified: NDArray[np.float32] = predicted_log1p_SG * factor_G.astype(np.float32)
     if rises_G.any():
         amplified += control_log1p_SG * share_G.astype(np.float32)
-    return amplified
+    return np.minimum(amplified, np.maximum(predicted_log1p_SG, np.float32(ceiling)))
 
 
 def effect_size(predicted_log1p_SG: NDArray[np.float32], control_log1p_SG: NDArray[np.float32]) -> float:

@@ -18,6 +18,7 @@ from pertcast.data.features import open_features
 from pertcast.data.sets import generation_sets
 from pertcast.data.split import Split
 from pertcast.data.store import Store
+from pertcast.generate.calibration import largest_log1p
 from pertcast.generate.cells import CellMaker
 from pertcast.generate.plan import Part
 from pertcast.generate.predict import make_predictor
@@ -114,7 +115,9 @@ class UnseenTargets:
         """Yield cells of all genes, a set at a time; those that are not predicted are the control cell's."""
         for rows_S, cells_SO in zip(rows_BS, cells_BSO, strict=True):
             cells_SG = self.store.log1p(rows_S)
-            cells_SG[:, self.output_genes] = amplify(cells_SO, cells_SG[:, self.output_genes], amplitude)
+            cells_SG[:, self.output_genes] = amplify(
+                cells_SO, cells_SG[:, self.output_genes], amplitude, ceiling=largest_log1p(self.store)
+            )
             yield cells_SG
 
 
