@@ -124,7 +124,8 @@ def test_the_page_can_be_read_on_a_phone(page: Page) -> None:
 def test_figures_are_what_plotly_takes(page: Page) -> None:
     graph_objects = pytest.importorskip("plotly.graph_objects")
     for figure in page.figures().values():
-        for data in (figure["data"], *figure["choices"].values()):
+        for chosen in (figure["data"], *figure["choices"].values()):
+            data = [figure["data"][trace] if isinstance(trace, int) else trace for trace in chosen]
             graph_objects.Figure(data=data, layout=figure["layout"])  # raises where a name or a value is not plotly's
 
 

@@ -56,7 +56,8 @@ class Figure:
     table
         Its numbers, if they are few enough.
     choices
-        Name → the data that take the place of `data` when the name is chosen from a list.
+        Name → the data that take the place of `data` when the name is chosen from a list; a whole number stands for
+        the trace of `data` at that place.
     height
         In pixels.
     """
@@ -68,7 +69,7 @@ class Figure:
     data: list[dict[str, Any]]
     layout: dict[str, Any]
     table: Table | None = None
-    choices: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    choices: dict[str, list[dict[str, Any] | int]] = field(default_factory=dict)
     height: int = 340
 
 

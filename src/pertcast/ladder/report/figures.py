@@ -142,7 +142,7 @@ def plane(shares: NDArray[np.float64], points: Mapping[str, tuple[NDArray[np.flo
     looks |= {name: (colour, symbol, 0.75) for name, (colour, symbol) in MEASURED.items()}
 
     def layers(target: str | None) -> list[dict[str, Any]]:
-        drawn = []
+        drawn: list[dict[str, Any]] = []
         for name, (coordinates, labels) in points.items():
             colour, symbol, opacity = looks[name]
             kept = np.array([target is None or name == "controls" or label == target for label in labels], dtype=bool)
@@ -160,8 +160,14 @@ def plane(shares: NDArray[np.float64], points: Mapping[str, tuple[NDArray[np.flo
             )
         return drawn
 
+    def chosen(target: str) -> list[dict[str, Any] | int]:
+        drawn = layers(target)
+        return [place if name == "controls" else drawn[place] for place, name in enumerate(points)]
+
+    choices: dict[str, list[dict[str, Any] | int]] = {"all targets": list(range(len(points)))}
     perturbed = [labels for name, (_, labels) in points.items() if name != "controls"]
     targets = list(dict.fromkeys(label for labels in perturbed for label in labels))
+    choices |= {target: chosen(target) for target in targets}
     counts = ", ".join(f"{len(labels):,} {name}" for name, (_, labels) in points.items())
     return Figure(
         "components",
@@ -178,6 +184,6 @@ def plane(shares: NDArray[np.float64], points: Mapping[str, tuple[NDArray[np.flo
                 for name, (coordinates, _) in points.items()
             ),
         ),
-        choices={"all targets": layers(None)} | {target: layers(target) for target in targets},
+        choices=choices,
         height=440,
     )

@@ -62,7 +62,7 @@ def volcano(name: str, tables: Mapping[Group, DeTable], *, genes: Sequence[str],
     name
         ``predicted`` or what was measured.
     tables
-        Group → statistics of (1, genes).
+        Group → statistics of (1, genes); at least one group.
     genes
         Names.
     num_points
@@ -70,7 +70,8 @@ def volcano(name: str, tables: Mapping[Group, DeTable], *, genes: Sequence[str],
     """
     drawn = {group.label: _volcano_points(group, table, genes, num_points) for group, table in tables.items()}
     rows = tuple(_volcano_row(group, table, genes) for group, table in tables.items())
-    first = next(iter(drawn.values()), [])
+    first = next(iter(drawn))
+    choices: dict[str, list[dict[str, Any] | int]] = {label: [*traces] for label, traces in drawn.items()}
     return Figure(
         f"volcano-{name.replace(' ', '-')}",
         f"{name.capitalize()} cells against their controls",
@@ -78,10 +79,10 @@ def volcano(name: str, tables: Mapping[Group, DeTable], *, genes: Sequence[str],
         f"beyond ±{_FOLD_LIMIT:g} stand at ±{_FOLD_LIMIT:g}; of genes that are not DE some are drawn with a seed.",
         f"Volcano plot of {name} cells of one target: log2 fold change across, minus log10 of the p-value upwards. "
         "How many genes are DE in each target is in the table.",
-        first,
+        drawn[first],
         {"xaxis": axis("log2 fold change"), "yaxis": axis("−log10 p", rangemode="tozero")},
         Table(("target", "DE genes", "up", "down", "most significant"), rows),
-        choices=drawn,
+        choices=choices | {first: list(range(len(drawn[first])))},
         height=380,
     )
 

@@ -23,7 +23,9 @@
   function draw(name, printed) {
     const figure = figures[name];
     const choice = document.getElementById(name + "-choice");
-    const data = choice ? figure.choices[choice.value] : figure.data;
+    // a number among the chosen traces is the place of one that stays
+    const chosen = choice ? figure.choices[choice.value] : figure.data;
+    const data = chosen.map(function (trace) { return typeof trace === "number" ? figure.data[trace] : trace; });
     return window.Plotly.react(name, data, layoutOf(figure, printed), config);
   }
 
