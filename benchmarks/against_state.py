@@ -1,9 +1,10 @@
 """Trains the same network on the same cells with arc-state and with pertcast, in turns, and prints the ratios.
 
 Simulated counts (18,080 genes), `state_sm`, 8 sets of 128: once on 2,000 highly variable genes, once on all genes in
-and out. Ours prepares its store within the time; arc-state's own preprocessing is not counted.
+and out. Ours prepares its store within the time; arc-state's own preprocessing is not counted. Prints, too, how near
+the step comes to the rate at which the machine multiplies matrices.
 
-    python benchmarks/against_state.py --state-python PYTHON_WITH_ARC_STATE --shared ../shared/data --out out/state
+    python -m benchmarks.against_state --state-python PYTHON_WITH_ARC_STATE --shared ../shared/data --out out/state
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.flops import matmul_rate, step_flops
+from benchmarks.packing import where_and_when
+
+from pertcast.models.checkpoint import open_run
+from pertcast.models.spec import StateSpec
+
 HERE = Path(__file__).parent
+SETS = 8
 EXPERIMENT = """\
 [datasets]
 simulated = "{data}"
@@ -106,7 +114,7 @@ def train_state(out: Path, python: str, steps: int, *, hvg: bool) -> Measured:
         "cell_type_key": "cell_type",
         "control_pert": "non-targeting",
     }
-    training = {"batch_size": 8, "max_steps": steps, "val_freq": 100_000, "ckpt_every_n_steps": 100_000}
+    training = {"batch_size": SETS, "max_steps": steps, "val_freq": 100_000, "ckpt_every_n_steps": 100_000}
     options = [f"data.kwargs.{key}={value}" for key, value in data.items()]
     options += [f"training.{key}={value}" for key, value in training.items()]
     options += ["use_wandb=false", f"output_dir={out / 'state-runs'}", "name=run", "overwrite=true", "model=state_sm"]
@@ -126,16 +134,28 @@ def train_ours(out: Path, steps: int, *, hvg: bool) -> Measured:
 
 
 def compare(name: str, out: Path, python: str, steps: int, *, hvg: bool, rounds: int) -> None:
-    """Run both in turns and print a table of medians and ratios."""
-    peers, ours = [], []
+    """Run both in turns and print a table of medians and ratios, and the share of the machine's rate."""
+    peers, ours, rates = [], [], []
     for _ in range(rounds):
         peers.append(train_state(out, python, steps, hvg=hvg))
         ours.append(train_ours(out, steps, hvg=hvg))
+        rates.append(matmul_rate())
     print(f"\n| {name}, {steps} steps | state tx train | pertcast | ratio |\n|---|---|---|---|")
     labels = ("whole command, s", "to the first step, s", "a warm step, s", "peak memory, GB")
     for label, field, unit in zip(labels, Measured._fields, (1, 1, 1, 1e9), strict=True):
         peer, own = (statistics.median(getattr(item, field) for item in items) / unit for items in (peers, ours))
         print(f"| {label} | {peer:.2f} | {own:.2f} | {own / peer:.2f} |", flush=True)
+    warm = [f"{peer.warm:.2f} / {own.warm:.2f}" for peer, own in zip(peers, ours, strict=True)]
+    print(f"\nWarm steps of each round: {', '.join(warm)} s.")
+    spec = open_run(out / "run").spec
+    assert isinstance(spec, StateSpec)
+    work = step_flops(spec, num_sets=SETS)
+    reached, machine = work / statistics.median(item.warm for item in ours), max(rates)
+    print(
+        f"A step of ours: {work / 1e9:.0f} GFLOP of products, {reached / 1e9:.0f} GFLOP/s reached; the machine's best "
+        f"product: {machine / 1e9:.0f} GFLOP/s; share {reached / machine:.0%}.",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -145,15 +165,17 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True, help="the folder of the challenge's small files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, nargs=2, default=(40, 10), help="with 2,000 genes, with all genes")
+    parser.add_argument("--steps", type=int, nargs=2, default=(40, 10), help="with 2,000 genes, with all genes; 0: not")
     arguments = parser.parse_args()
     out = arguments.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "experiment.toml").exists():
         simulate_data(out, arguments.shared.absolute(), arguments.state_python)
-    python, rounds = arguments.state_python, arguments.rounds
-    compare("2,000 highly variable genes", out, python, arguments.steps[0], hvg=True, rounds=rounds)
-    compare("18,080 genes in and out", out, python, arguments.steps[1], hvg=False, rounds=rounds)
+    print(where_and_when())
+    names = ("2,000 highly variable genes", "18,080 genes in and out")
+    for name, steps, hvg in zip(names, arguments.steps, (True, False), strict=True):
+        if steps:
+            compare(name, out, arguments.state_python, steps, hvg=hvg, rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -189,8 +189,8 @@ class Store:
             found &= self.pert_codes == pert
         return np.flatnonzero(found).astype(np.int64)
 
-    def _stored(self, rows: np.ndarray, lookup: np.ndarray | None, num_genes: int) -> sparse.csr_matrix:
-        """Return values of rows as they are stored; `lookup` gives each gene's column among `num_genes`, or -1."""
+    def _stored(self, rows: np.ndarray, genes: np.ndarray | None = None) -> sparse.csr_matrix:
+        """Return values of rows as they are stored, of all genes or of some."""
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_cells):
             raise IndexError(f"rows from {rows.min()} to {rows.max()} of a store of {self.num_cells} cells")
@@ -202,15 +202,11 @@ class Store:
             problem = Problem(str(self.path), f"its values cannot be read ({error})", "run `pertcast prepare` again")
             raise CheckpointError(problems=[problem]) from error
         indptr = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64)
-        if lookup is not None:
-            indices = lookup[indices]
-            kept = indices >= 0
-            before = np.concatenate([[0], np.cumsum(kept)])
-            indices, values, indptr = indices[kept], values[kept], before[indptr]
-        return sparse.csr_matrix((values, indices, indptr), shape=(len(rows), num_genes), copy=False)
+        block = sparse.csr_matrix((values, indices, indptr), shape=(len(rows), len(self.genes)), copy=False)
+        return block if genes is None else block[:, genes]
 
-    def _gather(self, rows: np.ndarray, lookup: np.ndarray | None, num_genes: int) -> sparse.csr_matrix:
-        block = self._stored(rows, lookup, num_genes)
+    def _gather(self, rows: np.ndarray, genes: np.ndarray | None = None) -> sparse.csr_matrix:
+        block = self._stored(rows, genes)
         if self.scale == "log1p":
             return block
         return normalise_log1p(block, self.totals[np.asarray(rows)], self.target_sum or 1.0)
@@ -226,18 +222,14 @@ class Store:
         if self.scale != "counts":
             message = "it was made of log1p values, and counts are asked for"
             raise DataError(problems=[Problem(str(self.path), message, "prepare it from raw counts")])
-        return self._stored(rows, None, len(self.genes)).astype(np.float32)
+        return self._stored(rows).astype(np.float32)
 
     def csr(self, rows: np.ndarray, *, genes: np.ndarray | None = None) -> sparse.csr_matrix:
         """Return log1p values of rows, as asked for, float32 CSR (len(rows), genes); only their bytes are read.
 
         `genes` as in :meth:`log1p`.
         """
-        if genes is None:
-            return self._gather(rows, None, len(self.genes))
-        lookup = np.full(len(self.genes), -1, dtype=np.int32)
-        lookup[genes] = np.arange(len(genes), dtype=np.int32)
-        return self._gather(rows, lookup, len(genes))
+        return self._gather(rows, genes)
 
     def log1p(self, rows: np.ndarray, *, genes: np.ndarray | None = None) -> np.ndarray:
         """Return log1p values of rows, dense float32 (len(rows), genes), aligned to 64 bytes.

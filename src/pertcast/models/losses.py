@@ -72,13 +72,15 @@ class _EnergyDistance(torch.autograd.Function):
             distance_B = torch.stack([_energy(*one) for one in zip(pred_BSG, real_BTG, gradients, strict=True)])
         else:
             distance_B = _energy(pred_BSG, real_BTG, gradient_BSG)
-        ctx.gradient_BSG = gradient_BSG
+        if gradient_BSG is not None:
+            ctx.save_for_backward(gradient_BSG)
         return distance_B
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
-        return ctx.gradient_BSG * outer[0][:, None, None], None
+        (gradient_BSG,) = ctx.saved_tensors
+        return gradient_BSG * outer[0][:, None, None], None
 
 
 def _energy(x_SG: Tensor, y_TG: Tensor, gradient_SG: Tensor | None) -> Tensor:

@@ -232,7 +232,7 @@ class StateTransition(nn.Module):
             output_BSO = (control_BSI + self._with_base(output_BSO, base_BG) * is_perturbed_B11).clamp_min(0)
         if self.gene_decoder is None:
             prediction = Prediction(
-                functional.relu(output_BSO) if not self.spec.shift else output_BSO, None, confidence_B
+                functional.relu(output_BSO, inplace=True) if not self.spec.shift else output_BSO, None, confidence_B
             )
         else:
             if self.spec.latent_relu:
