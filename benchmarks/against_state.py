@@ -4,6 +4,9 @@ Simulated counts (18,080 genes), `state_sm`, 8 sets of 128: once on 2,000 highly
 and out. Ours prepares its store within the time; arc-state's own preprocessing is not counted. Prints, too, how near
 the step comes to the rate at which the machine multiplies matrices.
 
+arc-state sets torch's float32 products to "medium": where a CPU multiplies bfloat16 (AVX512-BF16, AMX) it computes
+them in that. Ours is measured in float32, its default, and in bf16.
+
     python -m benchmarks.against_state --state-python PYTHON_WITH_ARC_STATE --shared ../shared/data --out out/state
 """
 
@@ -30,6 +33,7 @@ from pertcast.models.spec import StateSpec
 
 HERE = Path(__file__).parent
 SETS = 8
+PRECISIONS = ("fp32", "bf16")
 EXPERIMENT = """\
 [datasets]
 simulated = "{data}"
@@ -122,37 +126,42 @@ def train_state(out: Path, python: str, steps: int, *, hvg: bool) -> Measured:
     return measure([python, str(HERE / "state_child.py"), str(times), "tx", "train", *options], times)
 
 
-def train_ours(out: Path, steps: int, *, hvg: bool) -> Measured:
+def train_ours(out: Path, steps: int, *, hvg: bool, precision: str) -> Measured:
     """Prepare and train with pertcast, from nothing."""
     for name in ("store", "run"):
         shutil.rmtree(out / name, ignore_errors=True)
     genes = "hvg" if hvg else "genes"
     options = [f"train.steps={steps}", "train.val_every=100000", f"model.input={genes}", f"model.output={genes}"]
+    options.append(f"train.precision={precision}")
     times = out / "ours.json"
     paths = [str(times), *(str(out / name) for name in ("experiment.toml", "store", "run"))]
     return measure([sys.executable, str(HERE / "train_child.py"), *paths, *options], times)
 
 
 def compare(name: str, out: Path, python: str, steps: int, *, hvg: bool, rounds: int) -> None:
-    """Run both in turns and print a table of medians and ratios, and the share of the machine's rate."""
-    peers, ours, rates = [], [], []
+    """Run all in turns and print a table of medians and ratios, and the share of the machine's rate."""
+    peers: list[Measured] = []
+    ours: dict[str, list[Measured]] = {precision: [] for precision in PRECISIONS}
+    rates = []
     for _ in range(rounds):
         peers.append(train_state(out, python, steps, hvg=hvg))
-        ours.append(train_ours(out, steps, hvg=hvg))
+        for precision, measured in ours.items():
+            measured.append(train_ours(out, steps, hvg=hvg, precision=precision))
         rates.append(matmul_rate())
-    print(f"\n| {name}, {steps} steps | state tx train | pertcast | ratio |\n|---|---|---|---|")
+    columns = " | ".join(f"pertcast, {precision} | ratio" for precision in ours)
+    print(f"\n| {name}, {steps} steps | state tx train | {columns} |\n|---|---|" + "---|---|" * len(ours))
     labels = ("whole command, s", "to the first step, s", "a warm step, s", "peak memory, GB")
     for label, field, unit in zip(labels, Measured._fields, (1, 1, 1, 1e9), strict=True):
-        peer, own = (statistics.median(getattr(item, field) for item in items) / unit for items in (peers, ours))
-        print(f"| {label} | {peer:.2f} | {own:.2f} | {own / peer:.2f} |", flush=True)
-    warm = [f"{peer.warm:.2f} / {own.warm:.2f}" for peer, own in zip(peers, ours, strict=True)]
-    print(f"\nWarm steps of each round: {', '.join(warm)} s.")
+        peer, *own = (statistics.median(getattr(one, field) for one in each) / unit for each in (peers, *ours.values()))
+        print(f"| {label} | {peer:.2f} | " + " | ".join(f"{value:.2f} | {value / peer:.2f}" for value in own) + " |")
+    for who, each in {"state tx train": peers, **ours}.items():
+        print(f"\n{who}, each round: " + ", ".join(f"{one.whole:.1f} s, a step {one.warm:.2f} s" for one in each))
     spec = open_run(out / "run").spec
     assert isinstance(spec, StateSpec)
     work = step_flops(spec, num_sets=SETS)
-    reached, machine = work / statistics.median(item.warm for item in ours), max(rates)
+    reached, machine = work / statistics.median(one.warm for one in ours["fp32"]), max(rates)
     print(
-        f"A step of ours: {work / 1e9:.0f} GFLOP of products, {reached / 1e9:.0f} GFLOP/s reached; the machine's best "
+        f"\nA step: {work / 1e9:.0f} GFLOP of products, in fp32 at {reached / 1e9:.0f} GFLOP/s; the machine's best fp32 "
         f"product: {machine / 1e9:.0f} GFLOP/s; share {reached / machine:.0%}.",
         flush=True,
     )
