@@ -4,10 +4,8 @@ Simulated counts (18,080 genes), `state_sm`, 8 sets of 128: once on 2,000 highly
 and out. Ours prepares its store within the time; arc-state's own preprocessing is not counted. Prints, too, how near
 the step comes to the rate at which the machine multiplies matrices.
 
-arc-state sets torch's float32 products to "medium": where a CPU multiplies bfloat16 (AVX512-BF16, AMX) it computes
-them in that. Ours is measured in float32, its default, and in bf16.
-
-    python -m benchmarks.against_state --state-python PYTHON_WITH_ARC_STATE --shared ../shared/data --out out/state
+arc-state sets torch's float32 products to "medium", which hands them to oneDNN; on CPUs with AMX they are computed in
+bfloat16 then, elsewhere not. Ours is measured in float32, its default, and in bf16, which it must be asked for.
 """
 
 from __future__ import annotations
@@ -161,8 +159,8 @@ def compare(name: str, out: Path, python: str, steps: int, *, hvg: bool, rounds:
     work = step_flops(spec, num_sets=SETS)
     reached, machine = work / statistics.median(one.warm for one in ours["fp32"]), max(rates)
     print(
-        f"\nA step: {work / 1e9:.0f} GFLOP of products, in fp32 at {reached / 1e9:.0f} GFLOP/s; the machine's best fp32 "
-        f"product: {machine / 1e9:.0f} GFLOP/s; share {reached / machine:.0%}.",
+        f"\nA step: {work / 1e9:.0f} GFLOP of products, in fp32 at {reached / 1e9:.0f} GFLOP/s; the machine's best "
+        f"fp32 product: {machine / 1e9:.0f} GFLOP/s; share {reached / machine:.0%}.",
         flush=True,
     )
 
