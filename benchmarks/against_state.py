@@ -4,8 +4,8 @@ Simulated counts (18,080 genes), `state_sm`, 8 sets of 128: once on 2,000 highly
 and out. Ours prepares its store within the time; arc-state's own preprocessing is not counted. Prints, too, how near
 the step comes to the rate at which the machine multiplies matrices.
 
-arc-state sets torch's float32 products to "medium", which hands them to oneDNN; on CPUs with AMX they are computed in
-bfloat16 then, elsewhere not. Ours is measured in float32, its default, and in bf16, which it must be asked for.
+arc-state sets torch's float32 products to "medium", which hands them to oneDNN and allows it bfloat16 inside, where the
+CPU is made for that. Ours is measured in float32, its default, and in bf16, which it must be asked for.
 """
 
 from __future__ import annotations
