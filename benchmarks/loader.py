@@ -1,8 +1,8 @@
 """Reads random cell sets from the store and with cell-load, in turns; then opens a large store and trains on it.
 
 Simulated counts (18,080 genes, about 7,000 stored values a cell), batches of eight sets of 128 perturbed cells and as
-many controls, from files that are not in the page cache, to dense float32 log1p tensors. The large store is made of
-the same cells over and over, at their full number of values.
+many controls, from files that are not in the page cache, to dense float32 log1p tensors: 227,360 cells, which are the
+same 8,120 over and over, in 28 files of their own for cell-load and in one store for ours.
 
     python -m benchmarks.loader --state-python PYTHON_WITH_CELL_LOAD --shared ../shared/data --out out/loader
 """
@@ -24,7 +24,7 @@ from benchmarks.against_state import simulate_data
 from benchmarks.packing import measure, where_and_when
 
 HERE = Path(__file__).parent
-BATCHES = 3
+BATCHES = 6
 LARGE_CELLS = 221_000
 BARS = {"cells per second": 20.0, "open, s": 1.0, "training, GB": 3.0}
 
@@ -39,8 +39,8 @@ def _child(command: Sequence[str]) -> dict[str, float]:
 
 def compare(out: Path, python: str, rounds: int) -> tuple[str, float]:
     """Return a table of cells per second, and the ratio of medians against the dataset in one process."""
-    ours = [sys.executable, "-m", "benchmarks.loader_child", str(out / "experiment.toml"), str(out / "store")]
-    peer = [python, str(HERE / "cell_load_child.py"), str(out / "split.toml")]
+    ours = [sys.executable, "-m", "benchmarks.loader_child", str(out / "large.toml"), str(out / "large-store")]
+    peer = [python, str(HERE / "cell_load_child.py"), str(out / "large-split.toml")]
     commands = {
         "cell-load, one process": [*peer, "0", str(BATCHES)],
         "pertcast": [*ours, str(BATCHES)],
@@ -61,15 +61,21 @@ def compare(out: Path, python: str, rounds: int) -> tuple[str, float]:
 
 
 def make_large(out: Path) -> Path:
-    """Prepare a store of at least 221,000 cells: the simulated file under many names."""
+    """Prepare a store of at least 221,000 cells, and the copies that cell-load reads."""
     from pertcast.data.store import Store
 
-    folder, store = out / "many", out / "large-store"
+    folder, copies, store = out / "many", out / "many-state", out / "large-store"
+    number_of_files = -(-LARGE_CELLS // Store.open(out / "store").num_cells)
+    copies.mkdir(exist_ok=True)
+    for number in range(number_of_files):
+        if not (copies / f"part_{number:02d}.h5ad").exists():
+            shutil.copyfile(out / "state" / "cells.h5ad", copies / f"part_{number:02d}.h5ad")
+    (out / "large-split.toml").write_text((out / "split.toml").read_text().replace(str(out / "state"), str(copies)))
     if store.exists():
         return store
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for number in range(-(-LARGE_CELLS // Store.open(out / "store").num_cells)):
+    for number in range(number_of_files):
         os.link(out / "counts.h5ad", folder / f"part_{number:02d}.h5ad")
     text = (out / "experiment.toml").read_text().replace(str(out / "counts.h5ad"), str(folder))
     (out / "large.toml").write_text(text)
@@ -125,6 +131,7 @@ def main() -> None:
     if not (out / "store").exists():
         prepare = [sys.executable, "-m", "pertcast", "prepare", str(out / "experiment.toml")]
         subprocess.run([*prepare, "--out", str(out / "store")], check=True, stdout=subprocess.DEVNULL)
+    make_large(out)
     text = f"# Reading cell sets\n\n{where_and_when()}\n{(__doc__ or '').split(os.linesep * 2)[1]}\n"
     if given.only != "large":
         table, ratio = compare(out, given.state_python, given.rounds)

@@ -6,6 +6,7 @@ python benchmarks/train_child.py times.json experiment.toml store run [train.ste
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,7 @@ def main() -> None:
     from pertcast.data.store import prepare
     from pertcast.train import train
 
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
     out, experiment_path, store, run, *overrides = sys.argv[1:]
     clock = Clock()
     experiment = load_experiment(Path(experiment_path), overrides)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 import time
 import warnings
@@ -69,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
+    # torch reads it at its first tensor: large ones then lie in large pages, which cost a tenth of the time to get
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for category in (DeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)  # for developers of pertcast, whose tests turn them into errors

@@ -6,6 +6,7 @@ Shapes: B sets, S cells in a set, I input width, F width of a perturbation featu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -197,9 +198,13 @@ class SetReader:
         """Return sets as tensors."""
         store, shape = self._store, sets.pert_rows.shape
         controls, perturbed = sets.control_rows.reshape(-1), sets.pert_rows.reshape(-1)
-        genes_BSG = self._genes(perturbed, shape, self._gene_choice())
+        # both at once: the disk has all requests at hand, and array arithmetic lets go of the interpreter
+        with ThreadPoolExecutor(1, thread_name_prefix="pertcast-controls") as beside:
+            reading = beside.submit(self._inputs, controls, shape)
+            genes_BSG = self._genes(perturbed, shape, self._gene_choice())
+            control_BSI = reading.result()
         return Batch(
-            control_BSI=self._inputs(controls, shape),
+            control_BSI=control_BSI,
             pert_BF=self._pert_PF[torch.from_numpy(sets.pert.astype(np.int64))],
             batch_BS=self._tensor(self._batch_rows[store.batch_codes[controls]], shape),
             context_B=torch.from_numpy(sets.context.astype(np.int64)),
