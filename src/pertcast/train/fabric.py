@@ -108,7 +108,10 @@ def open_fabric(config: TrainConfig, out: Path, *, some_unused: bool = False) ->
 
 
 def _strategy(*, some_unused: bool) -> Strategy:
-    return DDPStrategy(timeout=_TIMEOUT, find_unused_parameters=some_unused, gradient_as_bucket_view=True)
+    # Buffers are constants; sent at each call, every process would have to meet there, also where one alone predicts.
+    return DDPStrategy(
+        timeout=_TIMEOUT, find_unused_parameters=some_unused, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
 
 
 def _environment(ranks: Ranks | None) -> ClusterEnvironment:
