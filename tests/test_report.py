@@ -133,7 +133,7 @@ def test_the_page_says_what_the_run_was(page: Page) -> None:
     for words in (
         "Season vcc2025: valid.",
         "energy 1, mae 0, de 0, rank 0",
-        "1* out/prediction.vcc",
+        "1*\u00a0out/prediction.vcc",
         "pertcast ladder record",
     ):
         assert words in page.text

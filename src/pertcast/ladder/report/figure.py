@@ -18,6 +18,7 @@ __all__ = [
     "GREY",
     "MEASURED",
     "ORANGE",
+    "PURPLE",
     "SKY",
     "VERMILLION",
     "Figure",
@@ -27,8 +28,9 @@ __all__ = [
     "rounded",
 ]
 
-GREY, ORANGE, SKY, GREEN, BLUE, VERMILLION = "#8a8a8a", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
-MEASURED = {"training": (BLUE, "circle"), "held out": (GREEN, "square"), "real": (VERMILLION, "diamond")}
+GREY, ORANGE, SKY, GREEN = "#8a8a8a", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+MEASURED = {"training": (BLUE, "circle"), "held out": (GREEN, "square"), "real": (PURPLE, "diamond")}
 
 
 @dataclass(frozen=True)

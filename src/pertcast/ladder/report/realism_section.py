@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pertcast.ladder.report.figure import Table
+from pertcast.ladder.report.figure import Table, number
 from pertcast.ladder.report.gather import Material
 from pertcast.ladder.report.html import Section, paragraph, plain, section, table, unordered
 
@@ -49,13 +49,16 @@ def _context(item: Mapping[str, Any]) -> Iterator[str]:
     if verdicts:
         yield table(Table(("question", "holds", "evidence"), tuple(verdicts)), caption=f"Cells without an effect{of}")
     sides = {title: item[side] for side, title in _SIDES.items() if item.get(side)}
-    names = list(dict.fromkeys(name for side in sides.values() for name in side))
+    there = {name for side in sides.values() for name in side}
+    names = [*(name for name in _NAMES if name in there), *sorted(there - _NAMES.keys())]
     rows = [(_NAMES.get(name, name), *(_shown(side.get(name)) for side in sides.values())) for name in names]
     yield table(Table(("beside real control cells", *sides), tuple(rows)), caption=f"How the cells look{of}")
 
 
 def _shown(value: object) -> str:
-    return ", ".join(map(plain, value)) if isinstance(value, list) else plain(value)
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return number(value) if isinstance(value, float) else plain(value)
 
 
 def _leaves(tree: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str]]:

@@ -149,7 +149,7 @@ def ladder(material: Material, ledger: Ledger) -> Section:
         "rung",
         "model",
         "step",
-        "packed",
+        "packed (UTC)",
         "changed against the one before",
         *(METRICS[n].title for n in names),
         "sha256",
@@ -186,11 +186,11 @@ def _ladder_row(ledger: Ledger, at: int, names: Sequence[str], material: Materia
     )
     scores = item.scores.metrics if item.scores else {}
     return (
-        f"{at}{'*' if is_this else ''} {item.archive.parent.name}/{item.archive.name}",
+        f"{at}{'*' if is_this else ''}\u00a0{item.archive.parent.name}/{item.archive.name}",
         item.rung or "unknown",
         item.kind or "unknown",
         plain(item.origin.step if item.origin else None),
-        item.packed_at.replace("T", " ").removesuffix("Z"),
+        item.packed_at[:16].replace("T", "\u00a0").replace("-", "\u2011"),
         shown or "nothing",
         *(number(scores[name], 4) if name in scores else "–" for name in names),
         item.sha256[:12],
