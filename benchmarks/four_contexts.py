@@ -59,14 +59,14 @@ SMALL = (
     "model.encoder_layers=1",
     "model.decoder_layers=1",
     "model.set_size=32",
-    "train.steps=300",
+    "train.steps=100",
     "train.learning_rate=3e-4",
-    "train.warmup_steps=30",
+    "train.warmup_steps=10",
     "train.control_sets=false",
     "train.match=context",
     "train.val_every=100000",
     "train.checkpoint_every=100000",
-    "loss.warmup_steps=50",
+    "loss.warmup_steps=20",
 )
 RUNGS = {
     "c1": (),

@@ -65,7 +65,7 @@ def _read(folder: Path) -> tuple[dict[str, Values], list[str], NDArray[np.float6
     for name, seeds in seen.items():
         methods[f"{name}" + ("" if len(seeds) == 3 else f" [{len(seeds)} seeds]")] = {
             # an effect that is 0 everywhere has no correlation: it counts as 0
-            metric: np.mean([[one[target][metric] or 0.0 for target in targets] for one in seeds], axis=0)
+            metric: np.nan_to_num([[one[target][metric] for target in targets] for one in seeds]).mean(axis=0)
             for metric in METRICS
         }
     sizes = np.array([seen[BASELINE][0][target]["effect_size"] for target in targets])
