@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import anndata as ad
@@ -12,9 +13,11 @@ import pytest
 from conftest import SMALL_GENES, write_small_h5ad
 from pertcast.config import load_experiment
 from pertcast.data.store import Split, Store
-from pertcast.errors import ConfigError, DataError
+from pertcast.errors import ConfigError, DataError, SubmissionError
 from pertcast.generate import generate
 from pertcast.run import Outcome, run_experiment
+from pertcast.seasons import season
+from pertcast.submission.cross_check import find_packer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "vcc2026.toml"
 SMALL = (
@@ -122,3 +125,16 @@ def test_columns_of_a_dataset_are_told_apart_from_the_others(experiment: Path) -
     wrong.write_text(text.replace("[columns.of.controls]", "[columns.of.other]"))
     with pytest.raises(ConfigError, match=r"columns.of.other.*no such dataset"):
         load_experiment(wrong, OVERRIDES)
+
+
+def test_the_official_packer_accepts_the_prediction(experiment: Path, outcome: Outcome) -> None:
+    rules = season("vcc2026", {"num_genes": 20, "num_targets": 4, "cells_per_target": 12, "max_cells": 200})
+    try:
+        program = find_packer(rules)
+    except SubmissionError as error:
+        pytest.skip(str(error))
+    bundle = experiment.parent / "data" / "controls"
+    command = [str(program), "prep", "-i", str(outcome.prediction), "-g", str(bundle / "gene_names.csv"), "--dry-run"]
+    command += ["--perts", str(bundle / "pert_counts.csv"), "--expected-gene-dim", "20", "--cells-per-pert", "12"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr or ran.stdout
