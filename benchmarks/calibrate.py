@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +55,7 @@ _LEARNING = [
 ]
 
 
-def run_seed(seed: int, out: Path) -> None:
+def run_seed(seed: int, out: Path, *, ways: Sequence[str]) -> None:
     """Do a seed."""
     config = ScreenConfig(
         num_targets=96,
@@ -81,7 +81,7 @@ def run_seed(seed: int, out: Path) -> None:
     rows = "".join(f"{name},{config.cells_per_target},2000\n" for name in held.test)
     (folder / "targets.csv").write_text(f"target_gene,n_cells,median_umi_per_cell\n{rows}")
     for name, run in (("trained", trained), ("shrunken", _shrunken(trained, folder / "shrunken"))):
-        for way in WAYS:
+        for way in ways:
             calibrate(run, overrides=[f"generate.cells={way!r}"])
             found = open_calibration(run)
             values = [_scores(folder, run, way, is_calibrated=on) for on in (False, True)]
@@ -130,6 +130,8 @@ def table(out: Path) -> Iterator[str]:
     for run in ("trained", "shrunken"):
         for way in WAYS:
             some = [entry for entry in entries if (entry["run"], entry["cells"]) == (run, way)]
+            if not some:
+                continue
             amplitudes = ", ".join(f"{entry['amplitude']:.3g}" for entry in some)
             yield f"{run}, cells = {way}, {len(some)} seeds, amplitudes {amplitudes}"
             for metric in METRICS:
@@ -143,13 +145,14 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--cells", choices=WAYS, nargs="+", default=list(WAYS))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.seed is None:
         print("\n".join(table(given.out)))
         return
     os.environ["PERTCAST_CACHE"] = str(given.out / "cache")
-    run_seed(given.seed, given.out)
+    run_seed(given.seed, given.out, ways=given.cells)
 
 
 if __name__ == "__main__":
