@@ -1,7 +1,7 @@
 """Calibration: how much larger effects, and how much wider cells, score best on targets that were held out of the fit.
 
 What is compared is the official overall, relative to copies of control cells. It clips each metric at 0, and so hides a
-mean that is worse than the controls'. Of amplitudes that score alike the nearest to 1 is taken, and such a mean is said.
+mean worse than the controls'. Of amplitudes that score alike the nearest to 1 is taken, and such a mean is said.
 
 Invariants: cells that test are never read; a change is kept only where it beats none by more than a standard error.
 """
@@ -223,13 +223,14 @@ def _named(choice: _Choice, base: NDArray[np.float64]) -> dict[str, float]:
 
 def _show(tried: Sequence[_Choice], base: NDArray[np.float64], progress: Progress) -> None:
     shown: Callable[[float], str] = "{:.4f}".format
-    rows = [
-        [f"x {choice.amplitude:g}, slope {choice.slope:+.2f}, spread {choice.spread:g}"]
-        + [shown(value) for value in _named(choice, base).values()]
-        for choice in tried
-    ]
+    rows = [[_label(choice), *(shown(value) for value in _named(choice, base).values())] for choice in tried]
     copies = [shown(value) for value in base.mean(0)] + [shown(0.0)]
     progress.table("Held-out targets", ["", *BEST, "overall"], [["copies of controls", *copies], *rows])
+
+
+def _label(choice: _Choice) -> str:
+    slope = f", slope {choice.slope:+.2f}" if choice.slope else ""
+    return f"x {choice.amplitude:g}{slope}" + (f", spread {choice.spread:g}" if choice.spread != 1 else "")
 
 
 def _notes(none: _Choice, best: _Choice, base: NDArray[np.float64]) -> tuple[str, ...]:
