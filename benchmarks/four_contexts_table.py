@@ -14,9 +14,10 @@ from pertcast.stats.metrics import overall
 
 METRICS = ("mae", "des", "pds", "effect_correlation")
 BASELINE = "mean effect, add"
-_DRAWS = 4000
+_DRAWS = 2000
 _WIDE = (2.5, 97.5)
 Values = dict[str, NDArray[np.float64]]
+Draws = NDArray[np.int64]
 
 
 def write_table(folder: Path, *, title: str) -> str:
@@ -26,10 +27,13 @@ def write_table(folder: Path, *, title: str) -> str:
     # the contexts of a target are drawn together
     groups = [np.flatnonzero([gene == own for own in genes]) for gene in sorted(set(genes))]
     random = generator(0, "bootstrap", title)
-    draws = [
-        np.concatenate([groups[place] for place in random.integers(len(groups), size=len(groups))])
-        for _ in range(_DRAWS)
-    ]
+    # every target stands in as many contexts as the others, so all draws have one length
+    draws = np.stack(
+        [
+            np.concatenate([groups[place] for place in random.integers(len(groups), size=len(groups))])
+            for _ in range(_DRAWS)
+        ]
+    )
     lines = [
         f"### {title}: {len(targets)} held-out effects",
         "",
@@ -73,32 +77,42 @@ def _read(folder: Path) -> tuple[dict[str, Values], list[str], NDArray[np.float6
     return {name: methods[name] for name in order}, targets, sizes
 
 
-def _overall(values: Values, base: Values, rows: NDArray[np.int64] | slice) -> float:
-    mine = {name: float(values[name][rows].mean()) for name in ("mae", "des", "pds")}
-    return overall(mine, {name: float(base[name][rows].mean()) for name in ("mae", "des", "pds")})
+def _overall(values: Values, base: Values, draws: Draws) -> NDArray[np.float64]:
+    """Return the overall of each draw of targets."""
+    kept = {name: (values[name][draws].mean(axis=1), base[name][draws].mean(axis=1)) for name in ("mae", "des", "pds")}
+    rows = range(len(draws))
+    return np.array(
+        [
+            overall(
+                {name: own[row] for name, (own, _) in kept.items()}, {name: o[row] for name, (_, o) in kept.items()}
+            )
+            for row in rows
+        ]
+    )
 
 
-def _with_interval(values: Values, base: Values, draws: list[NDArray[np.int64]]) -> list[str]:
+def _with_interval(values: Values, base: Values, draws: Draws) -> list[str]:
+    whole = np.arange(len(values["mae"]))[None]
     cells = []
     for metric in METRICS:
-        drawn = [float(values[metric][rows].mean()) for rows in draws]
-        cells.append(_cell(float(values[metric].mean()), drawn, digits=4 if metric == "mae" else 3))
-    drawn = [_overall(values, base, rows) for rows in draws]
-    return [*cells, _cell(_overall(values, base, slice(None)), drawn, digits=3)]
+        digits = 4 if metric == "mae" else 3
+        cells.append(_cell(float(values[metric].mean()), values[metric][draws].mean(axis=1), digits=digits))
+    return [*cells, _cell(float(_overall(values, base, whole)[0]), _overall(values, base, draws), digits=3)]
 
 
-def _differences(values: Values, other: Values, base: Values, draws: list[NDArray[np.int64]]) -> list[str]:
+def _differences(values: Values, other: Values, base: Values, draws: Draws) -> list[str]:
+    whole = np.arange(len(values["mae"]))[None]
     cells = []
     for metric in METRICS:
         difference = values[metric] - other[metric]
-        drawn = [float(difference[rows].mean()) for rows in draws]
-        cells.append(_cell(float(difference.mean()), drawn, digits=5 if metric == "mae" else 3))
-    drawn = [_overall(values, base, rows) - _overall(other, base, rows) for rows in draws]
-    whole = _overall(values, base, slice(None)) - _overall(other, base, slice(None))
-    return [*cells, _cell(whole, drawn, digits=3)]
+        digits = 5 if metric == "mae" else 3
+        cells.append(_cell(float(difference.mean()), difference[draws].mean(axis=1), digits=digits))
+    drawn = _overall(values, base, draws) - _overall(other, base, draws)
+    there = float((_overall(values, base, whole) - _overall(other, base, whole))[0])
+    return [*cells, _cell(there, drawn, digits=3)]
 
 
-def _cell(value: float, drawn: list[float], *, digits: int) -> str:
+def _cell(value: float, drawn: NDArray[np.float64], *, digits: int) -> str:
     low, high = np.percentile(drawn, _WIDE)
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
