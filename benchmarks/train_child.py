@@ -44,15 +44,21 @@ class Clock:
 
 def main() -> None:
     """Prepare, train, write the times."""
+    from pertcast.ahead import import_ahead
     from pertcast.config import load_experiment
     from pertcast.data.store import prepare
-    from pertcast.train import train
 
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
+    # both as the command line does
+    import_ahead("lightning_fabric")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     out, experiment_path, store, run, *overrides = sys.argv[1:]
     clock = Clock()
     experiment = load_experiment(Path(experiment_path), overrides)
-    train(experiment, prepare(experiment, Path(store), progress=clock), Path(run), progress=clock)
+    prepared = prepare(experiment, Path(store), progress=clock)
+
+    from pertcast.train import train
+
+    train(experiment, prepared, Path(run), progress=clock)
     Path(out).write_text(json.dumps(clock.times))
 
 

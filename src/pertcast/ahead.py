@@ -1,17 +1,39 @@
-"""Work ahead: threads work on the next items while the caller uses this one; order and results stay the same."""
+"""Work ahead: threads work on what comes next while the caller uses what there is; order and results stay the same."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-__all__ = ["one_ahead"]
+__all__ = ["import_ahead", "one_ahead"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def import_ahead(module: str) -> threading.Thread:
+    """Begin to import a module in a thread; an ``import`` of it waits until it is there.
+
+    For large modules of others that the caller needs only after work that lets go of the interpreter. A module that
+    cannot be imported raises where it is imported, not here.
+
+    Examples
+    --------
+    >>> import_ahead("json").join()
+    """
+
+    def work() -> None:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+
+    thread = threading.Thread(target=work, name=f"pertcast-import-{module}")
+    thread.start()
+    return thread
 
 
 def one_ahead(items: Iterable[Item], work: Callable[[Item], Result], *, threads: int = 1) -> Iterator[Result]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pertcast.ahead import import_ahead
 from pertcast.config import load_experiment
 from pertcast.errors import ConfigError, Problem
 from pertcast.files.artefacts import write_json
@@ -71,14 +72,17 @@ def run_experiment(path: Path, out: Path, *, overrides: Sequence[str] = (), prog
         )
 
     from pertcast.data.store import prepare
+
+    import_ahead("lightning_fabric")
+    season, genes, targets = submission.resolve(), submission.genes, submission.targets
+    store = prepare(experiment, out / "store", progress=progress)
+
     from pertcast.generate import generate
     from pertcast.submission.assemble import assemble
     from pertcast.submission.check import check
     from pertcast.submission.pack import pack
     from pertcast.train import train
 
-    season, genes, targets = submission.resolve(), submission.genes, submission.targets
-    store = prepare(experiment, out / "store", progress=progress)
     run = train(experiment, store, out / "run", progress=progress)
     devices = experiment.train.devices
     parts = generate(run, out / "parts", experiment=experiment, store_path=store, devices=devices, progress=progress)

@@ -48,12 +48,12 @@ def train(
     store
         The folder that `pertcast prepare` wrote; default: the folder `store` beside the run, prepared if need be.
     """
+    from pertcast.ahead import import_ahead
     from pertcast.cli.console import console, say
     from pertcast.config import load_experiment, model_overrides, rung_overrides
     from pertcast.data.store import prepare
     from pertcast.errors import ConfigError
     from pertcast.processes import launched
-    from pertcast.train import train as fit
 
     asked = {"train.devices": devices, "train.num_nodes": num_nodes}
     options = [f"{key}={value}" for key, value in asked.items() if value is not None]
@@ -64,5 +64,8 @@ def train(
             raise ConfigError(
                 "under torchrun or srun the store must be there: run `pertcast prepare`, and give --store"
             )
+        import_ahead("lightning_fabric")
         store = prepare(resolved, out.parent / "store", progress=progress)
+    from pertcast.train import train as fit
+
     say(fit(resolved, store, out, progress=progress))
