@@ -51,6 +51,15 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert load_experiment(path).submission.genes == tmp_path / "genes.csv"
 
 
+def test_paths_are_relative_to_the_file_that_a_link_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "genes.csv").write_text("A\n")
+    path = write(tmp_path / "there", STARTER + '[submission]\ngenes = "genes.csv"\n')
+    link = tmp_path / "link.toml"
+    link.symlink_to(path)
+    assert load_experiment(link).submission.genes == tmp_path / "there" / "genes.csv"
+
+
 def test_set_wins_over_the_file_and_takes_toml_values_or_words(tmp_path: Path) -> None:
     path = write(tmp_path, STARTER + "[train]\nsteps = 7\n")
     experiment = load_experiment(

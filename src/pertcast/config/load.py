@@ -139,7 +139,7 @@ def _resolve(tree: dict[str, Any], overrides: Sequence[str], *, path: Path, text
     problems = [problem for problem in (_set_key(tree, item) for item in overrides) if problem]
     try:
         as_json = json.dumps(tree, default=str)
-        experiment = Experiment.model_validate_json(as_json, context={"base": path.absolute().parent})
+        experiment = Experiment.model_validate_json(as_json, context={"base": path.resolve().parent})
     except ValidationError as error:
         problems += _as_problems(path, text, error.errors())
     else:

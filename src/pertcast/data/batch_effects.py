@@ -33,10 +33,11 @@ class BatchEffects(NamedTuple):
     num_cells: int
 
     def __str__(self) -> str:
-        """Say it in a sentence."""
+        """Say it in a sentence; an estimate below 0 is 0 and noise."""
+        before, after = max(self.before, 0.0), max(self.after, 0.0)
         return (
-            f"batch explains {self.before:.1%} of the variance of perturbed minus control cells where controls are of "
-            f"any batch, {self.after:.1%} where they are of the cell's own (train.match = 'batch'), "
+            f"batch explains {before:.1%} of the variance of perturbed minus control cells where controls are of "
+            f"any batch, {after:.1%} where they are of the cell's own (train.match = 'batch'), "
             f"by {self.num_cells:,} cells"
         )
 
