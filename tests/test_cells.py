@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -212,6 +213,18 @@ def test_cells_depend_on_their_key_and_number_alone(controls: sparse.csr_matrix,
     assert same(one, again)
     assert not same(one, reweight(donors_of(controls), wanted, fit, key=uniform_key(1, "k")))
     assert not same(one, reweight(donors_of(controls), wanted, fit, key=key, first_cell=400))
+
+
+@pytest.mark.parametrize("from_fit", [False, True])
+def test_cells_do_not_depend_on_how_many_bands_of_genes_are_worked_on_at_once(
+    controls: sparse.csr_matrix, fit: CountsFit, monkeypatch: pytest.MonkeyPatch, *, from_fit: bool
+) -> None:
+    wanted, key, made = mean_of(controls) * 1.3, uniform_key(0, "k"), []
+    for cpus in (1, 3, 1000):
+        monkeypatch.setattr(sys.modules[reweight.__module__], "available_cpus", lambda cpus=cpus: cpus)
+        made.append(reweight(donors_of(controls), wanted, fit, key=key, median_umi=2000.0, from_fit=from_fit))
+    assert same(made[0], made[1])
+    assert same(made[0], made[2])
 
 
 def test_means_that_do_not_fit_are_refused(controls: sparse.csr_matrix, fit: CountsFit) -> None:

@@ -57,8 +57,8 @@ def effect_size(predicted_log1p_SG: NDArray[np.float32], control_log1p_SG: NDArr
 
     Examples
     --------
-    >>> effect_size(np.array([[3.0, 4.0]], dtype="f4"), np.zeros((1, 2), dtype="f4")) ** 2
-    12.5
+    >>> effect_size(np.array([[2.0, 2.0]], dtype="f4"), np.zeros((1, 2), dtype="f4"))
+    2.0
     """
     effect_G = predicted_log1p_SG.mean(axis=0, dtype=np.float64) - control_log1p_SG.mean(axis=0, dtype=np.float64)
     return float(np.sqrt(np.square(effect_G).mean()))

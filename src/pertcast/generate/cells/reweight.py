@@ -12,16 +12,18 @@ Legend of shapes: n cells, B batches, G genes.
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from pertcast.files.cpus import available_cpus
+from pertcast.generate.cells.factor import Gene, drawn, solve
 from pertcast.stats.counts import CountsFit
 from pertcast.stats.groups import compiled
-from pertcast.stats.quantiles import binomial_quantile, negative_binomial_quantile
 from pertcast.stats.uniforms import uniform
 
 __all__ = ["Donors", "reweight"]
@@ -31,8 +33,6 @@ Float = NDArray[np.float64]
 # how near the mean must come, in standard errors of it: the second pass knows the totals that the effect leads to
 _ENOUGH = (0.25, 0.05)
 _UNCHANGED = 1e-3
-_MOST_STEPS = 24
-_LARGEST_FACTOR = 1e9
 
 
 @dataclass(frozen=True)
@@ -59,125 +59,6 @@ class Donors:
         return np.asarray(self.counts.sum(axis=1, dtype=np.float64)).ravel()
 
 
-class _Gene(NamedTuple):
-    """One gene: its donors' counts (of those that have some), and what is known of every cell."""
-
-    rows: Any
-    kept: Any
-    count: Any
-    u: Any
-    mean: Any
-    norm: Any
-    shape: float
-    inflation: float
-    extra_u: Any
-    real: bool
-
-
-@compiled
-def _drawn(gene: Any, cell: int, factor: float) -> Any:
-    """Return a cell's new count at a factor; the same uniform number at every factor."""
-    if not gene.real:
-        if gene.inflation > 0.0 and gene.extra_u[cell] < gene.inflation:
-            return 0
-        return negative_binomial_quantile(gene.u[cell], factor * gene.mean[cell] / (1.0 - gene.inflation), gene.shape)
-    count = gene.count[cell]
-    if factor < 1.0:
-        return binomial_quantile(gene.u[cell], count, factor)
-    if factor == 1.0:
-        return count
-    shape = gene.shape + count
-    more = (factor - 1.0) * shape * gene.mean[cell] / (gene.shape + gene.mean[cell])
-    return count + negative_binomial_quantile(gene.u[cell], more, shape)
-
-
-@compiled
-def _moments(gene: Any, factor: float) -> tuple[float, float]:
-    """Return the sum and the sum of squares of log1p(normalised) at a factor."""
-    total, square = 0.0, 0.0
-    if gene.real and factor <= 1.0:
-        for entry in range(len(gene.rows)):
-            cell = gene.rows[entry]
-            count = _drawn(gene, cell, factor)
-            if count > 0:
-                value = math.log1p(count * gene.norm[cell])
-                total += value
-                square += value * value
-        return total, square
-    for cell in range(len(gene.norm)):
-        count = _drawn(gene, cell, factor)
-        if count > 0:
-            value = math.log1p(count * gene.norm[cell])
-            total += value
-            square += value * value
-    return total, square
-
-
-@compiled
-def _first_factor(wanted: float, now: float, expected: float, gene: Any) -> float:
-    """Return a first guess; of rare genes the mean is linear in what is added, of others its expm1 in the factor."""
-    num_cells = len(gene.norm)
-    if wanted < now:
-        return math.expm1(wanted / num_cells) / math.expm1(now / num_cells)
-    if now / num_cells < 0.05:
-        return 1.0 + (wanted - now) / max(expected, 1e-300)
-    return math.expm1(wanted / num_cells) / math.expm1(now / num_cells)
-
-
-@compiled
-def _solve(gene: Any, wanted: float, unit: float, guess: float, enough: float) -> float:
-    """Return the factor at which the sum of log1p(normalised) is nearest to `wanted`; `unit` is one count's worth."""
-    now, _ = _moments(gene, 1.0)
-    if abs(wanted - now) <= 0.5 * unit:
-        return 1.0
-    num_cells = len(gene.norm)
-    if wanted <= 0.0:
-        return 0.0
-    low, low_value, high, high_value = 0.0, 0.0, 1.0, now
-    best, best_miss = 1.0, abs(wanted - now)
-    factor = guess
-    if guess <= 0.0 or guess == 1.0:
-        expected = 0.0
-        for cell in range(num_cells):
-            expected += gene.mean[cell] * gene.shape / (gene.shape + gene.mean[cell]) * math.log1p(gene.norm[cell])
-        factor = _first_factor(wanted, now, expected, gene)
-    bounded = wanted < now
-    if not bounded:
-        low, low_value, high, high_value = 1.0, now, _LARGEST_FACTOR, 0.0
-        factor = max(factor, 1.0 + 1e-9)
-    elif factor >= 1.0 or factor <= 0.0:
-        factor = wanted / now
-    low_weight = high_weight = 1.0
-    for _ in range(_MOST_STEPS):
-        value, square = _moments(gene, factor)
-        miss = value - wanted
-        if abs(miss) < best_miss:
-            best, best_miss = factor, abs(miss)
-        variance = max(square / num_cells - (value / num_cells) ** 2, 0.0)
-        if abs(miss) <= max(0.5 * unit, enough * math.sqrt(variance * num_cells)):
-            return factor
-        if miss < 0.0:
-            low, low_value = factor, value
-            low_weight, high_weight = 1.0, high_weight * 0.5
-        else:
-            high, high_value, bounded = factor, value, True
-            low_weight, high_weight = low_weight * 0.5, 1.0
-        if not bounded:
-            grown = 1.0 + 2.0 * (factor - 1.0)
-            ahead = factor * wanted / max(value, 1e-300)
-            factor = min(max(grown, min(ahead, 16.0 * factor)), _LARGEST_FACTOR)
-            if low >= _LARGEST_FACTOR:
-                break
-            continue
-        if high - low <= 1e-9 * high:
-            break
-        # regula falsi with the Illinois halving of the side that stands still
-        below, above = (wanted - low_value) * low_weight, (high_value - wanted) * high_weight
-        share = below / (below + above) if below + above > 0.0 else 0.5
-        factor = low + (high - low) * min(max(share, 0.02), 0.98)
-    return best
-
-
 @compiled
 def _grown(rows: Any, values: Any, used: int, more: int) -> tuple[Any, Any]:
     if used + more <= len(rows):
@@ -190,17 +71,19 @@ def _grown(rows: Any, values: Any, used: int, more: int) -> tuple[Any, Any]:
 
 @compiled
 def _make(
-    columns: Any, cells: Any, fit: Any, wanted: Any, factors: Any, key: Any, first_cell: Any, real: bool, enough: float
+    columns: Any, cells: Any, fit: Any, wanted: Any, factors: Any, place: Any, real: bool, enough: float
 ) -> tuple[Any, Any, Any]:
-    """Return the new counts by gene (starts, rows, values).
+    """Return the new counts of a band of genes (starts, rows, values).
 
     `columns` are starts, rows and counts of the donors by gene; `cells` their batch, sizes, norm (what a count is
     multiplied by before log1p) and scale (of the whole cell's rate); `factors` (G,) are taken as they are where
-    `wanted` is empty, else solved for, beginning with them, and changed in place.
+    `wanted` is empty, else solved for, beginning with them, and changed in place; `place` is where draws stand in
+    their stream: the key, the first cell, the first gene, and how many genes there are in all bands.
     """
     starts, rows, counts = columns
     batch, sizes, norm, scale = cells
     share, shapes, inflation = fit
+    key, first_cell, first_gene, all_genes = place
     num_genes, num_cells = len(starts) - 1, len(batch)
     unit = 0.0
     for cell in range(num_cells):
@@ -216,16 +99,17 @@ def _make(
         for entry in range(len(mine)):
             count[mine[entry]] = np.int64(theirs[entry])
         for cell in range(num_cells):
-            place = np.uint64(2) * (np.uint64(number) + np.uint64(num_genes) * (first_cell + np.uint64(cell)))
-            u[cell] = uniform(key, place)
+            draw = np.uint64(2) * (first_gene + np.uint64(number) + all_genes * (first_cell + np.uint64(cell)))
+            u[cell] = uniform(key, draw)
             if not real and inflation[number] > 0.0:
-                extra_u[cell] = uniform(key, place + np.uint64(1))
+                extra_u[cell] = uniform(key, draw + np.uint64(1))
             mean[cell] = share[batch[cell], number] * sizes[cell]
-        gene = _Gene(mine, theirs, count, u, mean, norm, shapes[number], inflation[number], extra_u, real)
+        gene = Gene(mine, theirs, count, u, mean, norm, shapes[number], inflation[number], extra_u, real)
         if len(wanted):
-            dither = uniform(key ^ np.uint64(0x5851F42D4C957F2D), np.uint64(number) + np.uint64(num_genes) * first_cell)
+            draw = first_gene + np.uint64(number) + all_genes * first_cell
+            dither = uniform(key ^ np.uint64(0x5851F42D4C957F2D), draw)
             aim = wanted[number] * num_cells + (dither - 0.5) * (1.0 - _UNCHANGED) * unit
-            factors[number] = _solve(gene, max(aim, 0.0), unit, factors[number], enough)
+            factors[number] = solve(gene, max(aim, 0.0), unit, factors[number], enough)
         used = _emit(gene, factors[number] * scale, out_rows, out_values, used)
         if used < 0:
             out_rows, out_values = _grown(out_rows, out_values, out_starts[number], num_cells)
@@ -243,15 +127,15 @@ def _emit(gene: Any, factor: float, rows: Any, values: Any, used: int) -> int:
         return -1
     if gene.real and factor <= 1.0:
         for entry in range(len(gene.rows)):
-            drawn = _drawn(gene, gene.rows[entry], factor)
-            if drawn > 0:
-                rows[used], values[used] = gene.rows[entry], drawn
+            count = drawn(gene, gene.rows[entry], factor)
+            if count > 0:
+                rows[used], values[used] = gene.rows[entry], count
                 used += 1
         return used
     for cell in range(len(gene.norm)):
-        drawn = _drawn(gene, cell, factor)
-        if drawn > 0:
-            rows[used], values[used] = cell, drawn
+        count = drawn(gene, cell, factor)
+        if count > 0:
+            rows[used], values[used] = cell, count
             used += 1
     return used
 
@@ -297,22 +181,38 @@ def reweight(
     if wanted.shape != (counts.shape[1],) or not (np.isfinite(wanted).all() and (wanted >= 0).all()):
         raise ValueError(f"expected {counts.shape[1]} means of 0 or more, got {wanted.shape}")
     by_gene = counts.tocsc()
-    columns = by_gene.indptr.astype(np.int64), by_gene.indices, by_gene.data
+    # bands of genes are worked on at once; no count depends on how many there are
+    threads = max(1, min(available_cpus(), counts.shape[1]))
+    bounds = np.linspace(0, counts.shape[1], threads + 1).astype(np.int64)
     factors = np.ones(counts.shape[1])
-    none = np.empty(0)
 
     def made(totals: Float, aims: Float, scale: float, enough: float) -> sparse.csr_matrix:
         norm = np.divide(donors.target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
         cells = donors.batch, sizes, norm, scale
-        starts, rows, values = _make(
-            columns, cells, tuple(fit), aims, factors, key, np.uint64(first_cell), not from_fit, enough
-        )
-        return sparse.csc_matrix((values, rows, starts), shape=counts.shape).tocsr()
 
-    totals = sizes
-    for enough in _ENOUGH:
-        cells = made(totals, wanted, 1.0, enough)
-        totals = np.asarray(cells.sum(axis=1, dtype=np.float64)).ravel()
-    if median_umi is None or not np.median(totals) > 0:
-        return cells
-    return made(totals, none, median_umi / float(np.median(totals)), 0.0)
+        def band(start: int, stop: int) -> sparse.csc_matrix:
+            place = key, np.uint64(first_cell), np.uint64(start), np.uint64(counts.shape[1])
+            first, last = by_gene.indptr[start], by_gene.indptr[stop]
+            columns = (
+                by_gene.indptr[start : stop + 1].astype(np.int64) - first,
+                by_gene.indices[first:last],
+                by_gene.data[first:last],
+            )
+            known = np.ascontiguousarray(fit.share[:, start:stop]), fit.shape[start:stop], fit.inflation[start:stop]
+            starts, rows, values = _make(
+                columns, cells, known, aims[start:stop], factors[start:stop], place, not from_fit, enough
+            )
+            return sparse.csc_matrix((values, rows, starts), shape=(len(sizes), stop - start))
+
+        bands = list(pool.map(band, bounds[:-1].tolist(), bounds[1:].tolist()))
+        joined: sparse.csr_matrix = sparse.hstack(bands, format="csr")
+        return joined
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="pertcast-reweight") as pool:
+        totals = sizes
+        for enough in _ENOUGH:
+            cells = made(totals, wanted, 1.0, enough)
+            totals = np.asarray(cells.sum(axis=1, dtype=np.float64)).ravel()
+        if median_umi is None or not np.median(totals) > 0:
+            return cells
+        return made(totals, np.empty(0), median_umi / float(np.median(totals)), 0.0)
