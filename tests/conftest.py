@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from scipy import sparse
 
 Builder = Callable[..., Path]
 SMALL_GENES = tuple(f"G{number}" for number in range(20))
+
+
+def pytest_configure() -> None:
+    """Heed Ctrl-C, and let the programs that tests start heed it: what a script puts in the background ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
