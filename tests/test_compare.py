@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pytest
 from benchmarks.screen import ScreenConfig, draw_screen, made_up_features
@@ -223,3 +224,59 @@ def test_strata_are_thirds_by_the_size_of_the_real_effect_and_the_chart_shows_al
     drawing = draw_chart(found)
     assert drawing.count("<g>") == 5 * 4
     assert "strong effects" in as_markdown(found)
+
+
+def test_counts_are_compared_as_pertcast_score_compares_files_of_counts(
+    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERTCAST_CACHE", str(tmp_path / "cache"))
+
+    def read_and_keep(path: Path, *rest: Any, **options: Any) -> Any:
+        shutil.copy(path, tmp_path / path.name)
+        return read_side(path, *rest, **options)
+
+    monkeypatch.setattr(pertcast.ladder.trial, "read_side", read_and_keep)
+    in_counts = (*TINY, "generate.scale=counts", "generate.cells=donors")
+    candidates = candidates_of([experiment], rungs=[], models=["mean"])
+    found = compare(candidates, tmp_path / "out", seeds=1, overrides=in_counts)
+    sides = [ad.read_h5ad(tmp_path / name) for name in ("prediction-0.h5ad", "truth-0.h5ad")]
+    depths = []
+    for side in sides:
+        values = side.X.toarray()
+        assert (values == np.rint(values)).all()
+        assert values.max() > 8  # no log1p value of 300 counts
+        depths.append(np.median(values.sum(axis=1)))
+    assert depths[0] == pytest.approx(depths[1], rel=0.05)
+    scored = score(tmp_path / "prediction-0.h5ad", tmp_path / "truth-0.h5ad")
+    columns = [(column, target) for column, (context, target, _) in enumerate(found.units) if context == "A"]
+    for column, target in columns:
+        for metric in ("mae", "pds", "des", "effect_correlation"):
+            assert found.values["mean"][metric][0, column] == scored.targets[target][metric]
+    # the baseline, on the truth's own scale: cell by cell, in a plain loop
+    raw = ad.read_h5ad(experiment.parent / "screen.h5ad")
+    held = {target for context, target, _ in found.units if context == "A"}
+    held |= set(load_experiment(experiment).fewshot["screen.A"].val)
+    mine = raw.obs["cell_type"] == "A"
+    means = []
+    for target in sorted(set(raw.obs["target_gene"][mine]) - held - {"non-targeting"}):
+        cells = raw[(mine & (raw.obs["target_gene"] == target)).to_numpy()].X.toarray()
+        means.append(np.mean([np.log1p(cell * depths[1] / cell.sum()) for cell in cells], axis=0))
+    truth = sides[1][(sides[1].obs["target_gene"] == columns[0][1]).to_numpy()].X.toarray()
+    real = np.mean([np.log1p(cell * depths[1] / cell.sum()) for cell in truth], axis=0)
+    expected = np.abs(np.mean(means, axis=0) - real).mean()
+    assert found.values["baseline"]["mae"][0, columns[0][0]] == pytest.approx(expected, rel=1e-4)
+
+
+def test_counts_and_log1p_values_are_not_compared_with_each_other(experiment: Path, tmp_path: Path) -> None:
+    other = tmp_path / "counts.toml"
+    text = experiment.read_text()
+    for name in ("screen.h5ad", "features.npz", "gene_names.csv"):
+        text = text.replace(f'"{name}"', f'"{experiment.parent / name}"')
+    assert "scale" not in text
+    if "[generate]" in text:
+        text = text.replace("[generate]", '[generate]\nscale = "counts"')
+    else:
+        text += '\n[generate]\nscale = "counts"\n'
+    other.write_text(text)
+    with pytest.raises(ConfigError, match="some make counts and some log1p"):
+        compare(candidates_of([experiment, other], rungs=[], models=[]), tmp_path / "out", seeds=1, overrides=TINY)

@@ -42,6 +42,10 @@ class Candidate(NamedTuple):
     overrides: tuple[str, ...]
 
 
+_Kind = tuple[str, str]
+"""What folds are shared by: a digest of what the store hangs on, and the scale of cells."""
+
+
 class _Fold(NamedTuple):
     number: int
     fewshot: Mapping[str, Any]
@@ -108,11 +112,9 @@ def compare(
     with claimed(out):
         rules = season("vcc2025")
         trials: list[Trial] = []
-        held: dict[str, list[_Fold]] = {}
+        held: dict[_Kind, list[_Fold]] = {}
         for candidate in candidates:
             experiment = load_experiment(candidate.path, (*candidate.overrides, *overrides))
-            if experiment.generate.scale != "log1p":
-                raise ConfigError("[generate] scale: cells are compared as log1p values; set it to log1p")
             divided = _folds(experiment, out, folds=folds, rules=rules, known=held, progress=progress)
             trials += _trials(candidate, experiment, divided, out, seeds=seeds, rules=rules)
             _require_same(divided, held)
@@ -130,7 +132,7 @@ def compare(
 
 
 def _folds(
-    experiment: Experiment, out: Path, *, folds: int, rules: Season, known: dict[str, list[_Fold]], progress: Progress
+    experiment: Experiment, out: Path, *, folds: int, rules: Season, known: dict[_Kind, list[_Fold]], progress: Progress
 ) -> list[_Fold]:
     """Prepare the store and the truth of each fold of an experiment, once for all that share them."""
     tree = experiment.as_json()
@@ -139,8 +141,9 @@ def _folds(
     source = reads if reads.startswith("obsm:") else None
     controls = experiment.generate.controls_from
     digest = digest_of(concern, tree["submission"]["genes"], tree["submission"]["rules"], source, controls, folds)
-    if digest in known:
-        return known[digest]
+    scale = experiment.generate.scale
+    if (digest, scale) in known:
+        return known[digest, scale]
     divided, notes = held_out_folds(experiment, folds=folds)
     for note in notes:
         progress.note(note)
@@ -153,30 +156,30 @@ def _folds(
         folder = out / "folds" / digest / f"fold{number}"
         store = prepare(part, folder / "store", progress=progress)
         opened = Store.open(store)
-        truth = folder / f"truth-{opened.fingerprint[:10]}"
+        truth = folder / f"truth-{opened.fingerprint[:10]}{'-counts' if scale == 'counts' else ''}"
         truth.mkdir(exist_ok=True)
         labels = {context: sorted(names) for context, names in ranked.items()}
         held = prepare_truth(opened, part, truth, rules=rules, ranked=labels)
         references = reference_scores(opened, held, truth / "references.json", rules=rules, progress=progress)
         found.append(_Fold(number, part.fewshot, store, tuple(held), references))
-    known[digest] = found
+    known[digest, scale] = found
     return found
 
 
-def _require_same(divided: list[_Fold], known: Mapping[str, list[_Fold]]) -> None:
-    """Refuse candidates that are scored on different perturbations."""
+def _require_same(divided: list[_Fold], known: Mapping[_Kind, list[_Fold]]) -> None:
+    """Refuse candidates that are scored on different perturbations, or against truths on different scales."""
+    problems = []
+    if len({scale for _, scale in known}) > 1:
+        message = "some make counts and some log1p values, which the scorer normalises otherwise"
+        problems.append(Problem("[generate] scale", message, "compare them with --set generate.scale=counts, or log1p"))
     (first, *_) = known.values()
     sides = [[(held.context, held.tested) for fold in folds for held in fold.held_out] for folds in (first, divided)]
     if sides[0] != sides[1]:
-        raise ConfigError(
-            problems=[
-                Problem(
-                    "experiments to compare",
-                    "they hold out different perturbations, so that their scores say nothing of each other",
-                    "give them the same [fewshot] and [zeroshot], or compare them with --folds",
-                )
-            ]
-        )
+        message = "they hold out different perturbations, so that their scores say nothing of each other"
+        remedy = "give them the same [fewshot] and [zeroshot], or compare them with --folds"
+        problems.append(Problem("experiments to compare", message, remedy))
+    if problems:
+        raise ConfigError(problems=problems)
 
 
 def _trials(

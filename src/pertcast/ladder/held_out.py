@@ -2,6 +2,8 @@
 
 A fold's ranking (PDS) is among all perturbations that any fold holds out in the context, so that the number of folds
 does not change what a rank means; the other metrics are of the fold's own.
+Where cells are made in counts, the truth is of counts too, and each file is normalised by its own median total: so the
+official scorer does. Nothing of a prediction is normalised to what only the truth or the store knows.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import sparse
 
 from pertcast.config import Experiment
 from pertcast.data.split import Split
@@ -21,6 +24,7 @@ from pertcast.data.store import Store
 from pertcast.errors import DataError
 from pertcast.files.artefacts import atomic_file, read_json, write_json
 from pertcast.files.csr_writer import CsrWriter
+from pertcast.files.expression import normalise_log1p
 from pertcast.generate.plan import control_rows
 from pertcast.ladder.baseline import constant_side
 from pertcast.ladder.cells import Side, read_halves, read_side, select_perts
@@ -53,6 +57,9 @@ class HeldOut:
         The target list: the labels tested, with as many cells as there are real ones.
     num_controls, num_cells
         Control cells, and all cells of a prediction.
+    target_sum
+        Where the truth is of counts, the median total of its cells, to which the scorer normalises it; ``None`` where
+        it is of log1p values.
     """
 
     context: str
@@ -61,6 +68,7 @@ class HeldOut:
     targets: Path
     num_controls: int
     num_cells: int
+    target_sum: float | None = None
 
 
 def prepare_truth(
@@ -68,12 +76,15 @@ def prepare_truth(
 ) -> list[HeldOut]:
     """Write the truth of each context that has held-out perturbations, where it is not there already.
 
+    The truth is on the scale that ``generate.scale`` asks for. In counts, the target list says the median depth of each
+    target's real cells, too, as a season's list does.
+
     Parameters
     ----------
     store, experiment
         Of the fold.
     folder
-        Where to write; it belongs to this store.
+        Where to write; it belongs to this store and scale.
     rules
         Names of the column and the control.
     ranked
@@ -82,8 +93,9 @@ def prepare_truth(
     Raises
     ------
     DataError
-        If no cell is held out.
+        If no cell is held out, or counts are asked for of a store of log1p values.
     """
+    in_counts = experiment.generate.scale == "counts"
     found = []
     for code, context in enumerate(store.contexts):
         rows = store.rows(split=Split.TEST, context=code)
@@ -97,10 +109,12 @@ def prepare_truth(
         names = tuple(store.perts[pert] for pert in tested)
         if not truth.is_file():
             groups = [*((label, rows) for label, rows in cells.items()), (rules.control_label, controls)]
-            _write_cells(truth, store, groups, rules)
-            _write_targets(targets, [(name, len(cells[name])) for name in names], rules)
+            _write_cells(truth, store, groups, rules, in_counts=in_counts)
+            _write_targets(targets, store, {name: cells[name] for name in names}, rules, with_depth=in_counts)
         total = len(controls) + sum(len(cells[name]) for name in names)
-        found.append(HeldOut(context, names, truth, targets, len(controls), total))
+        of_all = np.concatenate([*cells.values(), controls])
+        target_sum = float(np.median(store.totals[of_all])) if in_counts else None
+        found.append(HeldOut(context, names, truth, targets, len(controls), total, target_sum))
     if not found:
         raise DataError(f"{store.path}: no cell of a test perturbation is held out; name some in [fewshot] test")
     return found
@@ -112,22 +126,28 @@ def _rows(store: Store, context: int, label: str) -> NDArray[np.int64]:
     return held if len(held) else store.rows(split=Split.TRAIN | Split.VAL, context=context, pert=pert)
 
 
-def _write_cells(path: Path, store: Store, groups: Iterable[tuple[str, NDArray[np.int64]]], rules: Season) -> None:
+def _write_cells(
+    path: Path, store: Store, groups: Iterable[tuple[str, NDArray[np.int64]]], rules: Season, *, in_counts: bool
+) -> None:
+    read = store.counts if in_counts else store.csr
     labels: list[str] = []
     with atomic_file(path) as temporary, CsrWriter(temporary, list(store.genes)) as writer:
         for label, rows in groups:
             for start in range(0, len(rows), _CELLS_AT_ONCE):
-                writer.append(store.csr(rows[start : start + _CELLS_AT_ONCE]))
+                writer.append(read(rows[start : start + _CELLS_AT_ONCE]))
             labels += [label] * len(rows)
         index = [str(number) for number in range(len(labels))]
         writer.finish(pd.DataFrame({rules.pert_column: pd.Categorical(labels)}, index=index))
 
 
-def _write_targets(path: Path, rows: Sequence[tuple[str, int]], rules: Season) -> None:
+def _write_targets(
+    path: Path, store: Store, cells: Mapping[str, NDArray[np.int64]], rules: Season, *, with_depth: bool
+) -> None:
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow([rules.pert_column, "n_cells"])
-        writer.writerows(rows)
+        writer.writerow([rules.pert_column, "n_cells", *(["median_umi_per_cell"] if with_depth else [])])
+        for name, rows in cells.items():
+            writer.writerow([name, len(rows), *([float(np.median(store.totals[rows]))] if with_depth else [])])
 
 
 def against_truth(predicted: Side, truth: Side) -> dict[str, dict[str, float]]:
@@ -157,9 +177,11 @@ def reference_scores(
     scores: dict[str, Scores] = {"baseline": {}, "ceiling": {}}
     for part in held:
         truth = read_side(part.truth, rules, cache=kept.parent, progress=progress)
-        constant = _training_mean(store, part.context)
-        controls = store.csr(
-            store.rows(split=Split.TRAIN, context=store.contexts.index(part.context), pert=store.control_code)
+        constant = _training_mean(store, part)
+        controls = _log1p(
+            store,
+            store.rows(split=Split.TRAIN, context=store.contexts.index(part.context), pert=store.control_code),
+            part.target_sum,
         )
         side = constant_side(constant, controls, select_perts(truth, part.tested), progress=progress)
         scores["baseline"][part.context] = against_truth(side, truth)
@@ -170,21 +192,28 @@ def reference_scores(
     return scores
 
 
-def _training_mean(store: Store, context: str) -> NDArray[np.float32]:
+def _training_mean(store: Store, held: HeldOut) -> NDArray[np.float32]:
     """Return the mean over the training perturbations' means of a context; over those of all where it has none."""
     rows = store.rows(split=Split.TRAIN)
     rows = rows[store.pert_codes[rows] != store.control_code]
-    own = rows[store.context_codes[rows] == store.contexts.index(context)]
+    own = rows[store.context_codes[rows] == store.contexts.index(held.context)]
     rows = own if len(own) else rows
     keys = store.context_codes[rows].astype(np.int64) * len(store.perts) + store.pert_codes[rows]
-    means = [_mean(store, rows[keys == key]) for key in np.unique(keys)]
+    means = [_mean(store, rows[keys == key], held.target_sum) for key in np.unique(keys)]
     mean_G: NDArray[np.float32] = np.mean(means, axis=0).astype(np.float32)
     return mean_G
 
 
-def _mean(store: Store, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+def _mean(store: Store, rows: NDArray[np.int64], target_sum: float | None) -> NDArray[np.float64]:
     total = np.zeros(len(store.genes))
     for start in range(0, len(rows), _CELLS_AT_ONCE):
-        block = store.csr(rows[start : start + _CELLS_AT_ONCE])
+        block = _log1p(store, rows[start : start + _CELLS_AT_ONCE], target_sum)
         total += np.bincount(block.indices, weights=block.data, minlength=len(total))
     return total / len(rows)
+
+
+def _log1p(store: Store, rows: NDArray[np.int64], target_sum: float | None) -> sparse.csr_matrix:
+    """Return log1p values as the scorer makes them of the truth."""
+    if target_sum is None:
+        return store.csr(rows)
+    return normalise_log1p(store.counts(rows), store.totals[rows], target_sum)
