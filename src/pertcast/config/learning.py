@@ -108,8 +108,9 @@ class TrainConfig(Section):
 
     `match` says which controls a perturbed cell may be paired with: those of its ``batch`` where it is known, or any
     of its ``context``. The sets of a step are shared out over `devices` on each of `num_nodes` machines; `strategy` is
-    how: each device has the whole network (``ddp``; ``auto`` with several devices). Where the model embeds batches, a
-    share `unknown_batch` of the sets is shown as of no known batch, so that cells of new batches have a trained row.
+    how: each device has the whole network (``ddp``; ``auto`` with several devices), or a part of each of its parameters
+    (``fsdp``). Where the model embeds batches, a share `unknown_batch` of the sets is shown as of no known batch, so
+    that cells of new batches have a trained row.
 
     `select_by` says which validated step is best, whose weights are kept: that of the lowest ``loss``, or of the best
     ``mae``, ``pds``, ``des`` or ``overall`` (against the training-mean baseline) of the perturbations that validate.
@@ -130,7 +131,7 @@ class TrainConfig(Section):
     accelerator: str = "auto"
     devices: PositiveInt = 1
     num_nodes: PositiveInt = 1
-    strategy: Literal["auto", "ddp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     match: Literal["batch", "context"] = "batch"
     unknown_batch: Share = 0.1
     control_sets: bool = True

@@ -24,6 +24,7 @@ from pertcast.config import TrainConfig
 from pertcast.errors import ConfigError, Problem
 from pertcast.processes import LostProcessError, Ranks, launched
 from pertcast.train.loggers import make_loggers
+from pertcast.train.sharding import sharding_strategy
 
 __all__ = ["is_first_process", "num_processes", "one_process_for_all", "open_fabric", "products"]
 
@@ -93,7 +94,7 @@ def open_fabric(config: TrainConfig, out: Path, *, some_unused: bool = False) ->
             accelerator=config.accelerator,
             devices=1 if ranks is None else ranks.local_size,
             num_nodes=1 if ranks is None else ranks.num_nodes,
-            strategy="auto" if ranks is None else _strategy(some_unused=some_unused),
+            strategy="auto" if ranks is None else _strategy(config, ranks, some_unused=some_unused),
             precision="bf16-mixed" if config.precision == "bf16" else "32-true",
             plugins=[_environment(ranks)],
             loggers=loggers,
@@ -107,7 +108,9 @@ def open_fabric(config: TrainConfig, out: Path, *, some_unused: bool = False) ->
     return fabric
 
 
-def _strategy(*, some_unused: bool) -> Strategy:
+def _strategy(config: TrainConfig, ranks: Ranks, *, some_unused: bool) -> Strategy:
+    if config.strategy == "fsdp":
+        return sharding_strategy(ranks.size, bf16=config.precision == "bf16", timeout=_TIMEOUT)
     # Buffers are constants; sent at each call, every process would have to meet there, also where one alone predicts.
     return DDPStrategy(
         timeout=_TIMEOUT, find_unused_parameters=some_unused, gradient_as_bucket_view=True, broadcast_buffers=False

@@ -21,6 +21,7 @@ from pertcast.models.checkpoint import Run, open_run
 __all__ = ["Line", "adapted_experiment", "bring_into_run", "line_features", "require_fitting"]
 
 _SAME_TOTAL = 0.01
+_ALONE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 
 
 def adapted_experiment(run_path: Path, experiment: Experiment) -> Experiment:
@@ -40,7 +41,7 @@ def adapted_experiment(run_path: Path, experiment: Experiment) -> Experiment:
     Raises
     ------
     ConfigError
-        If it asks for another model than the run's.
+        If it asks for another model than the run's, or for a sharded one.
     CheckpointError
         If the run was imported: it has no store, and so neither genes nor a scale to hold new cells against.
     """
@@ -52,6 +53,8 @@ def adapted_experiment(run_path: Path, experiment: Experiment) -> Experiment:
     trained = rebuild_experiment(run.experiment, place=run_path / "run.json")
     given = experiment.model_fields_set
     _require_same_model(run_path, experiment, trained)
+    if "train" in given and experiment.train.strategy == "fsdp":
+        raise ConfigError('[train] strategy: an adaptation runs in one process, got "fsdp"; leave train.strategy out')
     train = experiment.train if "train" in given else trained.train
     speed = experiment.adapt.model_dump(include={"steps", "learning_rate", "val_every", "patience"})
     loss = experiment.loss if "loss" in given else trained.loss
@@ -59,7 +62,7 @@ def adapted_experiment(run_path: Path, experiment: Experiment) -> Experiment:
         "model": trained.model.model_copy(update={"context_embedding": True}),
         "features": trained.features,
         "loss": loss.model_copy(update={"warmup_steps": 0}),
-        "train": train.model_copy(update={**speed, "weight_decay": 0.0, "devices": 1, "num_nodes": 1}),
+        "train": train.model_copy(update={**speed, **_ALONE, "weight_decay": 0.0}),
     }
     if run.target_sum is not None and experiment.prepare.target_sum == "median":
         update["prepare"] = experiment.prepare.model_copy(update={"target_sum": run.target_sum})

@@ -28,8 +28,9 @@ from pertcast.models.dropout import dropout_keys, key_dropout
 from pertcast.progress import Advance
 from pertcast.stats.draws import generator
 from pertcast.train.batches import Batch, Place, SetReader, SetStream, forget_batches, read_ahead
-from pertcast.train.resume import MetricsLog, Position, save_state
+from pertcast.train.resume import MetricsLog, Position, optimizer_tensors, save_state
 from pertcast.train.select import OfficialMetrics, criterion
+from pertcast.train.sharding import is_sharded, whole, whole_tensors
 from pertcast.train.signals import interrupts
 from pertcast.train.terms import Others, loss_terms, total_loss
 from pertcast.train.truth import Truth
@@ -68,7 +69,7 @@ class Loop:
     position
         Where training stands; updated after each step.
     best
-        Weights of the best validated step, on the CPU.
+        Weights of the best validated step, on the CPU; of a sharded network, on the first process alone.
     val_sets
         The sets that validate; none if empty.
     log
@@ -129,7 +130,8 @@ class Loop:
                     self._step(batches, advance)
             except KeyboardInterrupt:
                 # One that came from elsewhere than a signal (a progress bar); never between half-updated weights.
-                if self._is_whole:
+                # One process alone cannot put a sharded network together.
+                if self._is_whole and not is_sharded(self.fabric):
                     self._checkpoint()
                 raise
 
@@ -146,9 +148,21 @@ class Loop:
     def _checkpoint(self) -> None:
         if self.position.step == self._saved_step:
             return
+        weights = self._weights()
+        moments = optimizer_tensors(self.network, self.optimizer)
+        moments = whole_tensors(moments, keep=self.fabric.is_global_zero)
         if self.fabric.is_global_zero:
-            save_state(self.out, self.position, model=self.network, optimizer=self.optimizer, best=self.best)
+            save_state(self.out, self.position, weights=weights, moments=moments, best=self.best)
         self._saved_step = self.position.step
+
+    def _weights(self, *, copy: bool = False) -> dict[str, Tensor]:
+        """Return the weights, whole; of a sharded network on the first process alone, and all call it."""
+        keep = self.fabric.is_global_zero or not is_sharded(self.fabric)
+        return whole_tensors(self.network.state_dict(), keep=keep, copy=copy)
+
+    def kept_weights(self) -> dict[str, Tensor]:
+        """Return the weights of the best validated step, or else the last, as :meth:`_weights` does."""
+        return self.best if self.best is not None else self._weights()
 
     def _pieces(self, stream: SetStream) -> Iterator[tuple[CellSets, Place]]:
         while True:
@@ -255,7 +269,7 @@ class Loop:
     def _clip(self) -> Tensor:
         limit = self.train.clip or math.inf
         norm = self.fabric.clip_gradients(self.model, self.stepper, max_norm=limit, error_if_nonfinite=False)
-        return norm if norm is not None else torch.zeros(())
+        return whole(norm) if norm is not None else torch.zeros(())
 
     def _require_numbers(self, step: int, values: Mapping[str, float]) -> None:
         wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
@@ -292,7 +306,7 @@ class Loop:
         if measured < position.best_value:
             position.best_loss, position.best_value, position.num_worse = values["loss"], measured, 0
             position.best_step = position.step
-            self.best = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+            self.best = self._weights(copy=True)
         else:
             position.num_worse += 1
 

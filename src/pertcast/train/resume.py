@@ -30,6 +30,7 @@ from pertcast.files.artefacts import (
     write_manifest,
 )
 from pertcast.models.checkpoint import WEIGHTS, load_tensors, load_weights, save_tensors
+from pertcast.train.sharding import sharded_like
 
 __all__ = [
     "CHECKPOINTS",
@@ -40,6 +41,7 @@ __all__ = [
     "identity_of",
     "identity_problems",
     "load_newest",
+    "optimizer_tensors",
     "restore",
     "save_state",
     "with_defaults",
@@ -94,18 +96,19 @@ def save_state(
     out: Path,
     position: Position,
     *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
     best: Mapping[str, Tensor] | None,
 ) -> None:
     """Write a checkpoint of the last finished step, and remove all but the newest two.
 
-    `best` are the weights of the best validated step, where these are not the current ones.
+    `moments` are :func:`optimizer_tensors`; `best` are the weights of the best validated step, where these are not the
+    current ones. All are whole.
     """
     folder = out / CHECKPOINTS / f"step_{position.step:09d}"
     with atomic_dir(folder) as temporary:
-        save_tensors(temporary / WEIGHTS, model.state_dict())
-        save_tensors(temporary / _OPTIMIZER, _optimizer_tensors(model, optimizer))
+        save_tensors(temporary / WEIGHTS, weights)
+        save_tensors(temporary / _OPTIMIZER, moments)
         if best is not None and position.best_step != position.step:
             save_tensors(temporary / _BEST, best)
         # JSON has no infinity.
@@ -166,9 +169,12 @@ def restore(saved: SavedState, *, model: nn.Module, optimizer: torch.optim.Optim
     for name, parameter in model.named_parameters():
         found = {key.partition("/")[0]: value for key, value in moments.items() if key.partition("/")[2] == name}
         for kind, value in found.items():
-            # Only a fused optimiser wants its step count on the device.
-            on_cpu = kind == "step" and not optimizer.defaults.get("fused")
-            optimizer.state[parameter][kind] = value if on_cpu else value.to(parameter.device)
+            if kind != "step":
+                optimizer.state[parameter][kind] = sharded_like(value, parameter)
+            else:
+                # Only a fused optimiser wants its step count on the device.
+                is_fused = optimizer.defaults.get("fused")
+                optimizer.state[parameter][kind] = value.to(parameter.device) if is_fused else value
     if saved.position.best_step < 0:
         return None
     return tensors if saved.position.best_step == saved.position.step else load_tensors(saved.folder / _BEST)
@@ -180,10 +186,11 @@ def _copy_weights(model: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -
         load_weights(model, path)
     with torch.no_grad():
         for name, value in names.items():
-            value.copy_(tensors[name])
+            value.copy_(sharded_like(tensors[name], value))
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return an optimiser's state by the name of its kind and of its parameter."""
     return {
         f"{kind}/{name}": value
         for name, parameter in model.named_parameters()

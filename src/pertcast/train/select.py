@@ -30,6 +30,7 @@ from pertcast.stats.metrics import BEST, overall
 from pertcast.stats.profiles import Profile, constant_profile, profile_of, score_profiles
 from pertcast.train.batches import SetReader
 from pertcast.train.effects import training_effects
+from pertcast.train.sharding import is_sharded
 
 __all__ = ["OfficialMetrics", "criterion"]
 
@@ -106,6 +107,8 @@ class OfficialMetrics:
     def measure(self, model: Callable[..., Prediction], fabric: Fabric) -> dict[str, float]:
         """Return ``held_out_`` and each of mae, pds, des, overall; the same values on all devices."""
         values = self._measure(model, fabric) if fabric.is_global_zero else {}
+        if is_sharded(fabric) and not fabric.is_global_zero:
+            self._take_part(model, fabric)
         shared: dict[str, float] = fabric.broadcast(values)
         return shared
 
@@ -120,6 +123,13 @@ class OfficialMetrics:
         ours = {name: float(np.concatenate([score[name] for score in scores]).mean()) for name in BEST}
         base = {name: float(np.concatenate([part.baseline[name] for part in self._contexts]).mean()) for name in BEST}
         return {_PREFIX + name: value for name, value in {**ours, "overall": overall(ours, base)}.items()}
+
+    @torch.no_grad()
+    def _take_part(self, model: Callable[..., Prediction], fabric: Fabric) -> None:
+        """Make the first process's calls with it, as a sharded network needs."""
+        for context in self._contexts:
+            for _cells in self._predict(context, model, fabric):
+                pass
 
     def _predict(
         self, context: _Context, model: Callable[..., Prediction], fabric: Fabric

@@ -89,6 +89,11 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
         If `out` holds a run that was begun otherwise, or training diverges.
     """
     if experiment.model.kind != "state":
+        if experiment.train.strategy == "fsdp":
+            raise ConfigError(
+                f'[train] strategy: "fsdp" shares out a network, and model.kind = "{experiment.model.kind}" is none; '
+                "leave train.strategy out"
+            )
         # one process is enough, whatever was asked for
         if is_first_process():
             with claimed(out):
@@ -132,9 +137,11 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     if experiment.train.select_by != "loss":
         official = OfficialMetrics(store, reader, experiment.train, progress=progress)
     network = _new_network(reader, store, experiment, features)
-    optimizer = make_optimizer(network, experiment.train, fabric.device)
     compiled: Any = torch.compile(network) if experiment.train.compile else network
-    model, stepper = fabric.setup(compiled, optimizer)
+    model = fabric.setup_module(compiled)
+    # after the network is set up: its parameters may have become shards
+    optimizer = make_optimizer(network, experiment.train, fabric.device)
+    stepper = fabric.setup_optimizers(optimizer)
     saved, notes = fabric.broadcast(load_newest(out) if fabric.is_global_zero else (None, []))
     best = restore(saved, model=network, optimizer=optimizer) if saved else None
     position = saved.position if saved else Position()
@@ -177,8 +184,9 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     finally:
         if log is not None:
             log.close()
+    weights = loop.kept_weights()
     if fabric.is_global_zero:
-        _finish(out, experiment, store, features, loop, facts)
+        _finish(out, experiment, store, features, loop, facts, weights)
     fabric.barrier()
     return out
 
@@ -282,10 +290,17 @@ def _learn_facts(reader: SetReader, loop: Loop, features: PertFeatures, store: S
     return _Facts(tuple(notes), batches)
 
 
-def _finish(out: Path, experiment: Experiment, store: Store, features: PertFeatures, loop: Loop, facts: _Facts) -> None:
+def _finish(
+    out: Path,
+    experiment: Experiment,
+    store: Store,
+    features: PertFeatures,
+    loop: Loop,
+    facts: _Facts,
+    weights: dict[str, Tensor],
+) -> None:
     position = loop.position
     has_best = loop.best is not None
-    weights: dict[str, Tensor] = loop.best if loop.best is not None else loop.network.state_dict()
     if loop.reader.spec.unknown_batch:
         rows = weights["batch_encoder.weight"].clone()
         rows[loop.reader.untrained_batches] = rows[-1].clone()
