@@ -6,6 +6,11 @@ the mean effect of these K put onto the line's control cells ("mean"), where the
 official metrics on the same held-out targets of the line, with the line's controls on both sides; the overall is
 relative to copies of controls. What is done is kept in OUT/results.jsonl, and not done again.
 
+A network "on mean" adds its shift to the mean effect (model.base), which `adapt` refits with the line's targets; "zero"
+stands on the mean effect of the other lines. There every method's cells are made as "donors", "mean" and "copy" are
+runs of these baselines, and a fifth of the cells of the K targets says when to stop; "gain", which takes no steps,
+needs none.
+
     python -m benchmarks.adapt --data sim --seed 0 --out bench      # a seed at a time
     python -m benchmarks.adapt --out bench                          # the tables
 """
@@ -32,7 +37,8 @@ from pertcast.config import load_experiment
 from pertcast.data.store import prepare
 from pertcast.generate import generate
 from pertcast.ladder.score import score
-from pertcast.models.checkpoint import open_run
+from pertcast.models.baselines import examples_of, fit_baseline, save_baseline
+from pertcast.models.checkpoint import BASE, WEIGHTS, load_tensors, open_run, save_run
 from pertcast.stats.draws import generator
 from pertcast.stats.metrics import overall
 from pertcast.submission.assemble import assemble
@@ -43,7 +49,8 @@ from pertcast.train.line import adapted_experiment
 __all__: list[str] = []
 
 CURVE = (1, 2, 4, 8)
-LEARN = {"few": "context,bias", "lora": "context,bias,lora:4"}
+LEARN = {"few": "context,bias", "gain": "gain", "lora": "context,bias,lora:4"}
+ON_MEAN = "on mean"
 METRICS = ("mae", "effect_correlation", "pds", "des", "overall")
 _EXPERIMENT = """
 [datasets]
@@ -67,6 +74,7 @@ _MODEL = """
 preset = "tiny"
 hidden = 128
 residual = "{residual}"
+base = "{base}"
 [train]
 steps = {steps}
 learning_rate = 1e-3
@@ -137,7 +145,7 @@ class Bench:
     """One line and seed on disk."""
 
     def __init__(self, folder: Path, line: Line, *, residual: str, seed: int) -> None:
-        self.folder, self.line = folder, line
+        self.folder, self.line, self.is_on_mean = folder, line, residual == ON_MEAN
         folder.mkdir(parents=True, exist_ok=True)
         names = list(line.features)
         np.savez(
@@ -146,27 +154,46 @@ class Bench:
         line.trained_on.write_h5ad(folder / "trained.h5ad")
         line.cells.write_h5ad(folder / "line.h5ad")
         text = _EXPERIMENT.format(cells="trained.h5ad", fewshot="", holdout=0.0)
-        text += _MODEL.format(residual=residual, steps=line.steps, seed=seed)
+        shape = {"residual": "shift", "base": "mean"} if self.is_on_mean else {"residual": residual, "base": "none"}
+        text += _MODEL.format(**shape, steps=line.steps, seed=seed)
         (folder / "trained.toml").write_text(text)
         experiment = load_experiment(folder / "trained.toml")
         self.run = train(experiment, prepare(experiment, folder / "store"), folder / "run")
 
-    def adapted(self, num: int, learn: str) -> Path:
-        """Return the run adapted with so many targets; with none it keeps its weights."""
+    def _written(self, num: int, more: str = "", *, validates: bool = True) -> Path:
+        """Write the experiment of the line with so many targets that train or validate; all others test."""
         given = self.line.pool[: max(num, 1)]
-        val = given[: num // 4 if num > 2 else num // 2]
+        val = () if self.is_on_mean or not validates else given[: num // 4 if num > 2 else num // 2]
         fewshot = f'[fewshot."cells.{self.line.cells.obs["cell_type"].iloc[0]}"]\n'
         others = sorted(set(self.line.cells.obs["target_gene"]) - {*given, "non-targeting"})
         fewshot += f"val = {json.dumps(val)}\ntest = {json.dumps(others)}\n"
-        text = _EXPERIMENT.format(cells="line.h5ad", fewshot=fewshot, holdout=0.2 if num == 1 else 0.0)
-        path = self.folder / f"line_{num}.toml"
+        holdout = 0.2 if validates and (num == 1 or self.is_on_mean) else 0.0
+        path = self.folder / f"line_{num}_{validates}.toml"
+        path.write_text(_EXPERIMENT.format(cells="line.h5ad", fewshot=fewshot, holdout=holdout) + more)
+        return path
+
+    def adapted(self, num: int, learn: str) -> Path:
+        """Return the run adapted with so many targets; with none it keeps its weights."""
         # with no target: a step that is too small to change a weight
         speed = "steps = 1\nlearning_rate = 1e-30\n" if num == 0 else ""
-        path.write_text(f"{text}[adapt]\n{speed}")
+        validates = learn != "gain"  # which takes no steps
+        path = self._written(num, f"[adapt]\n{speed}", validates=validates)
         overrides = ["prepare.test_controls=0.0", f"adapt.learn={learn!r}"]
         experiment = adapted_experiment(self.run, load_experiment(path, overrides))
-        store = prepare(experiment, self.folder / f"store_{num}")
-        return adapt(self.run, experiment, store, self.folder / f"adapted_{num}_{learn.replace(',', '_')}")
+        store = prepare(experiment, self.folder / f"store_{num}_{validates}")
+        out = adapt(self.run, experiment, store, self.folder / f"adapted_{num}_{learn.replace(',', '_')}")
+        if self.is_on_mean and num == 0:
+            _forget_line(self.run, out)
+        return out
+
+    def baseline(self, kind: str, num: int) -> Path:
+        """Return a baseline of all cells of so many targets of the line."""
+        total = open_run(self.run).target_sum
+        overrides = [f"model.kind={kind!r}", f"prepare.target_sum={total}", "prepare.test_controls=0.0"]
+        experiment = load_experiment(self._written(num, validates=False), overrides)
+        return train(
+            experiment, prepare(experiment, self.folder / f"{kind}_{num}_store"), self.folder / f"{kind}_{num}"
+        )
 
     def predict(self, run: Path, test: Sequence[str]) -> Path:
         """Return a prediction of as many cells of each test target as there are."""
@@ -184,6 +211,8 @@ class Bench:
             "context": repr(str(self.line.cells.obs["cell_type"].iloc[0])),
         }
         overrides = ["generate.controls_from='all'", *(f"submission.{key}={value}" for key, value in given.items())]
+        if self.is_on_mean:
+            overrides.append("generate.cells='donors'")
         for path in (self.folder / "parts", out):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return assemble(generate(run, self.folder / "parts", overrides=overrides), out)
@@ -228,6 +257,15 @@ class Bench:
         return ad.AnnData(log1p, obs=self.line.cells.obs, var=self.line.cells.var)
 
 
+def _forget_line(trained: Path, adapted: Path) -> None:
+    """Put an adapted run on the baseline of the run that it was adapted from, which knows no effect of the line."""
+    known, run = open_run(trained).baseline(), open_run(adapted)
+    assert known is not None
+    examples = examples_of(known)._replace(num_contexts=len(run.contexts))
+    save_baseline(fit_baseline(known.spec.kind, examples, set_size=known.spec.set_size).baseline, adapted / BASE)
+    save_run(run, load_tensors(adapted / WEIGHTS), inputs={})
+
+
 def _arms(bench: Bench, data: str, learn: Sequence[str]) -> Iterator[tuple[str, int, tuple[str, ...]]]:
     """Yield ``(method, K, test targets)``; real lines have too few targets to test the same ones at every K."""
     for num in CURVE:
@@ -241,11 +279,13 @@ def run_seed(data: str, seed: int, out: Path, *, residual: str, learn: Sequence[
     results = out / "results.jsonl"
     lines = [json.loads(text) for text in results.read_text().splitlines()] if results.is_file() else []
     done = {(entry["data"], entry["residual"], entry["seed"], entry["method"], entry["num"]) for entry in lines}
-    bench = Bench(out / f"{data}_{residual}_{seed}", line, residual=residual, seed=seed)
+    bench = Bench(out / f"{data}_{residual.replace(' ', '_')}_{seed}", line, residual=residual, seed=seed)
     for method, num, test in _arms(bench, data, learn):
         if (data, residual, seed, method, num) in done:
             continue
-        if method in ("copy", "mean"):
+        if method in ("copy", "mean") and bench.is_on_mean:
+            predicted = bench.predict(bench.baseline("control" if method == "copy" else method, num), test)
+        elif method in ("copy", "mean"):
             predicted = bench.shifted(bench.line.pool[:num] if method == "mean" else (), test)
         else:
             predicted = bench.predict(bench.adapted(*((0, "bias") if method == "zero" else (num, LEARN[method]))), test)
@@ -296,8 +336,8 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", choices=["sim", "k562", "three"])
-    parser.add_argument("--residual", choices=["state", "shift"], default="state")
-    parser.add_argument("--learn", choices=list(LEARN), nargs="+", default=list(LEARN))
+    parser.add_argument("--residual", choices=["state", "shift", ON_MEAN], default="state")
+    parser.add_argument("--learn", choices=list(LEARN), nargs="+", default=["few", "lora"])
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import pertcast.train.gain
 from conftest import SMALL_GENES, write_small_h5ad
 from pertcast.config import ModelConfig, load_experiment
 from pertcast.data.features import open_features
@@ -24,6 +25,7 @@ from pertcast.models.checkpoint import Run, open_run
 from pertcast.models.state import StateTransition, spec_for
 from pertcast.train import train
 from pertcast.train.adapt import adapt
+from pertcast.train.gain import least_squares_gain, offset_of
 from pertcast.train.line import adapted_experiment
 from test_train import EXPERIMENT, Watcher, interrupt, lines
 
@@ -287,7 +289,7 @@ def test_what_does_not_fit_is_refused_with_every_problem(bench: Bench, plain: Pa
 
 @pytest.mark.parametrize("text", ["", "contexts", "lora", "lora:0", "bias,lora:x"])
 def test_words_that_mean_nothing_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected context, batch, bias, last or lora:R"):
+    with pytest.raises(ConfigError, match="expected context, batch, bias, last, gain or lora:R"):
         parse_learn(text)
 
 
@@ -304,3 +306,103 @@ def test_features_of_new_targets_come_from_the_file_of_the_training(bench: Bench
     np.savez(tmp_path / "features.npz", gene=names, embedding=2 * np.eye(20, 6, dtype=np.float32))
     with pytest.raises(CheckpointError, match="other features than it was trained with"):
         other.adapt(run, "out2")
+
+
+ON_MEAN = ("model.residual='shift'", "model.base='mean'")
+
+
+@pytest.fixture(scope="module")
+def on_mean(bench: Bench) -> Path:
+    """A network on the mean effect of the lines that it was trained on."""
+    return bench.train("on_mean", *ON_MEAN, "train.steps=30", "train.learning_rate=0.02")
+
+
+def line_effects(store: Store) -> dict[str, np.ndarray]:
+    """The line's training effects, cell by cell."""
+    found = {}
+    controls = store.log1p(store.rows(split=Split.TRAIN, pert=store.control_code)).mean(0, dtype=np.float64)
+    for code, name in enumerate(store.perts):
+        rows = store.rows(split=Split.TRAIN, pert=code)
+        if name != store.control and len(rows):
+            found[name] = store.log1p(rows).mean(0, dtype=np.float64) - controls
+    return found
+
+
+def test_a_baseline_that_a_network_stands_on_is_refitted_with_the_line(bench: Bench, on_mean: Path) -> None:
+    watcher = Watcher()
+    adapted = open_run(bench.adapt(on_mean, "on_mean_adapted", progress=watcher))
+    assert any("refitted with 2 training effects" in note for note in watcher.notes)
+    before, after = open_run(on_mean).baseline(), adapted.baseline()
+    assert before is not None
+    assert after is not None
+    effects = line_effects(Store.open(adapted.store_path))
+    assert set(effects) == {"G1", "G2"}
+    np.testing.assert_allclose(after.mean_CG[2], np.mean(list(effects.values()), axis=0), atol=1e-5)
+    np.testing.assert_array_equal(after.mean_CG[:2], before.mean_CG[:2])
+    assert changed(on_mean, adapted.path) <= LEARNT
+    assert np.isfinite(parts_of(bench, adapted.path, "on_mean_parts").X.toarray()).all()
+
+
+def test_a_line_with_one_training_target_stands_on_the_other_lines(bench: Bench, on_mean: Path, tmp_path: Path) -> None:
+    other = Bench(tmp_path)
+    write_small_h5ad(tmp_path / "line.h5ad", perts=("non-targeting", "G1", "G3"), contexts=("K2",))
+    adapted = open_run(other.adapt(on_mean, "out"))
+    before, after = open_run(on_mean).baseline(), adapted.baseline()
+    assert before is not None
+    assert after is not None
+    np.testing.assert_allclose(after.mean_CG[2], before.mean_CG[-1], atol=1e-6)
+
+
+def test_a_gain_alone_takes_no_steps_and_meets_the_line_s_mean_effect(
+    bench: Bench, on_mean: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pertcast.train.gain, "least_squares_gain", lambda *_: 0.25)
+    adapted = open_run(bench.adapt(on_mean, "gained", "adapt.learn='gain'"))
+    assert changed(on_mean, adapted.path) == {"project_out.3.weight", "project_out.3.bias", "context_encoder.weight"}
+    before, after = (load_file(run / "weights.safetensors") for run in (on_mean, adapted.path))
+    assert adapted.metrics["gain"] == 0.25
+    torch.testing.assert_close(after["project_out.3.weight"], 0.25 * before["project_out.3.weight"])
+    assert adapted.step == 0
+    assert adapted.metrics["num_learning"] == 1 + len(SMALL_GENES)
+    store = Store.open(adapted.store_path)
+    rows = store.rows(split=Split.TRAIN, pert=store.control_code)
+    baseline, network = adapted.baseline(), adapted.model()
+    assert baseline is not None
+    predicted = []
+    for name in ("G1", "G2"):
+        feature = torch.from_numpy(open_features(adapted.path / "features").of([name]))
+        base = torch.from_numpy(baseline.mean_CG[2:3])
+        with torch.no_grad():
+            cells = network(torch.from_numpy(store.log1p(rows))[None], feature, None, torch.tensor([2]), base)
+        predicted.append(cells.log1p_BSG[0].mean(0).numpy() - store.log1p(rows).mean(0))
+    wanted = np.mean(list(line_effects(store).values()), axis=0)
+    np.testing.assert_allclose(np.mean(predicted, axis=0), wanted, atol=0.05)
+    start = np.abs(np.mean(predicted, axis=0) - wanted).mean()
+    assert start < 0.3 * np.abs(wanted).mean()
+
+
+def test_a_gain_is_that_of_plain_least_squares_and_the_offset_that_of_a_search() -> None:
+    random = np.random.default_rng(0)
+    shift, asked = random.normal(size=(2, 4, 30))
+    asked += 0.6 * shift + 5
+    own, theirs = shift - shift.mean(0), asked - asked.mean(0)
+    slow = np.linalg.lstsq(own.reshape(-1, 1), theirs.ravel(), rcond=None)[0][0]
+    assert least_squares_gain(torch.from_numpy(shift), torch.from_numpy(asked)) == pytest.approx(slow)
+    assert least_squares_gain(torch.from_numpy(shift), torch.from_numpy(-asked)) == 0
+    assert least_squares_gain(torch.from_numpy(shift), torch.from_numpy(9 * asked)) == 1
+    assert least_squares_gain(torch.zeros(1, 3), torch.ones(1, 3)) == 1
+    cells, weights = torch.from_numpy(random.normal(size=(50, 3))), torch.from_numpy(random.dirichlet(np.ones(50)))
+    wanted = torch.tensor([0.0, 0.2, 3.0], dtype=torch.float64)
+    moved = (cells + offset_of(cells, weights, wanted)).clamp_min(0)
+    np.testing.assert_allclose(weights @ moved, wanted, atol=1e-6)
+
+
+def test_a_gain_needs_a_network_that_adds_to_control_cells(bench: Bench, plain: Path) -> None:
+    with pytest.raises(ConfigError, match="take gain out"):
+        bench.adapt(plain, "no_gain", "adapt.learn='gain,bias'")
+
+
+def test_a_baseline_alone_is_not_adapted(bench: Bench) -> None:
+    run = bench.train("only_mean", "model.kind='mean'")
+    with pytest.raises(CheckpointError, match="it is a baseline"):
+        bench.adapt(run, "only_mean_adapted")

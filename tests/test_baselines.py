@@ -13,6 +13,7 @@ from pertcast.models.baselines import (
     BaselineKind,
     Choice,
     Examples,
+    examples_of,
     fit_baseline,
     open_baseline,
     predict_effects,
@@ -192,3 +193,25 @@ def same(one: Baseline, other: Baseline) -> None:
 def test_no_examples_are_refused() -> None:
     with pytest.raises(ValueError, match="expected examples"):
         fit_baseline("mean", Examples(np.zeros(0, np.int64), np.zeros((0, 2)), np.zeros((0, 3)), 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_baseline_fitted_on_the_examples_that_are_found_in_it_is_the_same(kind: BaselineKind) -> None:
+    given = some_examples()
+    baseline = fit_baseline(kind, given, set_size=4).baseline
+    found = examples_of(baseline)
+    again = fit_baseline(kind, found, set_size=4).baseline
+    asked = np.random.default_rng(3).normal(size=(5, 3))
+    for context in (0, 1, 2, 3, -1):
+        np.testing.assert_allclose(
+            predict_effects(again, asked, context=context), predict_effects(baseline, asked, context=context), atol=1e-4
+        )
+    if kind in LEARNT:
+        np.testing.assert_allclose(found.effect_NG, given.effect_NG, atol=1e-4)
+        np.testing.assert_array_equal(found.context_N, given.context_N)
+
+
+def test_the_mean_of_one_context_alone_is_found_again() -> None:
+    given = Examples(np.full(3, 1), np.eye(3), np.arange(6.0).reshape(3, 2), 2)
+    found = examples_of(fit_baseline("mean", given).baseline)
+    np.testing.assert_allclose(found.effect_NG, [[2.0, 3.0]])

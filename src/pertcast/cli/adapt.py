@@ -44,8 +44,9 @@ def adapt(
         The folder of the adapted run.
     learn
         What learns, with commas: context (the line's own row of the context embedding), batch (rows of its new
-        batches), bias (of the last layer), last (all of it), lora:R (low-rank changes of the backbone's attention, R
-        a rank). Default: context,bias.
+        batches), bias (of the last layer), last (all of it), gain (how much of what the network adds to control
+        cells, by least squares, without steps), lora:R (low-rank changes of the backbone's attention, R a rank).
+        Default: context,bias.
     store
         The folder that `pertcast prepare` wrote of the new line; default: OUT_store beside the adapted run, prepared if
         need be.

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from pertcast.errors import ConfigError
 from pertcast.models.state import StateSpec, StateTransition
 
-__all__ = ["Learn", "choose", "grow", "merge", "parse_learn"]
+__all__ = ["Learn", "choose", "grow", "last_layer", "merge", "parse_learn"]
 
 _CONTEXT, _BATCH = "context_encoder.weight", "batch_encoder.weight"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "c_proj")
@@ -33,6 +33,9 @@ class Learn:
         The line's own rows of the context embedding, and its batches' rows of the batch embedding.
     bias, last
         The bias of the last layer that gives genes, or all of that layer.
+    gain
+        One number that the last layer of a network that predicts a shift is multiplied by, and its bias, both by least
+        squares before anything else learns.
     rank
         R of the low-rank changes of the backbone's attention matrices; 0 for none.
     """
@@ -41,6 +44,7 @@ class Learn:
     batch: bool = False
     bias: bool = False
     last: bool = False
+    gain: bool = False
     rank: int = 0
 
 
@@ -55,21 +59,21 @@ def parse_learn(text: str) -> Learn:
     Examples
     --------
     >>> parse_learn("context,lora:4")
-    Learn(context=True, batch=False, bias=False, last=False, rank=4)
+    Learn(context=True, batch=False, bias=False, last=False, gain=False, rank=4)
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
     rank, flags, unknown = 0, {}, []
     for word in words:
         if match := re.fullmatch(r"lora:([1-9]\d*)", word):
             rank = int(match[1])
-        elif word in ("context", "batch", "bias", "last"):
+        elif word in ("context", "batch", "bias", "last", "gain"):
             flags[word] = True
         else:
             unknown.append(word)
     if unknown or not words:
         raise ConfigError(
-            f"[adapt] learn: expected context, batch, bias, last or lora:R (R a rank, as lora:4), with commas between "
-            f"them, got {', '.join(map(repr, unknown)) or 'nothing'}; mend adapt.learn or --learn"
+            f"[adapt] learn: expected context, batch, bias, last, gain or lora:R (R a rank, as lora:4), with commas "
+            f"between them, got {', '.join(map(repr, unknown)) or 'nothing'}; mend adapt.learn or --learn"
         )
     return Learn(**flags, rank=rank)
 
@@ -134,6 +138,11 @@ def choose(
     """
     network.requires_grad_(False)
     number = 0
+    if learn.gain and not network.spec.shift:
+        raise ConfigError(
+            '[adapt] learn: gain is of what a network adds to control cells (model.residual = "shift"), and this one '
+            "does not; take gain out of adapt.learn"
+        )
     if learn.context:
         assert network.context_encoder is not None  # grow() saw to it
         number += _learn_rows(network.context_encoder, contexts)
@@ -141,9 +150,12 @@ def choose(
         if network.batch_encoder is None:
             raise ConfigError("[adapt] learn: the network has no batch embedding; take batch out of adapt.learn")
         number += _learn_rows(network.batch_encoder, batches)
-    last = _last_layer(network)
+    last = last_layer(network)
+    number += int(learn.gain)
     if learn.bias or learn.last:
         number += _learn_whole(last.bias)
+    elif learn.gain:
+        number += last.bias.numel()
     if learn.last:
         number += _learn_whole(last.weight)
     if learn.rank:
@@ -183,7 +195,7 @@ def _learn_whole(parameter: Tensor) -> int:
     return parameter.requires_grad_(True).numel()
 
 
-def _last_layer(network: StateTransition) -> nn.Linear:
+def last_layer(network: StateTransition) -> nn.Linear:
     """Return the layer that gives genes, before the last ReLU."""
     modules = network.gene_decoder or network.final_down_then_up or network.project_out
     layer = modules[-1]

@@ -1,5 +1,6 @@
 """Few-shot adaptation: a trained run and some cells of a new line in, an ordinary run out; few parameters learn.
 
+A baseline that the network stands on is refitted with the line's training effects.
 Invariants: what does not learn is the trained run's, to the bit; where no step is better on the held-out cells of the
 line than the trained run itself, that is what comes out; a run that was stopped goes on to the same end.
 """
@@ -20,14 +21,18 @@ from pertcast.errors import CheckpointError, ConfigError
 from pertcast.files.artefacts import hash_file
 from pertcast.files.lock import claimed
 from pertcast.models.adapt import choose, grow, merge, parse_learn
+from pertcast.models.baselines import BaselineSpec
 from pertcast.models.checkpoint import WEIGHTS, Run, load_tensors, open_run, save_run
 from pertcast.models.heads import DE_HEAD_PREFIX
 from pertcast.models.state import StateTransition
 from pertcast.processes import launched
 from pertcast.progress import SILENT, Progress
 from pertcast.stats.draws import key_hash
+from pertcast.train.baseline import refit_base
 from pertcast.train.batches import SetReader
+from pertcast.train.effects import training_effects
 from pertcast.train.fabric import open_fabric
+from pertcast.train.gain import fit_shift
 from pertcast.train.line import Line, adapted_experiment, bring_into_run, line_features, require_fitting
 from pertcast.train.loop import Loop, make_optimizer
 from pertcast.train.resume import MetricsLog, Position, load_newest, restore
@@ -74,10 +79,10 @@ def adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, *
 def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, progress: Progress) -> Path:
     experiment = adapted_experiment(run_path, experiment)
     run, store = open_run(run_path), Store.open(store_path)
-    if run.baseline() is not None:
+    if isinstance(run.spec, BaselineSpec):
         raise CheckpointError(
-            f"{run_path}: it is, or stands on, a baseline of its own contexts, which cannot be adapted; adapt one with "
-            'model.base = "none", or fit the baseline on the new line, too'
+            f"{run_path}: it is a baseline, in which no few parameters could learn; fit it anew on the new line's "
+            "cells, too, or adapt a network that stands on one (model.base)"
         )
     require_losses(experiment)
     require_fitting(run, store)
@@ -89,7 +94,12 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
     line = bring_into_run(run, store)
     features = line_features(run, experiment, store)
     reader = SetReader(line.store, experiment, features)
+    effects = training_effects(line.store, reader.output_genes, progress=progress)
+    known = run.baseline()
+    if known is not None:
+        reader.base = refit_base(known, line.store, features, effects, progress=progress)
     network, num_learning = _network(run, experiment, line, reader)
+    gain = fit_shift(network, reader, effects) if parse_learn(experiment.adapt.learn).gain else None
     fabric = open_fabric(experiment.train, out)
     if not fabric.is_global_zero:
         progress = SILENT
@@ -100,7 +110,7 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
     position = saved.position if saved else Position()
     fabric.barrier()
     if fabric.is_global_zero:
-        begin_run(out, identity, features)
+        begin_run(out, identity, features, base=reader.base)
     loop = Loop(
         out=out,
         fabric=fabric,
@@ -120,11 +130,12 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
     if needs_truth(experiment.loss):
         truth = learn_truth(line.store, reader.output_genes, labels=bool(experiment.loss.de), progress=progress)
         loop.truth = truth.to(fabric.device)
-    for note in (*notes, *_notes(line, num_learning, loop)):
+    for note in (*notes, *_notes(line, num_learning, loop, gain)):
         progress.note(note)
     try:
-        with progress.task("adapt", experiment.train.steps, "steps", done=position.step) as advance:
-            loop.run(advance)
+        if _takes_steps(network):
+            with progress.task("adapt", experiment.train.steps, "steps", done=position.step) as advance:
+                loop.run(advance)
     except (KeyboardInterrupt, SystemExit):
         progress.note(f"stopped at step {position.step:,}; the same command goes on from there")
         raise
@@ -132,7 +143,7 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
         if loop.log is not None:
             loop.log.close()
     if fabric.is_global_zero:
-        _finish(run, experiment, line, features, loop, num_learning)
+        _finish(run, experiment, line, features, loop, num_learning, gain)
         for note in _outcome(loop):
             progress.note(note)
     fabric.barrier()
@@ -183,14 +194,23 @@ def _identity(run_path: Path, experiment: Experiment, store: Store) -> dict[str,
     }
 
 
-def _notes(line: Line, num_learning: int, loop: Loop) -> tuple[str, ...]:
+def _notes(line: Line, num_learning: int, loop: Loop, gain: float | None) -> tuple[str, ...]:
     """Return what a user should know, the same at every resumption."""
     total = sum(parameter.numel() for parameter in loop.network.parameters())
     names = ", ".join(line.store.contexts[row] for row in line.contexts)
     notes = [f"{num_learning:,} of {total:,} parameters learn ({num_learning / total:.3%}), for {names}"]
-    if not len(loop.val_sets):
+    if gain is not None:
+        notes.append(
+            f"what the network adds to control cells is multiplied by {gain:.3f}, beside the line's mean effect"
+        )
+    if not len(loop.val_sets) and _takes_steps(loop.network):
         notes.append("there are no validation cells of the line: nothing says when to stop, the last weights count")
     return tuple(notes)
+
+
+def _takes_steps(network: torch.nn.Module) -> bool:
+    """Return whether anything learns by steps; a gain alone is found without any."""
+    return any(parameter.requires_grad for parameter in network.parameters())
 
 
 def _outcome(loop: Loop) -> tuple[str, ...]:
@@ -203,7 +223,13 @@ def _outcome(loop: Loop) -> tuple[str, ...]:
 
 
 def _finish(
-    run: Run, experiment: Experiment, line: Line, features: PertFeatures, loop: Loop, num_learning: int
+    run: Run,
+    experiment: Experiment,
+    line: Line,
+    features: PertFeatures,
+    loop: Loop,
+    num_learning: int,
+    gain: float | None,
 ) -> None:
     position, store = loop.position, line.store
     weights: dict[str, Tensor] = merge(loop.best if loop.best is not None else loop.network.state_dict())
@@ -226,9 +252,10 @@ def _finish(
             "num_parameters": total,
             "num_learning": num_learning,
             "share_learning": num_learning / total,
+            "gain": gain,
             "stopped_early": position.step < experiment.train.steps,
         },
         features={**run.features, "filled": features.filled},
-        notes=(*run.notes, *_notes(line, num_learning, loop), *_outcome(loop)),
+        notes=(*run.notes, *_notes(line, num_learning, loop, gain), *_outcome(loop)),
     )
     save_run(adapted, weights, inputs={"run": hash_file(run.path / WEIGHTS), "store": store.fingerprint})

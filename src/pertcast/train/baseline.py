@@ -24,6 +24,7 @@ from pertcast.models.baselines import (
     Baseline,
     BaselineKind,
     Examples,
+    examples_of,
     fit_baseline,
     predict_effects,
 )
@@ -31,11 +32,11 @@ from pertcast.models.baselines.files import arrays_of
 from pertcast.models.checkpoint import Run, save_run
 from pertcast.models.spec import set_size_of
 from pertcast.progress import Progress
-from pertcast.train.effects import training_effects
+from pertcast.train.effects import TrainingEffects, training_effects
 from pertcast.train.features import FEATURES, needs_features, run_features, show_coverage
 from pertcast.train.resume import IDENTITY, identity_of, identity_problems, with_defaults
 
-__all__ = ["TrainingBase", "fit_base", "train_baseline"]
+__all__ = ["TrainingBase", "fit_base", "refit_base", "train_baseline"]
 
 
 class TrainingBase(NamedTuple):
@@ -69,8 +70,18 @@ class TrainingBase(NamedTuple):
             if row >= 0:
                 base_BG[place] = self.left_out_NG[row]
             elif pert != self.control_code:
-                base_BG[place] = predict_effects(self.baseline, self.feature_PF[pert : pert + 1], context=context)[0]
+                base_BG[place] = self._fitted(context, pert)
         return base_BG
+
+    def fitted(self, sets: CellSets) -> NDArray[np.float32]:
+        """Return the base effect of each set of a perturbation as generation will have it, nothing left out, (B, G)."""
+        return np.stack([self._fitted(*codes) for codes in zip(sets.context.tolist(), sets.pert.tolist(), strict=True)])
+
+    def _fitted(self, context: int, pert: int) -> NDArray[np.float32]:
+        effect_G: NDArray[np.float32] = predict_effects(
+            self.baseline, self.feature_PF[pert : pert + 1], context=context
+        )[0]
+        return effect_G
 
 
 def fit_base(
@@ -115,6 +126,48 @@ def fit_base(
     row_CP[effects.contexts, effects.perts] = np.arange(len(effects.perts))
     progress.note(_sentence(fit.baseline, effects.effects_NG))
     return TrainingBase(fit.baseline, row_CP, fit.left_out_NG, feature_PF, store.control_code)
+
+
+def refit_base(
+    known: Baseline, store: Store, features: PertFeatures, effects: TrainingEffects, *, progress: Progress
+) -> TrainingBase:
+    """Fit a baseline anew on what it was fitted on and on the effects of a new line's training cells.
+
+    Examples that it has of the line's own contexts give way to the store's. A perturbation that is alone in its context
+    is no example: left out, it would stand on other lines, and a network that learnt the way from there would go it
+    twice.
+
+    Parameters
+    ----------
+    known
+        The baseline of a run.
+    store, features
+        The line's store in the words of the run, and features of its perturbations.
+    effects
+        Of the line's training split.
+    progress
+        Where the number of effects is told.
+    """
+    feature_PF = features.of(store.perts)
+    used = np.flatnonzero(np.bincount(effects.contexts)[effects.contexts] > 1)
+    contexts, perts = effects.contexts[used], effects.perts[used]
+    before = examples_of(known)
+    kept = ~np.isin(before.context_N, contexts)
+    examples = Examples(
+        np.concatenate([contexts, before.context_N[kept]]),
+        np.concatenate([feature_PF[perts], before.feature_NF[kept]]),
+        np.concatenate([effects.effects_NG[used], before.effect_NG[kept]]),
+        len(store.contexts),
+    )
+    fit = fit_baseline(known.spec.kind, examples, set_size=known.spec.set_size)
+    row_CP = np.full((len(store.contexts), len(store.perts)), -1, dtype=np.int64)
+    row_CP[contexts, perts] = np.arange(len(used))
+    progress.note(
+        f"the run's {known.spec.kind} baseline is refitted with {len(used):,} training effects of the line"
+        if len(used)
+        else f"the run's {known.spec.kind} baseline stays: no context of the line has two training targets"
+    )
+    return TrainingBase(fit.baseline, row_CP, fit.left_out_NG[: len(used)], feature_PF, store.control_code)
 
 
 def _sentence(baseline: Baseline, effects_NG: NDArray[np.float32]) -> str:

@@ -3,6 +3,7 @@
 from pertcast.models.baselines.files import open_baseline, save_baseline
 from pertcast.models.baselines.fit import Fit, fit_baseline
 from pertcast.models.baselines.predict import Baseline, BaselineKind, BaselineSpec, Choice, Examples, predict_effects
+from pertcast.models.baselines.recover import examples_of
 
 __all__ = [
     "Baseline",
@@ -11,6 +12,7 @@ __all__ = [
     "Choice",
     "Examples",
     "Fit",
+    "examples_of",
     "fit_baseline",
     "open_baseline",
     "predict_effects",

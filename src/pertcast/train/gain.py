@@ -1,0 +1,131 @@
+"""A network's shift, fitted to a new line by least squares: how much of it the line asks for, and what is added to all.
+
+Invariant: only the line's training cells are read, and of the network the last layer alone changes.
+Shapes: P training targets, B sets, S cells in a set, N cells in all, O predicted genes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pertcast.data.sets import CellSets
+from pertcast.models.adapt import last_layer
+from pertcast.models.state import StateTransition
+from pertcast.train.batches import SetReader
+from pertcast.train.effects import TrainingEffects
+
+__all__ = ["fit_shift", "least_squares_gain", "offset_of"]
+
+_MOST_CELLS = 2048
+_SETS_AT_ONCE = 8
+_HALVINGS = 40
+
+
+def least_squares_gain(shift_PO: Tensor, asked_PO: Tensor) -> float:
+    """Return what the shifts should be multiplied by to be nearest to those asked for, 0 to 1.
+
+    Of several targets only what differs between them is looked at: what all have in common is the offset's.
+
+    Parameters
+    ----------
+    shift_PO
+        What the network adds to the mean of each target's cells.
+    asked_PO
+        What would have to be added.
+
+    Examples
+    --------
+    >>> least_squares_gain(torch.tensor([[2.0], [4.0]]), torch.tensor([[7.0], [8.0]]))
+    0.5
+    """
+    shift_PO, asked_PO = shift_PO.double(), asked_PO.double()
+    if len(shift_PO) > 1:
+        shift_PO, asked_PO = shift_PO - shift_PO.mean(0), asked_PO - asked_PO.mean(0)
+    square = float(shift_PO.square().sum())
+    return min(max(float((shift_PO * asked_PO).sum()) / square, 0.0), 1.0) if square else 1.0
+
+
+def offset_of(cells_NO: Tensor, weight_N: Tensor, wanted_O: Tensor) -> Tensor:
+    """Return what to add to each gene so that the mean over cells, cut off at 0, is the wanted one, (O,).
+
+    Parameters
+    ----------
+    cells_NO
+        Values that may be below 0.
+    weight_N
+        What each cell weighs; they sum to 1.
+    wanted_O
+        Means, 0 or more.
+
+    Examples
+    --------
+    >>> offset_of(torch.tensor([[0.0], [4.0]]), torch.full((2,), 0.5), torch.tensor([1.0])).round(decimals=4)
+    tensor([-2.])
+    """
+    low_O, high_O = -cells_NO.amax(0), wanted_O - cells_NO.amin(0)
+    for _ in range(_HALVINGS):
+        middle_O = (low_O + high_O) / 2
+        is_low_O = weight_N @ (cells_NO + middle_O).clamp_min_(0) < wanted_O
+        low_O, high_O = torch.where(is_low_O, middle_O, low_O), torch.where(is_low_O, high_O, middle_O)
+    return high_O
+
+
+@torch.no_grad()
+def fit_shift(network: StateTransition, reader: SetReader, effects: TrainingEffects) -> float | None:
+    """Fit what a network adds to control cells to the line's training targets; return the gain.
+
+    The last layer is multiplied by one number, and its bias moved so that the mean effect predicted of the training
+    targets is their real one. With a gain of 0 that is the mean effect of these targets; what the network knows of how
+    targets differ comes to it as far as theirs do so. Nothing is done, and ``None`` returned, without training targets.
+
+    Parameters
+    ----------
+    network
+        One that predicts a shift, with its weights, on the CPU.
+    reader
+        Of the line's store; with the baseline that the network will stand on, if it does.
+    effects
+        Of the line's training split.
+    """
+    size = reader.spec.set_size
+    sets = reader.training(0)
+    sets = sets[np.flatnonzero(sets.pert != reader.control_code)][: max(1, _MOST_CELLS // size)]
+    if not len(sets):
+        return None
+    control_BSO, shift_BSO = _predict(network, reader, sets)
+    row_of = {
+        codes: row for row, codes in enumerate(zip(effects.contexts.tolist(), effects.perts.tolist(), strict=True))
+    }
+    row_B = [row_of[codes] for codes in zip(sets.context.tolist(), sets.pert.tolist(), strict=True)]
+    rows, target_B = np.unique(row_B, return_inverse=True)
+    weight_PB = torch.from_numpy((target_B == np.arange(len(rows))[:, None]).astype(np.float32))
+    weight_PB /= weight_PB.sum(1, keepdim=True)
+    effect_PO = torch.from_numpy(effects.effects_NG[rows])
+    base_BO = torch.zeros(len(sets), 1) if reader.base is None else torch.from_numpy(reader.base.fitted(sets))
+    gain = least_squares_gain(weight_PB @ shift_BSO.mean(1), effect_PO - weight_PB @ base_BO)
+    weight_B = weight_PB.mean(0)
+    # beside these control cells, so that what sets their sample apart from all does not count as an effect
+    wanted_O = (weight_B @ control_BSO.mean(1) + effect_PO.mean(0)).clamp_min_(0)
+    cells_NO = (control_BSO + base_BO[:, None] + gain * shift_BSO).flatten(0, 1)
+    layer = last_layer(network)
+    layer.weight.mul_(gain)
+    layer.bias.mul_(gain).add_(offset_of(cells_NO, weight_B.repeat_interleave(size) / size, wanted_O))
+    return gain
+
+
+def _predict(network: StateTransition, reader: SetReader, sets: CellSets) -> tuple[Tensor, Tensor]:
+    """Return the control cells of the sets, and what the network adds to them, (B, S, O) each."""
+    controls: list[Tensor] = []
+    shifts: list[Tensor] = []
+    hook = last_layer(network).register_forward_hook(lambda _module, _inputs, output: shifts.append(output.float()))
+    was_training = network.training
+    network.eval()
+    for start in range(0, len(sets), _SETS_AT_ONCE):
+        batch = reader.read(sets[start : start + _SETS_AT_ONCE])
+        network(*batch.for_network())
+        controls.append(batch.control_BSI)
+    hook.remove()
+    network.train(was_training)
+    return torch.cat(controls), torch.cat(shifts)
