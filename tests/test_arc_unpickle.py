@@ -15,7 +15,7 @@ import torch
 
 from pertcast.errors import CheckpointError
 from pertcast.models.arc import read_arc_folder
-from pertcast.models.arc.unpickle import read_pickle, read_tensors
+from pertcast.models.arc.unpickle import hash_contents, read_pickle, read_tensors
 
 CONFIG = """
 data:
@@ -189,6 +189,28 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path: Path, name: str, k
     (tmp_path / name).write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     with pytest.raises(CheckpointError, match=name):
         read_arc_folder(tmp_path)
+
+
+@pytest.mark.parametrize("is_archive", [True, False])
+def test_a_checkpoint_is_known_by_what_is_in_it(tmp_path: Path, is_archive: bool) -> None:
+    def write(name: str, weight: float, moment: float) -> Path:
+        saved = {"state_dict": {"w": torch.full((3,), weight)}, "optimizer": torch.full((3,), moment)}
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "final.ckpt"
+        torch.save(saved, path, _use_new_zipfile_serialization=is_archive)
+        return path
+
+    one = write("one", 1.0, 2.0)
+    assert hash_contents(one) == hash_contents(one)
+    assert len({hash_contents(one), hash_contents(write("b", 1.5, 2.0)), hash_contents(write("c", 1.0, 2.5))}) == 3
+    if is_archive:
+        assert hash_contents(one) == hash_contents(write("same", 1.0, 2.0))
+    # what nobody has looked at is still on the disk, where it can change
+    weights = read_tensors(one)["state_dict"]["w"]
+    content = one.read_bytes().replace(np.full(3, 1, np.float32).tobytes(), np.full(3, 7, np.float32).tobytes())
+    with one.open("r+b") as stream:
+        stream.write(content)
+    assert weights.tolist() == [7.0 if is_archive else 1.0] * 3
 
 
 def test_an_archive_of_something_else_is_refused(tmp_path: Path) -> None:

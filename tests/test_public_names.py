@@ -25,3 +25,8 @@ def test_importing_the_package_or_a_submission_stage_imports_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_importing_a_run_of_arc_state_imports_no_training() -> None:
+    code = "import sys, pertcast.train.arc; sys.exit('lightning_fabric' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,12 +10,13 @@ import torch
 from pertcast.config import ColumnsConfig, Experiment, ModelConfig
 from pertcast.data.features import PertFeatures, open_features, save_features
 from pertcast.errors import CheckpointError, DataError
-from pertcast.files.artefacts import any_content, hash_file
+from pertcast.files.artefacts import any_content
 from pertcast.models.arc import (
     ArcFolder,
     ArcNames,
     ArcNetwork,
     convert_run,
+    hash_contents,
     network_names,
     read_arc_folder,
     write_arc_folder,
@@ -81,7 +82,7 @@ def import_run(
         source=f"pert_onehot_map.pt of {folder}",
     )
     save_features(features, out / _FEATURES)
-    save_run(run, network.weights, inputs={"checkpoint": hash_file(arc.checkpoint)})
+    save_run(run, network.weights, inputs={"checkpoint contents": hash_contents(arc.checkpoint)})
     for note in run.notes:
         progress.note(note)
     return out

@@ -6,6 +6,7 @@ torch's own list for ``weights_only``, or is a plain container. Whatever else a 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import re
@@ -22,8 +23,9 @@ import torch
 from torch._utils import _rebuild_tensor_v2
 
 from pertcast.errors import CheckpointError
+from pertcast.files.artefacts import hash_file
 
-__all__ = ["read_pickle", "read_tensors"]
+__all__ = ["hash_contents", "read_pickle", "read_tensors"]
 
 # what torch's and Python's readers were seen to raise on files that were cut or are something else
 _READ_ERRORS = (
@@ -119,7 +121,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> Any:
-    """Return what a ``.pt``, ``.torch`` or ``.ckpt`` file holds, its tensors on the CPU.
+    """Return what a ``.pt``, ``.torch`` or ``.ckpt`` file holds, its tensors on the CPU, read when they are looked at.
 
     Raises
     ------
@@ -131,9 +133,23 @@ def read_tensors(path: Path) -> Any:
         allowed: list[Any] = [(value, name) for name, value in _SCALARS.items()]
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of pickle protocols that torch writes less often
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Of a checkpoint's gigabytes most are the optimiser's: mapped, what nobody looks at is not read.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
     return _guarded(path, read)
+
+
+def hash_contents(path: Path) -> str:
+    """Return the sha256 of an archive's table of contents: each record's name, size and CRC-32.
+
+    As a folder of ours is known by its manifest's hash, so a checkpoint by this, which most of it is not read for. Of a
+    file that is no archive it is the hash of all bytes.
+    """
+    if not zipfile.is_zipfile(path):
+        return hash_file(path)
+    with zipfile.ZipFile(path) as archive:
+        lines = [f"{record.filename} {record.file_size} {record.CRC:08x}\n" for record in archive.infolist()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _guarded(path: Path, read: Callable[[], Any]) -> Any:
