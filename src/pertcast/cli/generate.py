@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cyclopts import App
@@ -43,6 +44,8 @@ def generate(
     store
         Where the store lies now, if it has moved since training; a run that was imported needs one.
     """
+    # read when torch is loaded: between its layers the network's threads sleep, while others make cells
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pertcast.cli.console import console, say
     from pertcast.generate import generate as make
 

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from pertcast.stats.groups import compiled
 
-__all__ = ["binomial_quantile", "negative_binomial_quantile", "normal_quantile"]
+__all__ = ["LARGE_NB", "binomial_quantile", "is_exact_binomial", "negative_binomial_quantile", "normal_quantile"]
 
 # above these means a continuous approximation is used; both are good to a fraction of a count there
 _LARGE_BINOMIAL = 12.0
-_LARGE_NB = 40.0
+LARGE_NB = 40.0
+"""The largest mean of which negative binomial quantiles are exact."""
+_MOST_TERMS = 100_000
+_NOTHING = 1e-18
+_AT_ONCE = 4  # terms between two looks at whether to go on: a processor guesses wrong at every end
+_INVERSES = 1.0 / np.maximum(np.arange(128), 1)  # a product is ready sooner than a quotient
 
 
 @compiled
@@ -53,6 +60,12 @@ def binomial_quantile(u: float, trials: int, chance: float) -> int:
 
 
 @compiled
+def is_exact_binomial(trials: int) -> bool:
+    """Return whether binomial quantiles of so many trials are exact, whatever the chance."""
+    return trials <= 2.0 * _LARGE_BINOMIAL
+
+
+@compiled
 def _few(u: float, trials: int, chance: float) -> int:
     mean = trials * chance
     if mean > _LARGE_BINOMIAL:
@@ -61,13 +74,34 @@ def _few(u: float, trials: int, chance: float) -> int:
     if 1.0 - u >= mean:  # no more than `mean` of the mass is above 0
         return 0
     odds = chance / (1.0 - chance)
-    mass = math.exp(trials * math.log1p(-chance))
-    below, number = mass, 0
+    mass = _power(1.0 - chance, trials)
+    below, number, passed = mass, 0, int(u > mass)
     while u > below and number < trials:
-        mass *= odds * (trials - number) / (number + 1.0)
-        number += 1
-        below += mass
-    return number
+        for _ in range(_AT_ONCE):
+            mass *= odds * max(trials - number, 0) * _inverse(number + 1)
+            number += 1
+            below += mass
+            passed += u > below
+    return min(passed, trials)
+
+
+@compiled
+def _power(base: float, exponent: int) -> float:
+    """Return a whole power; of the few trials that most cells have, faster than by logarithms."""
+    if exponent > 32:
+        return math.exp(exponent * math.log(base))
+    power = 1.0
+    while exponent > 0:
+        if exponent & 1:
+            power *= base
+        base *= base
+        exponent >>= 1
+    return power
+
+
+@compiled
+def _inverse(number: int) -> float:
+    return _INVERSES[number] if number < len(_INVERSES) else 1.0 / number
 
 
 @compiled
@@ -75,19 +109,20 @@ def negative_binomial_quantile(u: float, mean: float, shape: float) -> int:
     """Return a count of a negative binomial with variance ``mean + mean ** 2 / shape``, for a uniform `u`."""
     if mean <= 0.0 or 1.0 - u >= mean:  # no more than `mean` of the mass is above 0
         return 0
-    if mean > _LARGE_NB:
+    if mean > LARGE_NB:
         # a gamma variable of the same mean and variance, by Wilson and Hilferty
         order = mean * shape / (mean + shape)
         root = 1.0 - 1.0 / (9.0 * order) + normal_quantile(u) / (3.0 * math.sqrt(order))
         return math.floor(mean * max(root, 0.0) ** 3 + 0.5)
     share = mean / (mean + shape)
-    mass = math.exp(-shape * math.log1p(mean / shape))
-    below, number = mass, 0
-    most = 100_000
-    while u > below and number < most:
-        mass *= share * (shape + number) / (number + 1.0)
-        number += 1
-        below += mass
-        if mass < 1e-18 and number > mean:
-            break
-    return number
+    ratio = mean / shape
+    # the plain logarithm takes half the time, and is as good where one and the ratio are of like size
+    mass = math.exp(-shape * (math.log(1.0 + ratio) if ratio > 0.01 else math.log1p(ratio)))
+    below, number, passed = mass, 0, int(u > mass)
+    while u > below and number < _MOST_TERMS and (mass >= _NOTHING or number <= mean):
+        for _ in range(_AT_ONCE):
+            mass *= share * (shape + number) * _inverse(number + 1)
+            number += 1
+            below += mass
+            passed += u > below
+    return passed

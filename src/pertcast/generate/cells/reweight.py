@@ -11,7 +11,6 @@ Legend of shapes: n cells, B batches, G genes.
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,18 +20,19 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pertcast.files.cpus import available_cpus
-from pertcast.generate.cells.factor import Gene, drawn, solve
+from pertcast.generate.cells.bands import Band, Cells, make
+from pertcast.generate.cells.expected import typical_cell
+from pertcast.generate.cells.totals import expect_totals
 from pertcast.stats.counts import CountsFit
 from pertcast.stats.groups import compiled
-from pertcast.stats.uniforms import uniform
 
 __all__ = ["Donors", "reweight"]
 
 Float = NDArray[np.float64]
 
-# how near the mean must come, in standard errors of it: the second pass knows the totals that the effect leads to
-_ENOUGH = (0.25, 0.05)
-_UNCHANGED = 1e-3
+# how near the mean must come, in standard errors of it
+_ENOUGH = 0.05
+_BAND_GENES = 512
 
 
 @dataclass(frozen=True)
@@ -57,87 +57,6 @@ class Donors:
     def sizes(self) -> Float:
         """Counts of each cell, (n,)."""
         return np.asarray(self.counts.sum(axis=1, dtype=np.float64)).ravel()
-
-
-@compiled
-def _grown(rows: Any, values: Any, used: int, more: int) -> tuple[Any, Any]:
-    if used + more <= len(rows):
-        return rows, values
-    room = max(used + more, len(rows) + len(rows) // 2)
-    wider_rows, wider_values = np.empty(room, dtype=rows.dtype), np.empty(room, dtype=values.dtype)
-    wider_rows[:used], wider_values[:used] = rows[:used], values[:used]
-    return wider_rows, wider_values
-
-
-@compiled
-def _make(
-    columns: Any, cells: Any, fit: Any, wanted: Any, factors: Any, place: Any, real: bool, enough: float
-) -> tuple[Any, Any, Any]:
-    """Return the new counts of a band of genes (starts, rows, values).
-
-    `columns` are starts, rows and counts of the donors by gene; `cells` their batch, sizes, norm (what a count is
-    multiplied by before log1p) and scale (of the whole cell's rate); `factors` (G,) are taken as they are where
-    `wanted` is empty, else solved for, beginning with them, and changed in place; `place` is where draws stand in
-    their stream: the key, the first cell, the first gene, and how many genes there are in all bands.
-    """
-    starts, rows, counts = columns
-    batch, sizes, norm, scale = cells
-    share, shapes, inflation = fit
-    key, first_cell, first_gene, all_genes = place
-    num_genes, num_cells = len(starts) - 1, len(batch)
-    unit = 0.0
-    for cell in range(num_cells):
-        unit += math.log1p(norm[cell]) / num_cells
-    count = np.zeros(num_cells, dtype=np.int64)
-    u, extra_u, mean = np.empty(num_cells), np.empty(num_cells), np.empty(num_cells)
-    out_starts = np.zeros(num_genes + 1, dtype=np.int64)
-    room = int(1.2 * len(rows)) + num_cells
-    out_rows, out_values = np.empty(room, dtype=np.int32), np.empty(room, dtype=np.float32)
-    used = 0
-    for number in range(num_genes):
-        mine, theirs = rows[starts[number] : starts[number + 1]], counts[starts[number] : starts[number + 1]]
-        for entry in range(len(mine)):
-            count[mine[entry]] = np.int64(theirs[entry])
-        for cell in range(num_cells):
-            draw = np.uint64(2) * (first_gene + np.uint64(number) + all_genes * (first_cell + np.uint64(cell)))
-            u[cell] = uniform(key, draw)
-            if not real and inflation[number] > 0.0:
-                extra_u[cell] = uniform(key, draw + np.uint64(1))
-            mean[cell] = share[batch[cell], number] * sizes[cell]
-        gene = Gene(mine, theirs, count, u, mean, norm, shapes[number], inflation[number], extra_u, real)
-        if len(wanted):
-            draw = first_gene + np.uint64(number) + all_genes * first_cell
-            dither = uniform(key ^ np.uint64(0x5851F42D4C957F2D), draw)
-            aim = wanted[number] * num_cells + (dither - 0.5) * (1.0 - _UNCHANGED) * unit
-            factors[number] = solve(gene, max(aim, 0.0), unit, factors[number], enough)
-        used = _emit(gene, factors[number] * scale, out_rows, out_values, used)
-        if used < 0:
-            out_rows, out_values = _grown(out_rows, out_values, out_starts[number], num_cells)
-            used = _emit(gene, factors[number] * scale, out_rows, out_values, out_starts[number])
-        out_starts[number + 1] = used
-        for entry in range(len(mine)):
-            count[mine[entry]] = 0
-    return out_starts, out_rows[:used], out_values[:used]
-
-
-@compiled
-def _emit(gene: Any, factor: float, rows: Any, values: Any, used: int) -> int:
-    """Write a gene's counts behind the others; return where they end, -1 where there may be no room."""
-    if used + len(gene.norm) > len(rows):
-        return -1
-    if gene.real and factor <= 1.0:
-        for entry in range(len(gene.rows)):
-            count = drawn(gene, gene.rows[entry], factor)
-            if count > 0:
-                rows[used], values[used] = gene.rows[entry], count
-                used += 1
-        return used
-    for cell in range(len(gene.norm)):
-        count = drawn(gene, cell, factor)
-        if count > 0:
-            rows[used], values[used] = cell, count
-            used += 1
-    return used
 
 
 def reweight(
@@ -180,39 +99,81 @@ def reweight(
     wanted = np.asarray(mean_log1p, dtype=np.float64)
     if wanted.shape != (counts.shape[1],) or not (np.isfinite(wanted).all() and (wanted >= 0).all()):
         raise ValueError(f"expected {counts.shape[1]} means of 0 or more, got {wanted.shape}")
+    norm = _norm(donors.target_sum, sizes)
+    typical = typical_cell(sizes, donors.target_sum, real=not from_fit)
+    factors, slopes = np.ones(counts.shape[1]), np.zeros(counts.shape[1])
+    genes = [slice(start, start + _BAND_GENES) for start in range(0, counts.shape[1], _BAND_GENES)]
     by_gene = counts.tocsc()
-    # bands of genes are worked on at once; no count depends on how many there are
-    threads = max(1, min(available_cpus(), counts.shape[1]))
-    bounds = np.linspace(0, counts.shape[1], threads + 1).astype(np.int64)
-    factors = np.ones(counts.shape[1])
+    bands = [_band(by_gene, wanted, fit, part, (key, first_cell), real=not from_fit) for part in genes]
 
-    def made(totals: Float, aims: Float, scale: float, enough: float) -> sparse.csr_matrix:
-        norm = np.divide(donors.target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
-        cells = donors.batch, sizes, norm, scale
+    def expected(number: int) -> Float:
+        totals, part = np.zeros(len(sizes)), genes[number]
+        expect_totals(bands[number], Cells(donors.batch, sizes, norm), typical, factors[part], slopes[part], totals)
+        return totals
 
-        def band(start: int, stop: int) -> sparse.csc_matrix:
-            place = key, np.uint64(first_cell), np.uint64(start), np.uint64(counts.shape[1])
-            first, last = by_gene.indptr[start], by_gene.indptr[stop]
-            columns = (
-                by_gene.indptr[start : stop + 1].astype(np.int64) - first,
-                by_gene.indices[first:last],
-                by_gene.data[first:last],
-            )
-            known = np.ascontiguousarray(fit.share[:, start:stop]), fit.shape[start:stop], fit.inflation[start:stop]
-            starts, rows, values = _make(
-                columns, cells, known, aims[start:stop], factors[start:stop], place, not from_fit, enough
-            )
-            return sparse.csc_matrix((values, rows, starts), shape=(len(sizes), stop - start))
+    def made(totals: Float, scale: float, enough: float) -> sparse.csr_matrix:
+        cells = Cells(donors.batch, sizes, _norm(donors.target_sum, totals))
+        parts = zip(bands, genes, strict=True)
+        jobs = [pool.submit(make, band, cells, factors[part], slopes[part], scale, enough) for band, part in parts]
+        return _to_csr([job.result() for job in jobs], counts.shape)
 
-        bands = list(pool.map(band, bounds[:-1].tolist(), bounds[1:].tolist()))
-        joined: sparse.csr_matrix = sparse.hstack(bands, format="csr")
-        return joined
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="pertcast-reweight") as pool:
-        totals = sizes
-        for enough in _ENOUGH:
-            cells = made(totals, wanted, 1.0, enough)
-            totals = np.asarray(cells.sum(axis=1, dtype=np.float64)).ravel()
-        if median_umi is None or not np.median(totals) > 0:
+    with ThreadPoolExecutor(available_cpus(), thread_name_prefix="pertcast-reweight") as pool:
+        # cells have the totals that the effect leads to; in the order of the bands, whichever was done first
+        totals = np.sum(list(pool.map(expected, range(len(bands)))), axis=0)
+        factors *= totals.sum() / max(sizes.sum(), 1.0)
+        cells = made(totals, 1.0, _ENOUGH)
+        depth = float(np.median(np.asarray(cells.sum(axis=1, dtype=np.float64))))
+        if median_umi is None or not depth > 0:
             return cells
-        return made(totals, np.empty(0), median_umi / float(np.median(totals)), 0.0)
+        return made(totals, median_umi / depth, 0.0)
+
+
+def _norm(target_sum: float, totals: Float) -> Float:
+    return np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
+
+
+def _band(
+    by_gene: sparse.csc_matrix,
+    wanted: Float,
+    fit: CountsFit,
+    part: slice,
+    place: tuple[np.uint64, int],
+    *,
+    real: bool,
+) -> Band:
+    starts = by_gene.indptr[part.start : part.stop + 1].astype(np.int64)
+    return Band(
+        starts - starts[0],
+        by_gene.indices[starts[0] : starts[-1]],
+        by_gene.data[starts[0] : starts[-1]],
+        np.ascontiguousarray(fit.share[:, part]),
+        fit.shape[part],
+        fit.inflation[part],
+        wanted[part],
+        place[0],
+        np.uint64(place[1]),
+        np.uint64(part.start),
+        np.uint64(by_gene.shape[1]),
+        real,
+    )
+
+
+def _to_csr(bands: list[tuple[Any, Any, Any]], shape: tuple[int, int]) -> sparse.csr_matrix:
+    """Return the counts of all bands, one after the other, (n, G)."""
+    in_row = sum((np.bincount(rows, minlength=shape[0]) for _, rows, _ in bands), np.zeros(shape[0], dtype=np.int64))
+    indptr = np.concatenate([[0], np.cumsum(in_row)]).astype(np.int64)
+    genes, values = np.empty(indptr[-1], dtype=np.int32), np.empty(indptr[-1], dtype=np.float32)
+    cursor, first_gene = indptr[:-1].copy(), 0
+    for starts, rows, counts in bands:
+        _place(starts, rows, counts, first_gene, cursor, genes, values)
+        first_gene += len(starts) - 1
+    return sparse.csr_matrix((values, genes, indptr), shape=shape)
+
+
+@compiled
+def _place(starts: Any, rows: Any, counts: Any, first_gene: int, cursor: Any, genes: Any, values: Any) -> None:
+    for number in range(len(starts) - 1):
+        for entry in range(starts[number], starts[number + 1]):
+            at = cursor[rows[entry]]
+            genes[at], values[at] = first_gene + number, counts[entry]
+            cursor[rows[entry]] = at + 1
