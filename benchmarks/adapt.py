@@ -199,8 +199,8 @@ class Bench:
         """Return a prediction of as many cells of each test target as there are."""
         cells = self.line.cells.obs["target_gene"].value_counts()
         targets, out = self.folder / "targets.csv", self.folder / "prediction.h5ad"
-        rows = "".join(f"{name},{cells[name]},100\n" for name in test)
-        targets.write_text(f"target_gene,n_cells,median_umi_per_cell\n{rows}")
+        rows = "".join(f"{name},{cells[name]}\n" for name in test)
+        targets.write_text(f"target_gene,n_cells\n{rows}")
         controls = int(cells["non-targeting"])
         given = {
             "targets": repr(str(targets)),

@@ -30,6 +30,7 @@ from pertcast.files.expression import normalise_log1p
 from pertcast.generate.cells import (
     Donors,
     dense_to_csr,
+    draw_counts,
     reweight,
     round_to_counts,
     shift,
@@ -46,8 +47,10 @@ from pertcast.stats.uniforms import uniform_key
 
 __all__ = ["MAKERS", "Controls", "make_cells"]
 
-MAKERS = ("donors", "negative_binomial", "sparse", "shift", "shift counts", "shift mean only")
+MAKERS = ("donors", "negative_binomial", "nb_head", "sparse", "shift", "shift counts", "shift mean only")
 Csr = sparse.csr_matrix
+# a fold of a gene that hardly anyone shows is not told from none
+_HALF_SEEN = 1e-3
 
 
 class Controls(NamedTuple):
@@ -80,7 +83,11 @@ def mean_of(log1p: Csr) -> NDArray[np.float64]:
 def make_cells(
     controls: Controls, mean: NDArray[np.float64], how: str, *, number: int, seed: int, umi: float | None = None
 ) -> Csr:
-    """Return log1p cells (number, G) that carry a mean, made of a sample of control cells."""
+    """Return log1p cells (number, G) that carry a mean, made of a sample of control cells.
+
+    For "nb_head" the mean is turned into what a perfect counts head would say: rates that are as many times those of
+    control cells as expm1 of the mean is, at the control cells' dispersion.
+    """
     random = generator(seed, "donors")
     laps = [random.permutation(controls.counts.shape[0]) for _ in range(-(-number // controls.counts.shape[0]))]
     rows = np.concatenate(laps)[:number]
@@ -90,6 +97,12 @@ def make_cells(
         given = Donors(donors, np.zeros(number, dtype=np.int64), controls.target_sum)
         made = reweight(given, mean, fit, key=key, median_umi=umi, from_fit=how == "negative_binomial")
         return to_log1p(made, controls.target_sum)
+    if how == "nb_head":
+        fit = fit_counts([(controls.counts, np.zeros(controls.counts.shape[0], dtype=np.int64))], num_batches=1)
+        sizes = totals_of(donors) * (1.0 if umi is None else umi / float(np.median(totals_of(donors))))
+        fold = np.log((np.expm1(mean) + _HALF_SEEN) / (np.expm1(mean_of(controls.log1p)) + _HALF_SEEN))
+        batch = np.zeros(number, dtype=np.int64)
+        return to_log1p(draw_counts(fit.share, fold, fit.shape, batch=batch, sizes=sizes, key=key), controls.target_sum)
     log1p = to_log1p(donors, controls.target_sum).toarray()
     if how == "sparse":
         return dense_to_csr(shift_sparing_zeros(log1p, mean))

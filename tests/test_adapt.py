@@ -381,6 +381,13 @@ def test_a_gain_alone_takes_no_steps_and_meets_the_line_s_mean_effect(
     assert start < 0.3 * np.abs(wanted).mean()
 
 
+def test_a_counts_head_goes_with_the_run_and_needs_the_run_to_have_one(bench: Bench, plain: Path) -> None:
+    run = bench.train("headed", "loss.nb=1")
+    assert changed(run, bench.adapt(run, "headed_adapted", "loss.energy=1", "loss.nb=1")) <= LEARNT
+    with pytest.raises(ConfigError, match="without a counts head"):
+        bench.adapt(plain, "headless", "loss.nb=1")
+
+
 def test_a_gain_is_that_of_plain_least_squares_and_the_offset_that_of_a_search() -> None:
     random = np.random.default_rng(0)
     shift, asked = random.normal(size=(2, 4, 30))

@@ -80,7 +80,8 @@ class LossConfig(Section):
     """Weights of the terms of the loss; 0 switches a term off. `decoder` applies where the input is an embedding.
 
     `mae` is of the pseudobulk, `de` of the head that says which genes are differentially expressed, `rank` of how much
-    nearer a predicted effect is to its own real one than to others'; their weights rise linearly over `warmup_steps`.
+    nearer a predicted effect is to its own real one than to others', `nb` of the counts head, which gives the network's
+    hidden state a negative binomial likelihood of the real counts; their weights rise linearly over `warmup_steps`.
     The DE head learns by cross-entropy, ``bce`` with a weight for differentially expressed genes ("balanced": as many
     times as they are rarer), or ``focal`` with `de_gamma`. Ranking measures ``l1`` or ``cosine`` and compares with
     the other sets of the batch and with `rank_negatives` effects of other training perturbations.
@@ -91,6 +92,7 @@ class LossConfig(Section):
     mae: Weight = 0.0
     de: Weight = 0.0
     rank: Weight = 0.0
+    nb: Weight = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 500
     de_form: Literal["bce", "focal"] = "bce"
     de_positive_weight: PositiveFloat | Literal["balanced"] = "balanced"

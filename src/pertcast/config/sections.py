@@ -125,6 +125,8 @@ class GenerateConfig(Section):
     - ``model``: the predicted cells as they are; in counts, rounded at random.
     - ``donors``: real control cells, each gene thinned or added to until the pseudobulk is the predicted one.
     - ``negative_binomial``: counts drawn around the predicted pseudobulk, with the controls' dispersion and depth.
+    - ``nb_head``: counts drawn from what the counts head says of them (a run trained with `loss.nb`), at control cells'
+      depths.
     - ``shift``: the predicted mean plus `spread` times each control cell's residual; ``sparse``: the same, but zeros
       of rarely seen genes stay.
 
@@ -138,7 +140,7 @@ class GenerateConfig(Section):
 
     seed: int = 0
     scale: Literal["log1p", "counts"] = "log1p"
-    cells: Literal["model", "donors", "negative_binomial", "shift", "sparse"] = "model"
+    cells: Literal["model", "donors", "negative_binomial", "nb_head", "shift", "sparse"] = "model"
     spread: Weight = 1.0
     calibrated: bool = False
     centred: bool = False
@@ -146,10 +148,20 @@ class GenerateConfig(Section):
     other_genes: Literal["error", "control"] = "error"
     sets_per_step: PositiveInt = 8
 
+    @property
+    def reads_counts(self) -> bool:
+        """Whether cells are made of whole counts of control cells, so that a depth can be asked for."""
+        return self.scale == "counts" or self.cells in ("donors", "negative_binomial", "nb_head")
+
     @model_validator(mode="after")
     def _fit_together(self) -> GenerateConfig:
         if self.spread != 1 and self.cells not in ("shift", "sparse"):
             raise ValueError('`spread` goes with `cells = "shift"` or "sparse"; leave it away, or choose one of these')
+        if self.cells == "nb_head" and (self.centred or self.calibrated):
+            raise ValueError(
+                '`centred` and `calibrated` are of predicted log1p values, which `cells = "nb_head"` does not look at; '
+                "leave them away"
+            )
         if self.centred and self.calibrated:
             raise ValueError("`calibrated` was chosen for effects that are not `centred`; leave one of the two away")
         return self

@@ -229,6 +229,7 @@ def _how_made(generate: GenerateConfig) -> list[str]:
     ways = {
         "donors": "real control cells, re-weighted gene by gene to the predicted mean",
         "negative_binomial": "drawn around the predicted mean, with the control cells' dispersion and depth",
+        "nb_head": "drawn from what the counts head says, at the control cells' depths",
         "shift": "control cells moved to the predicted mean",
         "sparse": "control cells moved to the predicted mean, zeros of rarely seen genes left alone",
     }

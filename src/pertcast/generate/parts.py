@@ -31,8 +31,9 @@ from pertcast.files.h5ad import CsrWriter
 from pertcast.generate.calibration import CalibratedPredictor, calibrated
 from pertcast.generate.cells import CellMaker
 from pertcast.generate.centre import CentredPredictor
+from pertcast.generate.counts_head import CountsHeadPredictor, shapes_of
 from pertcast.generate.plan import Part, control_rows
-from pertcast.generate.predict import make_predictor
+from pertcast.generate.predict import Predictor, make_predictor
 from pertcast.models.checkpoint import Run
 from pertcast.submission.controls import choose_controls
 
@@ -45,7 +46,11 @@ class PartMaker:
     def __init__(self, run: Run, store: Store, experiment: Experiment, features: PertFeatures, weights: str) -> None:
         self._calibration, experiment = calibrated(run, experiment)
         self._run, self._store, self._experiment, self._features = run, store, experiment, features
-        self._predictor = make_predictor(run, store, features)
+        self._from_head = experiment.generate.cells == "nb_head"
+        shapes = self._shapes() if self._from_head else None
+        self._predictor: Predictor = (
+            CountsHeadPredictor(run, store, features) if self._from_head else make_predictor(run, store, features)
+        )
         if experiment.generate.centred:
             self._predictor = CentredPredictor(self._predictor, store, output_genes=run.output_genes)
         if self._calibration is not None:
@@ -53,7 +58,7 @@ class PartMaker:
                 self._predictor, store, self._calibration, output_genes=run.output_genes
             )
         cap = experiment.submission.resolve().max_cell_sum
-        self._cells = CellMaker(store, experiment.generate, cap=cap)
+        self._cells = CellMaker(store, experiment.generate, cap=cap, shapes=shapes)
         self.inputs = {"weights": weights, "store": store.fingerprint}
         missing = len(run.genes) - len(run.output_genes)
         if missing and experiment.generate.other_genes == "error":
@@ -62,6 +67,12 @@ class PartMaker:
                 'pass --set generate.other_genes="control" to copy the others from the control cells, or train with '
                 'model.output = "genes"'
             )
+
+    def _shapes(self) -> NDArray[np.float64]:
+        """Return the counts head's 1 / dispersion of all genes, NaN where it predicts none."""
+        shapes_G = np.full(len(self._run.genes), np.nan)
+        shapes_G[self._run.output_genes] = shapes_of(self._run)
+        return shapes_G
 
     def _settings(self, part: Part) -> dict[str, object]:
         """Return all that the values of a part depend on beside weights and store."""
@@ -176,10 +187,13 @@ class PartMaker:
             yield cells_CG
 
     def _predict(self, part: Part, sets_BS: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return (B * S, all genes) log1p values of predicted cells, in the order of their control cells."""
+        """Return (B * S, all genes) what is predicted of cells, in the order of their control cells."""
         output_CO = self._predictor.predict(sets_BS, target=self._label(part.target), context=part.context)
         if np.array_equal(self._run.output_genes, np.arange(len(self._run.genes))):
             return output_CO
-        cells_CG = self._store.log1p(sets_BS.reshape(-1))
+        if self._from_head:
+            cells_CG = np.zeros((len(output_CO), len(self._run.genes)), dtype=np.float32)
+        else:
+            cells_CG = self._store.log1p(sets_BS.reshape(-1))
         cells_CG[:, self._run.output_genes] = output_CO
         return cells_CG

@@ -135,7 +135,7 @@ def _check_scale(store: Store, experiment: Experiment, season: Season) -> None:
             f"[generate] scale: season {season.name} takes {' or '.join(season.scales)}, got {scale!r}; "
             f"pass --set generate.scale={season.scales[0]}"
         )
-    if store.scale != "counts" and (scale == "counts" or experiment.generate.cells in ("donors", "negative_binomial")):
+    if store.scale != "counts" and experiment.generate.reads_counts:
         raise ConfigError(
             f"[generate] scale = {scale!r}, cells = {experiment.generate.cells!r}: they need control cells in counts, "
             f"and {store.path} was made of log1p values; prepare it from raw counts, or choose others"

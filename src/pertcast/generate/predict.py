@@ -18,7 +18,7 @@ from pertcast.data.tensors import as_tensor
 from pertcast.generate.binding import batch_codes, is_imported
 from pertcast.models.baselines import Baseline, BaselineSpec, predict_effects
 from pertcast.models.checkpoint import Run
-from pertcast.models.state import StateTransition
+from pertcast.models.state import Prediction, StateTransition
 from pertcast.processes import launched
 
 __all__ = ["BaselinePredictor", "NetworkPredictor", "Predictor", "make_predictor"]
@@ -91,9 +91,20 @@ class NetworkPredictor:
         The network, where control cells are read from, and features of every target.
     device
         Where it computes; default: a GPU where there is one, each process of a machine its own.
+    counts_head
+        Whether the counts head, which the run must have, says something, too.
     """
 
-    def __init__(self, run: Run, store: Store, features: PertFeatures, *, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        store: Store,
+        features: PertFeatures,
+        *,
+        device: torch.device | None = None,
+        counts_head: bool = False,
+    ) -> None:
+        self._counts_head = counts_head
         self._run, self._store, self._features = run, store, features
         self._device = device or _own_device()
         self._model: StateTransition | None = None
@@ -104,24 +115,29 @@ class NetworkPredictor:
         baseline = run.baseline()
         self._base = BaseEffects(run, baseline, store, features) if baseline is not None else None
 
-    @torch.inference_mode()
     def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
         """Return (B * S, output genes) log1p values; see :class:`Predictor`."""
+        prediction = self.prediction(rows_BS, target=target, context=context)
+        output_CO: NDArray[np.float32] = prediction.log1p_BSG.flatten(0, 1).float().cpu().numpy()
+        return output_CO
+
+    @torch.inference_mode()
+    def prediction(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> Prediction:
+        """Return all that the network says of sets of rows of control cells."""
         run, store = self._run, self._store
         if self._model is None:
-            self._model = run.model().to(self._device).eval()
+            self._model = run.model(counts_head=self._counts_head).to(self._device).eval()
         rows = rows_BS.reshape(-1)
         control_CI = read_inputs(store, rows, source=self._source, genes=self._input_genes)
         code = run.contexts.index(context) if context in run.contexts else -1
-        prediction = self._model(
+        prediction: Prediction = self._model(
             self._tensor(control_CI.reshape(*rows_BS.shape, -1)),
             self._tensor(self._features.of([target])).expand(len(rows_BS), -1),
             self._tensor(self._batch_codes[store.batch_codes[rows]].reshape(rows_BS.shape)),
             torch.full((len(rows_BS),), code, device=self._device),
             base_BG=self._base_of(target, context, num_sets=len(rows_BS)),
         )
-        output_CO: NDArray[np.float32] = prediction.log1p_BSG.flatten(0, 1).float().cpu().numpy()
-        return output_CO
+        return prediction
 
     def _base_of(self, target: str, context: str, *, num_sets: int) -> torch.Tensor | None:
         return None if self._base is None else self._tensor(self._base.of(target, context)).expand(num_sets, -1)

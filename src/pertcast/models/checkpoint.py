@@ -8,7 +8,7 @@ network, in the network's shapes, and the bytes that its manifest says.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ from pertcast.files.artefacts import (
 )
 from pertcast.models.baselines import Baseline, BaselineSpec, open_baseline
 from pertcast.models.baselines.files import open_arrays, read_spec
-from pertcast.models.heads import DE_HEAD_PREFIX
+from pertcast.models.heads import COUNTS_HEAD_PREFIX, DE_HEAD_PREFIX
 from pertcast.models.state import StateSpec, StateTransition
 
 __all__ = [
@@ -131,16 +131,18 @@ class Run:
             )
         return self.spec
 
-    def model(self) -> StateTransition:
-        """Return the network with its weights, on the CPU, in evaluation mode.
+    def model(self, *, counts_head: bool = False) -> StateTransition:
+        """Return the network with its weights, on the CPU, in evaluation mode; with the counts head where asked for.
 
         Raises
         ------
         CheckpointError
-            If the weights do not fit the network, or this is a run of a baseline.
+            If the weights do not fit the network, it has no such head, or this is a run of a baseline.
         """
         with torch.device("meta"):
             model = StateTransition(self.network)
+            if counts_head:
+                model.add_counts_head()
         load_weights(model, self.path / WEIGHTS)
         return model.eval()
 
@@ -220,7 +222,7 @@ def open_run(path: Path) -> Run:
     else:
         with torch.device("meta"):
             expected = {name: tuple(value.shape) for name, value in StateTransition(run.spec).state_dict().items()}
-    require_shapes(path / WEIGHTS, _without_de_head(_shapes(path / WEIGHTS)), expected)
+    require_shapes(path / WEIGHTS, _without_heads(_shapes(path / WEIGHTS)), expected)
     return run
 
 
@@ -274,7 +276,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Read a network's weights; those of a DE head are passed over where the network has none.
+    """Read a network's weights; those of heads that the network does not have are passed over.
 
     Raises
     ------
@@ -283,14 +285,17 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     """
     tensors = load_tensors(path)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if not any(name.startswith(DE_HEAD_PREFIX) for name in expected):
-        tensors = _without_de_head(tensors)
+    tensors = _without_heads(tensors, but=expected)
     require_shapes(path, {name: tuple(value.shape) for name, value in tensors.items()}, expected)
     model.load_state_dict(tensors, assign=True)
 
 
-def _without_de_head(tensors: Mapping[str, _Value]) -> dict[str, _Value]:
-    return {name: value for name, value in tensors.items() if not name.startswith(DE_HEAD_PREFIX)}
+def _without_heads(tensors: Mapping[str, _Value], *, but: Collection[str] = ()) -> dict[str, _Value]:
+    """Return the tensors without those of the two heads, unless some of the head's are among `but`."""
+    dropped = tuple(
+        prefix for prefix in (DE_HEAD_PREFIX, COUNTS_HEAD_PREFIX) if not any(name.startswith(prefix) for name in but)
+    )
+    return {name: value for name, value in tensors.items() if not name.startswith(dropped)}
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""What stands around the transformer: MLPs, decoders, the last mixing of genes, the confidence token, the DE head.
+"""What stands around the transformer: MLPs, decoders, the last mixing of genes, the confidence token, two heads.
 
 Shapes: B sets, S cells in a set, H hidden, G genes.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,25 @@ from torch import Tensor, nn
 from pertcast.models.dropout import SetDropout
 from pertcast.models.linear import Linear
 
-__all__ = ["DE_HEAD_PREFIX", "ConfidenceToken", "DeHead", "bottleneck", "mlp", "normed_mlp"]
+__all__ = [
+    "COUNTS_HEAD_PREFIX",
+    "DE_HEAD_PREFIX",
+    "LOG_SHAPES",
+    "ConfidenceToken",
+    "CountsHead",
+    "CountsPrediction",
+    "DeHead",
+    "bottleneck",
+    "mlp",
+    "normed_mlp",
+]
 
 # Tensors of a run that bear it serve training alone; whoever only predicts passes over them.
 DE_HEAD_PREFIX = "de_head."
+# Of the head that cells of ``generate.cells = "nb_head"`` are drawn from; nobody else needs it.
+COUNTS_HEAD_PREFIX = "counts_head."
+LOG_SHAPES = (-5.0, 5.0)
+"""Between these a dispersion is learnt: from more than any gene shows to nearly a Poisson distribution."""
 _FIRST_GAIN = 10.0
 
 
@@ -96,3 +112,52 @@ class DeHead(nn.Module):
         """Return the logits, ``(B, G)``."""
         logits_BG: Tensor = self.state(self.norm(pooled_BH)) + self.gain_G * effect_BG.abs()
         return logits_BG
+
+
+class CountsPrediction(NamedTuple):
+    """What the counts head says.
+
+    Attributes
+    ----------
+    log_fold_BG
+        Logarithm of each gene's rate over that of control cells of the context.
+    log_shape_G
+        Logarithm of 1 / dispersion.
+    """
+
+    log_fold_BG: Tensor  # noqa: N815
+    log_shape_G: Tensor  # noqa: N815
+
+
+class CountsHead(nn.Module):
+    """Says how counts of perturbed cells are distributed: negative binomial, beside what control cells show.
+
+    The mean count of a cell is its library size times the control cells' share of the gene times ``exp(linear(layer
+    norm(pooled state)))``; each gene has a dispersion. So before anything is learnt it gives the control cells' own
+    distribution, in any context that has some. It stands beside the output and does not replace it: the other terms of
+    the loss, and every other way to make cells, need single cells in log1p, and a run is the same with and without it.
+
+    Parameters
+    ----------
+    hidden, num_genes
+        H and G.
+    """
+
+    def __init__(self, hidden: int, num_genes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden)
+        self.state = Linear(hidden, num_genes)
+        self.log_shape_G = nn.Parameter(torch.empty(num_genes))
+
+    @torch.no_grad()
+    def start(self, log_shape_G: Tensor) -> None:
+        """Set the first weights: no change of any rate, and these dispersions."""
+        self.norm.weight.fill_(1)
+        self.norm.bias.zero_()
+        self.state.weight.zero_()
+        self.state.bias.zero_()
+        self.log_shape_G.copy_(log_shape_G.clamp(*LOG_SHAPES))
+
+    def forward(self, pooled_BH: Tensor) -> CountsPrediction:
+        """Return how rates change, and the dispersions."""
+        return CountsPrediction(self.state(self.norm(pooled_BH)), self.log_shape_G.clamp(*LOG_SHAPES))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pertcast.models.backbone import Backbone, Gpt2Backbone
-from pertcast.models.heads import ConfidenceToken, DeHead, bottleneck, mlp, normed_mlp
+from pertcast.models.heads import ConfidenceToken, CountsHead, CountsPrediction, DeHead, bottleneck, mlp, normed_mlp
 from pertcast.models.linear import Linear
 from pertcast.models.spec import PRESETS, Preset, StateSpec, spec_for
 from pertcast.stats.draws import key_hash
@@ -37,12 +37,15 @@ class Prediction(NamedTuple):
         The confidence of each set, from networks with a confidence token.
     de_BG
         Logits of the DE head, in training with one.
+    counts
+        What the counts head says, from networks with one.
     """
 
     latent_BSO: Tensor  # noqa: N815
     genes_BSG: Tensor | None  # noqa: N815
     confidence_B: Tensor | None = None  # noqa: N815
     de_BG: Tensor | None = None  # noqa: N815
+    counts: CountsPrediction | None = None
 
     @property
     def log1p_BSG(self) -> Tensor:  # noqa: N802
@@ -107,6 +110,7 @@ class StateTransition(nn.Module):
             if spec.shift:
                 self.register_buffer("control_feature", torch.empty(spec.pert_dim))
         self.de_head: DeHead | None = None
+        self.counts_head: CountsHead | None = None
         if torch.get_default_device().type == "meta":
             return
         self.to_empty(device="cpu")
@@ -145,6 +149,12 @@ class StateTransition(nn.Module):
         """Add the DE head, which serves training alone."""
         self.de_head = DeHead(self.spec.hidden, self.spec.num_genes)
         self.de_head.start()
+
+    def add_counts_head(self, log_shape_G: Tensor | None = None) -> None:
+        """Add the counts head, at these dispersions; without them its weights are yet to be read."""
+        self.counts_head = CountsHead(self.spec.hidden, self.spec.num_genes)
+        if log_shape_G is not None:
+            self.counts_head.start(log_shape_G)
 
     @torch.no_grad()
     def set_control_feature(self, feature_F: Tensor) -> None:
@@ -238,6 +248,8 @@ class StateTransition(nn.Module):
             if self.spec.latent_relu:
                 output_BSO = functional.relu(output_BSO)
             prediction = Prediction(output_BSO, functional.relu(self.gene_decoder(output_BSO)), confidence_B)
+        if self.counts_head is not None:
+            prediction = prediction._replace(counts=self.counts_head(hidden_BSH.mean(1)))
         if self.de_head is None or control_mean_BG is None:
             return prediction
         effect_BG = prediction.log1p_BSG.mean(1) - control_mean_BG

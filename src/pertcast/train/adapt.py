@@ -23,7 +23,7 @@ from pertcast.files.lock import claimed
 from pertcast.models.adapt import choose, grow, merge, parse_learn
 from pertcast.models.baselines import BaselineSpec
 from pertcast.models.checkpoint import WEIGHTS, Run, load_tensors, open_run, save_run
-from pertcast.models.heads import DE_HEAD_PREFIX
+from pertcast.models.heads import COUNTS_HEAD_PREFIX, DE_HEAD_PREFIX
 from pertcast.models.state import StateTransition
 from pertcast.processes import launched
 from pertcast.progress import SILENT, Progress
@@ -35,6 +35,7 @@ from pertcast.train.fabric import open_fabric
 from pertcast.train.gain import fit_shift
 from pertcast.train.line import Line, adapted_experiment, bring_into_run, line_features, require_fitting
 from pertcast.train.loop import Loop, make_optimizer
+from pertcast.train.rates import control_rates
 from pertcast.train.resume import MetricsLog, Position, load_newest, restore
 from pertcast.train.stage import METRICS, begin_run, is_finished, require_losses, require_same_run
 from pertcast.train.terms import needs_truth
@@ -128,7 +129,10 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
         validates_first=True,
     )
     if needs_truth(experiment.loss):
-        truth = learn_truth(line.store, reader.output_genes, labels=bool(experiment.loss.de), progress=progress)
+        rates = control_rates(line.store, reader.output_genes) if experiment.loss.nb else None
+        truth = learn_truth(
+            line.store, reader.output_genes, labels=bool(experiment.loss.de), rates=rates, progress=progress
+        )
         loop.truth = truth.to(fabric.device)
     for note in (*notes, *_notes(line, num_learning, loop, gain)):
         progress.note(note)
@@ -169,6 +173,10 @@ def _network(run: Run, experiment: Experiment, line: Line, reader: SetReader) ->
         network.add_de_head()
     elif experiment.loss.de:
         raise ConfigError(f"[loss] de: the run {run.path} was trained without a DE head; set loss.de to 0")
+    if any(name.startswith(COUNTS_HEAD_PREFIX) for name in weights):
+        network.add_counts_head()
+    elif experiment.loss.nb:
+        raise ConfigError(f"[loss] nb: the run {run.path} was trained without a counts head; set loss.nb to 0")
     network.load_state_dict(weights)
     seed = key_hash(experiment.train.seed, "adapt") % 2**63
     number = choose(

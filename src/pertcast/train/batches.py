@@ -42,7 +42,8 @@ class Place(NamedTuple):
 class Batch(NamedTuple):
     """Some sets as tensors; `real_BSO` is in the network's output space, `genes_BSG` only in latent space.
 
-    `base_BG` are the effects of the baseline that the network stands on, if it does.
+    `base_BG` are the effects of the baseline that the network stands on, if it does. `depth_BS` are the counts of each
+    real cell over the total that cells are normalised to, where the store is of counts.
     """
 
     control_BSI: Tensor  # noqa: N815
@@ -53,6 +54,7 @@ class Batch(NamedTuple):
     genes_BSG: Tensor | None  # noqa: N815
     pert_B: Tensor  # noqa: N815
     base_BG: Tensor | None = None  # noqa: N815
+    depth_BS: Tensor | None = None  # noqa: N815
 
     def for_network(self) -> tuple[Tensor | None, ...]:
         """Return what the network reads, in the order of its arguments."""
@@ -212,6 +214,9 @@ class SetReader:
             genes_BSG=genes_BSG if self._is_latent else None,
             pert_B=torch.from_numpy(sets.pert.astype(np.int64)),
             base_BG=None if self.base is None else torch.from_numpy(self.base.of(sets)),
+            depth_BS=self._tensor(store.totals[perturbed] / np.float32(store.target_sum), shape)
+            if store.scale == "counts" and store.target_sum
+            else None,
         )
 
     def _inputs(self, rows: NDArray[np.int64], shape: tuple[int, ...]) -> Tensor:

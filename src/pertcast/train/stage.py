@@ -31,6 +31,7 @@ from pertcast.train.batches import SetReader
 from pertcast.train.fabric import is_first_process, num_processes, one_process_for_all, open_fabric, products
 from pertcast.train.features import FEATURES, run_features, show_coverage
 from pertcast.train.loop import Loop, make_optimizer
+from pertcast.train.rates import ControlRates, control_rates
 from pertcast.train.resume import (
     IDENTITY,
     MetricsLog,
@@ -136,7 +137,8 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     official = None
     if experiment.train.select_by != "loss":
         official = OfficialMetrics(store, reader, experiment.train, progress=progress)
-    network = _new_network(reader, store, experiment, features)
+    rates = control_rates(store, reader.output_genes) if experiment.loss.nb else None
+    network = _new_network(reader, store, experiment, features, rates)
     compiled: Any = torch.compile(network) if experiment.train.compile else network
     model = fabric.setup_module(compiled)
     # after the network is set up: its parameters may have become shards
@@ -170,7 +172,7 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
         validates_first=reader.base is not None,
     )
     if needs_truth(experiment.loss):
-        loop.truth = _learn_truth(store, reader, experiment, fabric, progress)
+        loop.truth = _learn_truth(store, reader, experiment, fabric, rates, progress)
     facts = _learn_facts(reader, loop, features, store)
     show_coverage(features, store, experiment, progress)
     for note in facts.notes:
@@ -191,17 +193,24 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     return out
 
 
-def _learn_truth(store: Store, reader: SetReader, experiment: Experiment, fabric: Fabric, progress: Progress) -> Truth:
+def _learn_truth(
+    store: Store,
+    reader: SetReader,
+    experiment: Experiment,
+    fabric: Fabric,
+    rates: ControlRates | None,
+    progress: Progress,
+) -> Truth:
     """Return what is known of the training split; the first process computes and keeps labels, the others read them."""
     if experiment.loss.de and fabric.is_global_zero:
         de_labels(store, progress=progress)
     fabric.barrier()
-    truth = learn_truth(store, reader.output_genes, labels=bool(experiment.loss.de), progress=progress)
+    truth = learn_truth(store, reader.output_genes, labels=bool(experiment.loss.de), rates=rates, progress=progress)
     return truth.to(fabric.device)
 
 
 def require_losses(experiment: Experiment) -> None:
-    """Refuse a loss without terms."""
+    """Refuse a loss without terms; that of the counts head says nothing of the output."""
     loss, is_latent = experiment.loss, experiment.model.input.startswith("obsm:")
     if not (loss.energy or loss.mae or loss.de or loss.rank or (is_latent and loss.decoder)):
         raise ConfigError("[loss]: every term is switched off; give loss.energy a weight above 0")
@@ -234,7 +243,9 @@ def is_finished(out: Path, steps: int) -> bool:
     return bool(metrics["last_step"] == steps or metrics["stopped_early"])
 
 
-def _new_network(reader: SetReader, store: Store, experiment: Experiment, features: PertFeatures) -> StateTransition:
+def _new_network(
+    reader: SetReader, store: Store, experiment: Experiment, features: PertFeatures, rates: ControlRates | None
+) -> StateTransition:
     seed = key_hash(experiment.train.seed, "init") % 2**63
     network = StateTransition(reader.spec, generator=torch.Generator().manual_seed(seed))
     if reader.spec.shift:
@@ -243,6 +254,8 @@ def _new_network(reader: SetReader, store: Store, experiment: Experiment, featur
         network.start_at_mean(torch.from_numpy(store.control_mean_log1p[reader.output_genes]))
     if experiment.loss.de:
         network.add_de_head()
+    if rates is not None:
+        network.add_counts_head(torch.from_numpy(rates.log_shape_G))
     return network
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pertcast.config import LossConfig
+from pertcast.models.counts_loss import negative_binomial_loss
+from pertcast.models.heads import CountsPrediction
 from pertcast.models.losses import de_loss, energy_distance, pseudobulk_mae, ranking_loss
 from pertcast.models.state import Prediction
 from pertcast.train.batches import Batch
@@ -19,7 +21,8 @@ from pertcast.train.truth import Known
 
 __all__ = ["Others", "loss_terms", "needs_truth", "total_loss"]
 
-_AUXILIARY = ("mae", "de", "rank")
+_SMALLEST_DEPTH = 1e-9
+_AUXILIARY = ("mae", "de", "rank", "nb")
 
 
 class Others(NamedTuple):
@@ -34,8 +37,8 @@ def _alone(values: Tensor) -> Tensor:
 
 
 def needs_truth(config: LossConfig) -> bool:
-    """Return whether a term is switched on that needs the effects or labels of the training split."""
-    return bool(config.de or config.rank)
+    """Return whether a term is switched on that needs what :func:`pertcast.train.truth.learn_truth` learns."""
+    return bool(config.de or config.rank or config.nb)
 
 
 def loss_terms(
@@ -57,7 +60,7 @@ def loss_terms(
     config
         Weights and options; a term with weight 0 is not computed.
     known, others
-        What the training split says of the sets, and other perturbations' effects; needed for "de" and "rank".
+        What the training split says of the sets, and other perturbations' effects; needed for "de", "rank" and "nb".
     positive_weight
         What a differentially expressed gene weighs.
     gather
@@ -82,6 +85,10 @@ def loss_terms(
             positive_weight=1.0 if focal else positive_weight,
             gamma=config.de_gamma if focal else 0.0,
         )
+    if config.nb and known is not None and known.log_rate_BG is not None:
+        if prediction.counts is None or batch.depth_BS is None:
+            raise ValueError("the term nb needs a network with a counts head, and cells of a store of counts")
+        terms["nb"] = _counts_loss(prediction.counts, real_BSG, batch.depth_BS, known.log_rate_BG)
     if config.rank and known is not None and others is not None:
         set_effect_BG = real_BSG.float().mean(1) - known.control_mean_BG
         # The mean of all training cells is less noisy than that of a set; held-out perturbations have none.
@@ -89,6 +96,14 @@ def loss_terms(
         pred_BG = prediction.log1p_BSG.float().mean(1) - known.control_mean_BG
         terms["rank"] = _rank(pred_BG, real_BG, batch, config, known, others, gather)
     return terms
+
+
+def _counts_loss(found: CountsPrediction, real_BSG: Tensor, depth_BS: Tensor, log_rate_BG: Tensor) -> Tensor:
+    """Return the counts head's loss; counts come back out of log1p values, exactly, since they are whole."""
+    counts_BSG = (real_BSG.float().expm1() * depth_BS[..., None]).round_()
+    log_mean_BG = log_rate_BG + found.log_fold_BG.float()
+    log_depth_BS = depth_BS.clamp_min(_SMALLEST_DEPTH).log()
+    return negative_binomial_loss(counts_BSG, log_mean_BG[:, None] + log_depth_BS[..., None], found.log_shape_G)
 
 
 def _rank(

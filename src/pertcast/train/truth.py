@@ -19,6 +19,7 @@ from pertcast.data.store import Store
 from pertcast.progress import Progress
 from pertcast.stats.draws import generator
 from pertcast.train.effects import training_effects
+from pertcast.train.rates import ControlRates
 
 __all__ = ["Known", "Truth", "learn_truth"]
 
@@ -38,6 +39,8 @@ class Known(NamedTuple):
         Where there is one.
     labels_BG, valid_BG
         Whether a gene is differentially expressed, and where that is known.
+    log_rate_BG
+        Logarithm of the mean normalised count in control cells of each set's context, where the counts head is trained.
     own_gene_B
         The position of the perturbation's own gene among those predicted, -1 where it is not.
     is_control_B
@@ -51,6 +54,7 @@ class Known(NamedTuple):
     valid_BG: Tensor | None  # noqa: N815
     own_gene_B: Tensor  # noqa: N815
     is_control_B: Tensor  # noqa: N815
+    log_rate_BG: Tensor | None = None  # noqa: N815
 
 
 class Truth:
@@ -70,6 +74,8 @@ class Truth:
         Which genes are differentially expressed, where the DE head is trained.
     output_genes
         Positions of the predicted genes in the store.
+    log_rate_CG
+        As :class:`pertcast.train.rates.ControlRates` has them, where the counts head is trained.
 
     Attributes
     ----------
@@ -89,6 +95,7 @@ class Truth:
         control_mean_CG: NDArray[np.float32],
         labels_NG: NDArray[np.bool_] | None,
         output_genes: NDArray[np.int64],
+        log_rate_CG: NDArray[np.float32] | None = None,
     ) -> None:
         self._store, self._contexts, self._perts = store, contexts, perts
         row_CP = np.full((len(store.contexts), len(store.perts)), -1, dtype=np.int64)
@@ -98,12 +105,13 @@ class Truth:
         self._row_CP, self._own_gene_P = torch.from_numpy(row_CP), torch.tensor(own_gene)
         self.effects_NG, self._control_mean_CG = torch.from_numpy(effects_NG), torch.from_numpy(control_mean_CG)
         self._labels_NG = None if labels_NG is None else torch.from_numpy(labels_NG)
+        self._log_rate_CG = None if log_rate_CG is None else torch.from_numpy(log_rate_CG)
         share = 0.0 if labels_NG is None else float(labels_NG.mean())
         self.positive_weight = float(np.clip((1 - share) / share, 1, _LARGEST_WEIGHT)) if share else 1.0
 
     def to(self, device: torch.device) -> Truth:
         """Put everything on a device; returns itself."""
-        for name in ("_row_CP", "_own_gene_P", "effects_NG", "_control_mean_CG", "_labels_NG"):
+        for name in ("_row_CP", "_own_gene_P", "effects_NG", "_control_mean_CG", "_labels_NG", "_log_rate_CG"):
             value = getattr(self, name)
             setattr(self, name, value if value is None else value.to(device))
         return self
@@ -122,6 +130,7 @@ class Truth:
             valid_BG=None if labels is None else has_effect_B[:, None].expand(-1, labels.shape[1]),
             own_gene_B=self._own_gene_P[pert_B],
             is_control_B=pert_B == self._store.control_code,
+            log_rate_BG=None if self._log_rate_CG is None else self._log_rate_CG[context_B],
         )
 
     def draw_others(
@@ -140,7 +149,14 @@ class Truth:
         return torch.from_numpy(rows_BK)
 
 
-def learn_truth(store: Store, output_genes: NDArray[np.int64], *, labels: bool, progress: Progress) -> Truth:
+def learn_truth(
+    store: Store,
+    output_genes: NDArray[np.int64],
+    *,
+    labels: bool,
+    rates: ControlRates | None = None,
+    progress: Progress,
+) -> Truth:
     """Read the TRAIN cells once, group by group, and return their effects, with DE labels where wanted.
 
     Parameters
@@ -151,6 +167,8 @@ def learn_truth(store: Store, output_genes: NDArray[np.int64], *, labels: bool, 
         Positions of the predicted genes, ascending.
     labels
         Whether to say which genes are differentially expressed, by the official statistics.
+    rates
+        Of the control cells, where the counts head is trained.
     progress
         Where groups are counted.
 
@@ -178,4 +196,5 @@ def learn_truth(store: Store, output_genes: NDArray[np.int64], *, labels: bool, 
         control_mean_CG=effects.control_mean_CG,
         labels_NG=labels_NG,
         output_genes=output_genes,
+        log_rate_CG=None if rates is None else rates.log_rate_CG,
     )

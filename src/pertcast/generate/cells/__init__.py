@@ -1,5 +1,6 @@
 """How cells are made of a prediction and of real control cells, in log1p and in whole counts."""
 
+from pertcast.generate.cells.from_head import draw_counts
 from pertcast.generate.cells.maker import CellMaker, Wanted, dense_to_csr
 from pertcast.generate.cells.reweight import Donors, reweight
 from pertcast.generate.cells.rounding import cap_totals, round_to_counts
@@ -11,6 +12,7 @@ __all__ = [
     "Wanted",
     "cap_totals",
     "dense_to_csr",
+    "draw_counts",
     "reweight",
     "round_to_counts",
     "shift",

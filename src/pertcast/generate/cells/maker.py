@@ -19,6 +19,7 @@ from scipy import sparse
 from pertcast.config import GenerateConfig
 from pertcast.data.store import Store
 from pertcast.files.expression import normalise_log1p
+from pertcast.generate.cells.from_head import draw_counts
 from pertcast.generate.cells.reweight import Donors, reweight
 from pertcast.generate.cells.rounding import cap_totals, round_to_counts
 from pertcast.generate.cells.shift import shift, shift_sparing_zeros
@@ -58,16 +59,26 @@ class CellMaker:
         The scale, the way, the seed.
     cap
         The most counts of a cell, ``None`` without a cap.
+    shapes
+        1 / dispersion of each gene, NaN where it is the control cells'; for cells drawn from a counts head.
     """
 
-    def __init__(self, store: Store, config: GenerateConfig, *, cap: int | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        config: GenerateConfig,
+        *,
+        cap: int | None = None,
+        shapes: NDArray[np.float64] | None = None,
+    ) -> None:
+        self._shapes = shapes
         self._store, self._config, self._cap = store, config, cap
         self._fits: dict[str, CountsFit] = {}
 
     @property
     def have_a_depth(self) -> bool:
         """Whether cells come of whole counts, so that their depth can be asked for."""
-        return self._config.scale == "counts" or self._config.cells in ("donors", "negative_binomial")
+        return self._config.reads_counts
 
     def copied(self, rows: NDArray[np.int64]) -> Iterator[sparse.csr_matrix]:
         """Yield control cells as they are, on the scale asked for."""
@@ -93,19 +104,22 @@ class CellMaker:
         rows
             (cells,) the control cell that each is made from.
         predicted
-            Predicted log1p values (C, G) of these cells, in order, block by block.
+            Predicted log1p values (C, G) of these cells, in order, block by block; from a counts head, logarithms of
+            how many times as large their rates are as the control cells'.
         pool
             Rows of all control cells of the part's context.
         """
         if self._config.cells == "model":
             yield from self._as_predicted(part, rows, predicted)
             return
-        mean = _mean(predicted, self._store)
+        mean = _mean(predicted, self._store, of_rates=self._config.cells == "nb_head")
         num_blocks = -(-len(rows) // _BLOCK_CELLS)
         bounds = np.linspace(0, len(rows), num_blocks + 1).astype(np.int64).tolist()
         for first, stop in itertools.pairwise(bounds):
             if self._config.cells in ("shift", "sparse"):
                 yield self._shifted(part, rows, mean, first, stop)
+            elif self._config.cells == "nb_head":
+                yield self._from_head(part, rows, mean, slice(first, stop), pool)
             else:
                 yield self._drawn(part, rows[first:stop], mean, first, pool)
 
@@ -133,11 +147,41 @@ class CellMaker:
         """Return log1p cells as they are, or rounded to counts with their control cells' totals."""
         if self._config.scale == "log1p":
             return log1p
-        totals = self._store.totals[rows].astype(np.float64)
-        if part.median_umi is not None:
-            totals *= part.median_umi / max(float(np.median(totals)), 1.0)
-        mine = totals[first : first + log1p.shape[0]]
+        mine = self._totals(part, rows)[first : first + log1p.shape[0]]
         return cap_totals(round_to_counts(log1p, mine, key=self._key(part), first_cell=first), self._cap)
+
+    def _totals(self, part: Wanted, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the counts that each cell of a part should have: its control cell's, about the median asked for."""
+        totals = self._store.totals[rows].astype(np.float64)
+        return totals if part.median_umi is None else totals * (part.median_umi / max(float(np.median(totals)), 1.0))
+
+    def _from_head(
+        self,
+        part: Wanted,
+        rows: NDArray[np.int64],
+        log_fold: NDArray[np.float64],
+        block: slice,
+        pool: NDArray[np.int64],
+    ) -> sparse.csr_matrix:
+        assert self._shapes is not None
+        fit = self._fit(part.context, pool)
+        counts = draw_counts(
+            fit.share,
+            log_fold,
+            np.where(np.isnan(self._shapes), fit.shape, self._shapes),
+            batch=self._batches(pool, rows[block]),
+            sizes=self._totals(part, rows)[block],
+            key=self._key(part),
+            first_cell=block.start,
+        )
+        return self._scaled(counts)
+
+    def _scaled(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
+        """Return counts on the scale asked for."""
+        if self._config.scale == "counts":
+            return cap_totals(counts, self._cap)
+        totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+        return normalise_log1p(counts, totals, self._store.target_sum or 1.0)
 
     def _drawn(
         self, part: Wanted, rows: NDArray[np.int64], mean: NDArray[np.float64], first: int, pool: NDArray[np.int64]
@@ -152,10 +196,7 @@ class CellMaker:
             median_umi=part.median_umi,
             from_fit=self._config.cells == "negative_binomial",
         )
-        if self._config.scale == "counts":
-            return cap_totals(counts, self._cap)
-        totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-        return normalise_log1p(counts, totals, target_sum)
+        return self._scaled(counts)
 
     def _batches(self, pool: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the place of each row's batch among those of the pool; one for all where there are very many."""
@@ -178,12 +219,13 @@ class CellMaker:
         return self._fits[context]
 
 
-def _mean(predicted: Iterator[NDArray[np.float32]], store: Store) -> NDArray[np.float64]:
+def _mean(predicted: Iterator[NDArray[np.float32]], store: Store, *, of_rates: bool = False) -> NDArray[np.float64]:
     total, number = np.zeros(len(store.genes)), 0
     for cells_CG in predicted:
         total += cells_CG.sum(axis=0, dtype=np.float64)
         number += len(cells_CG)
-    return np.asarray(np.maximum(total / max(number, 1), 0))
+    mean = total / max(number, 1)
+    return mean if of_rates else np.asarray(np.maximum(mean, 0))
 
 
 def dense_to_csr(cells_CG: NDArray[np.float32]) -> sparse.csr_matrix:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pertcast.config import rebuild_experiment
 from pertcast.data.store import Store
-from pertcast.errors import CheckpointError, DataError
+from pertcast.errors import CheckpointError, ConfigError, DataError
 from pertcast.files.artefacts import hash_file
 from pertcast.files.lock import claimed
 from pertcast.generate.calibration import Calibration, save_calibration
@@ -96,6 +96,11 @@ def calibrate(
             "train a run with `pertcast train` to calibrate it"
         )
     experiment = rebuild_experiment(run.experiment, overrides, place=run_path / "run.json")
+    if experiment.generate.cells == "nb_head":
+        raise ConfigError(
+            '[generate] cells: "nb_head" draws cells from the counts head, whose effects are not scaled; calibrate '
+            "another way to make cells (donors)"
+        )
     pairs = [(run_path, store_path or run.store_path)]
     if folds:
         pairs = refit(run_path, store_path or run.store_path, folds=folds, steps=fold_steps, progress=progress)

@@ -15,7 +15,7 @@ from pertcast.errors import CheckpointError, Problem
 from pertcast.files.artefacts import atomic_dir
 from pertcast.models.arc.convert import TRANSPOSED
 from pertcast.models.checkpoint import WEIGHTS, Run, load_tensors
-from pertcast.models.heads import DE_HEAD_PREFIX
+from pertcast.models.heads import COUNTS_HEAD_PREFIX, DE_HEAD_PREFIX
 from pertcast.models.spec import StateSpec
 
 __all__ = ["write_arc_folder"]
@@ -94,14 +94,21 @@ def write_arc_folder(run: Run, vectors: Mapping[str, Tensor], out: Path) -> tupl
     return notes
 
 
+_LEFT_OUT = {
+    DE_HEAD_PREFIX: "the DE head is left out: it serves training alone, and predictions are the same without it",
+    COUNTS_HEAD_PREFIX: "the counts head is left out: arc-state has none; predictions in log1p are the same without it",
+}
+
+
 def _needed(run: Run, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return the weights that arc-state's network has, too, and a sentence on each that is left out."""
     kept, notes = dict(tensors), []
-    head = [name for name in kept if name.startswith(DE_HEAD_PREFIX)]
-    if head:
-        notes.append("the DE head is left out: it serves training alone, and predictions are the same without it")
-    for name in head:
-        del kept[name]
+    for prefix, sentence in _LEFT_OUT.items():
+        head = [name for name in kept if name.startswith(prefix)]
+        if head:
+            notes.append(sentence)
+        for name in head:
+            del kept[name]
     if run.network.unknown_batch:
         kept[_BATCHES] = kept[_BATCHES][:-1]
         notes.append("the row of the unknown batch is left out: arc-state knows no cell without a batch")

@@ -1,0 +1,71 @@
+"""What the counts head starts from: the rates and dispersions of the training split's control cells.
+
+Invariant: cells that are held out, and control cells of other splits, are never read.
+Shapes: C contexts, G predicted genes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pertcast.data.split import Split
+from pertcast.data.store import Store
+from pertcast.errors import ConfigError
+from pertcast.stats.counts import fit_counts
+from pertcast.stats.draws import generator
+
+__all__ = ["ControlRates", "control_rates"]
+
+_MOST_CELLS = 4096
+_CELLS_AT_ONCE = 512
+
+
+class ControlRates(NamedTuple):
+    """Counts of control cells, as :func:`pertcast.stats.counts.fit_counts` describes them.
+
+    Attributes
+    ----------
+    log_rate_CG
+        float32, logarithm of the mean count in a cell of the total that the store normalises to; a context without
+        training control cells has the mean of the others.
+    log_shape_G
+        float32, logarithm of 1 / dispersion, a mean over contexts.
+    """
+
+    log_rate_CG: NDArray[np.float32]  # noqa: N815
+    log_shape_G: NDArray[np.float32]  # noqa: N815
+
+
+def control_rates(store: Store, output_genes: NDArray[np.int64]) -> ControlRates:
+    """Fit the counts of each context's training control cells, of at most 4,096 of them.
+
+    Raises
+    ------
+    ConfigError
+        If the store was made of log1p values, or has no training control cell.
+    """
+    if store.scale != "counts" or store.target_sum is None:
+        raise ConfigError(
+            f"[loss] nb: the counts head learns from whole counts, and {store.path} was made of log1p values; "
+            "prepare it from raw counts, or set loss.nb to 0"
+        )
+    fits = {}
+    for code, context in enumerate(store.contexts):
+        rows = store.rows(split=Split.TRAIN, context=code, pert=store.control_code)
+        if len(rows) > _MOST_CELLS:
+            rows = np.sort(generator(0, "rates", context).choice(rows, _MOST_CELLS, replace=False))
+        if len(rows):
+            pieces = (rows[start : start + _CELLS_AT_ONCE] for start in range(0, len(rows), _CELLS_AT_ONCE))
+            blocks = ((store.counts(piece), np.zeros(len(piece), dtype=np.int64)) for piece in pieces)
+            fits[code] = fit_counts(blocks, num_batches=1)
+    if not fits:
+        raise ConfigError(f"[loss] nb: the store {store.path} has no training control cell; mend [training]")
+    log_rates = {code: np.log(fit.share[0, output_genes] * store.target_sum) for code, fit in fits.items()}
+    common = np.stack(list(log_rates.values())).mean(axis=0)
+    return ControlRates(
+        np.stack([log_rates.get(code, common) for code in range(len(store.contexts))]).astype(np.float32),
+        np.stack([np.log(fit.shape[output_genes]) for fit in fits.values()]).mean(axis=0).astype(np.float32),
+    )
