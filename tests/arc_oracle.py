@@ -2,7 +2,8 @@
 
 ``python arc_oracle.py make FOLDER`` trains one small run for each option; ``python arc_oracle.py forward RUN...``
 writes ``out.npz`` into runs that are there. Weights are moved far from where
-training left them, so that all of them matter.
+training left them, so that all of them matter. It runs with 0.9.1 and later; an option that a version does not know yet
+changes nothing there.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from scipy import sparse
 GENES = tuple(f"G{number}" for number in range(30))
 HVGS = tuple(GENES[place] for place in (1, 3, 4, 8, 9, 15, 20, 21, 22, 29))
 SET_SIZE = 8
-_NETWORK = "model.kwargs."
+# versions differ in which options their files list
+_NETWORK = "++model.kwargs."
 _BACKBONE = f"{_NETWORK}transformer_backbone_kwargs."
 _HVG = ("data.kwargs.embed_key=X_hvg", "data.kwargs.output_space=gene")
 _EMBEDDING = "data.kwargs.embed_key=X_emb"
-_BATCHED = ("data.kwargs.basal_mapping_strategy=batch", f"+{_NETWORK}use_batch_token=true")
+_BATCHED = ("data.kwargs.basal_mapping_strategy=batch", f"{_NETWORK}use_batch_token=true")
 OPTIONS = {
     "hvg": _HVG,
     "genes": ("data.kwargs.embed_key=null", "data.kwargs.output_space=gene"),
@@ -46,8 +48,8 @@ OPTIONS = {
         f"{_NETWORK}n_decoder_layers=1",
     ),
     "batch_token": (*_HVG, *_BATCHED),
-    "confidence_token": (*_HVG, f"+{_NETWORK}confidence_token=true"),
-    "both_tokens": (*_HVG, *_BATCHED, f"+{_NETWORK}confidence_token=true"),
+    "confidence_token": (*_HVG, f"{_NETWORK}confidence_token=true"),
+    "both_tokens": (*_HVG, *_BATCHED, f"{_NETWORK}confidence_token=true"),
     "lora": (*_HVG, f"{_NETWORK}lora.enable=true"),
     "lora_mlp": (*_HVG, f"{_NETWORK}lora.enable=true", f"{_NETWORK}lora.adapt_mlp=true", f"{_NETWORK}lora.r=4"),
     # arc-state's GPT-2 does not start with transformers 5
@@ -103,7 +105,7 @@ def train(experiment: Path, folder: Path, name: str) -> None:
         "use_wandb=false",
         f"output_dir={folder}",
         f"name={name}",
-        "model=state_sm",
+        *model_settings(),
         f"{_NETWORK}cell_set_len={SET_SIZE}",
         f"{_NETWORK}hidden_dim=16",
         f"{_BACKBONE}intermediate_size=24",
@@ -112,8 +114,31 @@ def train(experiment: Path, folder: Path, name: str) -> None:
         f"{_BACKBONE}num_key_value_heads=2",
         f"{_BACKBONE}head_dim=8",
         *OPTIONS[name],
+        *missing_settings(folder),
     ]
     run_tx_train(load_hydra_config("tx", overrides))
+
+
+def configs() -> Path:
+    import state  # type: ignore[import-not-found, unused-ignore]
+
+    return Path(state.__file__).parent / "configs"
+
+
+def model_settings() -> list[str]:
+    """Return which model to train; the first versions have no state_sm, but what it is made of."""
+    if (configs() / "model" / "state_sm.yaml").is_file():
+        return ["model=state_sm"]
+    return ["model=pertsets", f"{_NETWORK}transformer_backbone_key=llama"]
+
+
+def missing_settings(folder: Path) -> list[str]:
+    """Write the settings that most packages before 0.11 lack, without which they do not start; return where."""
+    if (configs() / "wandb").is_dir():
+        return []
+    (folder / "configs" / "wandb").mkdir(parents=True, exist_ok=True)
+    (folder / "configs" / "wandb" / "default.yaml").write_text("project: none\nentity: none\nlocal_wandb_dir: none\n")
+    return [f"hydra.searchpath=[file://{folder / 'configs'}]"]
 
 
 def shake(checkpoint: Path) -> None:
@@ -125,13 +150,18 @@ def shake(checkpoint: Path) -> None:
     torch.save(saved, checkpoint)
 
 
-def forward(run: Path) -> None:
-    from state.tx.models.state_transition import StateTransitionPerturbationModel  # type: ignore[import-not-found, unused-ignore]
+def network_class() -> Any:
+    """Return the class of the network, by the name that it has in this version."""
+    from state.tx import models  # type: ignore[import-not-found, unused-ignore]
 
+    # since 0.9.14, and before
+    names = ("StateTransitionPerturbationModel", "PertSetsPerturbationModel")
+    return next(getattr(models, name) for name in names if hasattr(models, name))
+
+
+def forward(run: Path) -> None:
     checkpoint = run / "checkpoints" / "final.ckpt"
-    model: Any = StateTransitionPerturbationModel.load_from_checkpoint(
-        checkpoint, map_location="cpu", weights_only=False
-    ).eval()
+    model: Any = network_class().load_from_checkpoint(checkpoint, map_location="cpu", weights_only=False).eval()
     generator = torch.Generator().manual_seed(0)
     num_sets, size = 3, model.cell_sentence_len
     control = torch.rand(num_sets, size, model.input_dim, generator=generator) * 3

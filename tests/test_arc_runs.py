@@ -25,10 +25,13 @@ from pertcast.models.state import StateTransition
 from pertcast.progress import SILENT
 from pertcast.train import train
 from pertcast.train.arc import export_run, import_run
-from test_arc_import import arc_runs, call_oracle, require_same_output, run_of
+from test_arc_import import arc_runs, call_oracle, has_decoder, require_arc_version, require_same_output, run_of
 from workspace import Workspace, make_workspace
 
 __all__ = ["arc_runs"]
+
+# earlier versions cannot load a network that has no decoder's settings, which theirs always have
+EXPORTED_FOR = (0, 9, 32)
 
 
 def import_option(arc_runs: Path, name: str, tmp_path: Path) -> Path:
@@ -41,13 +44,18 @@ def import_option(arc_runs: Path, name: str, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_imported_run_opens_and_gives_arc_states_output(arc_runs: Path, name: str, tmp_path: Path) -> None:
+    folder = read_arc_folder(run_of(arc_runs, name))
+    if name == "embedding" and has_decoder(folder):
+        pytest.skip("this version of arc-state trains a decoder that embeddings do not go through")
     path = import_option(arc_runs, name, tmp_path)
     assert verify_artefact(path) == []
     run = open_run(path)
     require_same_output(run.model(), arc_runs / name)
     assert (run.perts, run.batches) == (("G1", "G2", "G3", "non-targeting"), ("b1", "b2"))
     np.testing.assert_equal(open_features(path / "features").of(run.perts), np.eye(4))
-    wide = name in {"genes", "all_of_genes", "all_decoded", "embedding_to_all"}
+    wide = name in {"genes", "all_of_genes", "all_decoded", "embedding_to_all"} or (
+        name == "all_of_hvg" and has_decoder(folder)
+    )
     assert run.genes == (GENES if wide else () if name == "embedding" else HVGS)
     assert run.experiment["model"]["input"] == (
         "obsm:X_emb" if "embedding" in name else "genes" if "genes" in name else "hvg"
@@ -55,6 +63,7 @@ def test_an_imported_run_opens_and_gives_arc_states_output(arc_runs: Path, name:
 
 
 def test_exported_runs_give_arc_state_the_same_numbers(arc_runs: Path, tmp_path: Path) -> None:
+    require_arc_version(*EXPORTED_FOR)
     names = [name for name in OPTIONS if (arc_runs / name / "out.npz").is_file()]
     exported = []
     for name in names:
@@ -216,6 +225,7 @@ def test_what_only_training_needs_is_left_out_of_an_export_and_said(workspace: W
 
 
 def test_arc_state_reads_an_exported_run_of_ours(workspace: Workspace, tmp_path: Path) -> None:
+    require_arc_version(*EXPORTED_FOR)
     folder = export_run(write_trained(workspace, tmp_path / "run"), tmp_path / "arc")
     call_oracle("forward", folder)
     require_same_output(open_run(tmp_path / "run").model(), folder)

@@ -80,7 +80,7 @@ def convert_run(folder: ArcFolder) -> ArcNetwork:
     CheckpointError
         Naming every option that is not covered, or every tensor that does not fit the options.
     """
-    problems = option_problems(folder.options)
+    problems = option_problems(folder.options, is_early=folder.is_early)
     if problems:
         raise CheckpointError(
             f"{folder.path}: {len(problems)} option(s) that pertcast does not cover", problems=problems
@@ -122,10 +122,19 @@ def _spec(folder: ArcFolder, weights: dict[str, Tensor]) -> tuple[StateSpec, tup
             len(weights[name]) for name in _by_place(weights, r"gene_decoder\.(\d+)\.weight") if weights[name].ndim == 2
         ]
         widths, num_genes = tuple(sizes[:-1]), sizes[-1]
+    elif has_decoder and not is_gene_input:
+        # only of before 0.9.8: with a decoder that it does not use, it does not cut embeddings off at 0
+        raise CheckpointError(
+            f"{folder.path}: output_space {arc_space!r} with a gene decoder is not covered; train with output_space "
+            '"gene" or "all"'
+        )
     elif has_decoder:
         left_out.append("gene_decoder.")
     residual = bool(options.get("predict_residual", True))
-    has_bottleneck = arc_space == "all" and residual
+    # before 0.9.8 there was none
+    has_bottleneck = (
+        arc_space == "all" and residual and (not folder.is_early or "final_down_then_up.0.weight" in weights)
+    )
     if not has_bottleneck:
         left_out.append("final_down_then_up.")
     encoder_layers = int(options.get("n_encoder_layers", 2))

@@ -45,6 +45,8 @@ class ArcFolder:
         Name → tensor, as arc-state names them.
     step
         The step that the weights are of.
+    is_early
+        Whether an arc-state before 0.9.32 has trained it, whose cells always attend to each other.
     """
 
     path: Path
@@ -57,6 +59,7 @@ class ArcFolder:
     contexts: tuple[str, ...]
     weights: dict[str, Tensor]
     step: int
+    is_early: bool = False
 
 
 def read_arc_folder(path: Path, *, checkpoint: Path | None = None) -> ArcFolder:
@@ -97,6 +100,7 @@ def read_arc_folder(path: Path, *, checkpoint: Path | None = None) -> ArcFolder:
         contexts=_codes(path, "cell_type_onehot_map"),
         weights={str(name): value.detach() for name, value in weights.items()},
         step=int(saved.get("global_step", 0)),
+        is_early=_is_early(config.get("training")),
     )
 
 
@@ -121,6 +125,11 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in ("data", "model")):
         raise CheckpointError(f"{path}: expected the sections `data` and `model`; is it of `state tx train`?")
     return config
+
+
+def _is_early(training: Any) -> bool:
+    """Return whether the settings of a training are of before 0.9.32, since when they always say how to accumulate."""
+    return isinstance(training, Mapping) and "max_steps" in training and "gradient_accumulation_steps" not in training
 
 
 def _merge(stated: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

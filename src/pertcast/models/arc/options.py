@@ -71,6 +71,7 @@ _TRAINING = frozenset(
         "freeze_pert_backbone",
         "freeze_pert",
         "init_from",
+        "decoder_hidden_dims",
         "decoder_weight",
         "decoder_loss_weight",
         "regularization",
@@ -132,6 +133,7 @@ _GPT2_ONLY = {
     "reorder_and_upcast_attn": False,
 }
 # read by the other backbone alone
+_NOT_FOR_LLAMA = frozenset(["n_embd", "n_layer", "n_head"])
 _NOT_FOR_GPT2 = frozenset(["intermediate_size", "num_key_value_heads", "head_dim", "bidirectional_attention"])
 
 
@@ -145,8 +147,8 @@ class BackboneShape(NamedTuple):
     feedforward: int
 
 
-def option_problems(options: Mapping[str, Any]) -> list[Problem]:
-    """Return every option that is not covered, by name."""
+def option_problems(options: Mapping[str, Any], *, is_early: bool = False) -> list[Problem]:
+    """Return every option that is not covered, by name; `is_early` is a folder's."""
     problems = []
     for name, value in options.items():
         if name in _COVERED or name in _TRAINING or not value:
@@ -154,7 +156,7 @@ def option_problems(options: Mapping[str, Any]) -> list[Problem]:
         if name == "activation" and str(value).lower() == "gelu":
             continue
         problems.append(_not_covered(f"model.kwargs.{name}", value))
-    return problems + _backbone_problems(options)
+    return problems + _backbone_problems(options, is_early=is_early)
 
 
 def _not_covered(option: str, value: Any, expected: object = None) -> Problem:
@@ -162,14 +164,14 @@ def _not_covered(option: str, value: Any, expected: object = None) -> Problem:
     return Problem(option, f"the value {value!r} of this option is not covered{covered}")
 
 
-def _backbone_problems(options: Mapping[str, Any]) -> list[Problem]:
+def _backbone_problems(options: Mapping[str, Any], *, is_early: bool) -> list[Problem]:
     key, given = options.get("transformer_backbone_key", "GPT2"), dict(options.get("transformer_backbone_kwargs") or {})
     place = "model.kwargs.transformer_backbone_kwargs"
     if key not in ("llama", "GPT2"):
         return [_not_covered("model.kwargs.transformer_backbone_key", key, "llama or GPT2")]
     is_llama = key == "llama"
     problems = []
-    if is_llama and "bidirectional_attention" not in given:
+    if is_llama and "bidirectional_attention" not in given and not is_early:
         problems.append(
             Problem(
                 f"{place}.bidirectional_attention",
@@ -186,7 +188,7 @@ def _backbone_problems(options: Mapping[str, Any]) -> list[Problem]:
         elif name == "num_key_value_heads" and is_llama:
             if value not in (None, given.get("num_attention_heads", value)):
                 problems.append(_not_covered(f"{place}.{name}", value, given.get("num_attention_heads")))
-        elif name not in _IDLE | (_LLAMA_SHAPE if is_llama else _GPT2_SHAPE | _NOT_FOR_GPT2) and value:
+        elif name not in _IDLE | (_LLAMA_SHAPE | _NOT_FOR_LLAMA if is_llama else _GPT2_SHAPE | _NOT_FOR_GPT2) and value:
             problems.append(_not_covered(f"{place}.{name}", value))
     lora = dict(options.get("lora") or {})
     if lora.get("enable"):
