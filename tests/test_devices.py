@@ -21,7 +21,7 @@ from lightning_fabric.utilities import move_data_to_device
 from torch import nn
 
 from pertcast.ahead import one_ahead
-from pertcast.config import Experiment, load_experiment, rung_overrides
+from pertcast.config import Experiment, TrainConfig, load_experiment, rung_overrides
 from pertcast.data.features import load_features
 from pertcast.data.store import Store, prepare
 from pertcast.errors import ConfigError
@@ -32,6 +32,7 @@ from pertcast.models.checkpoint import open_run
 from pertcast.models.dropout import SetDropout, dropout_keys, key_dropout
 from pertcast.train import train
 from pertcast.train.batches import Place, SetReader, SetStream, read_ahead
+from pertcast.train.fabric import open_fabric
 from workspace import Workspace, make_workspace
 
 EVERY_TERM = (*rung_overrides("c4"), "loss.rank_margin=0.5", "loss.warmup_steps=5", "train.sets_per_step=4")
@@ -254,6 +255,20 @@ def test_a_compiled_training_has_the_same_losses(
     ]
     assert_same_losses(runs[1], runs[0])
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_bf16_rounds_products_and_not_what_goes_in(tmp_path: Path) -> None:
+    class Probe(nn.Linear):
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            seen.append((values.dtype, super().forward(values).dtype))
+            return values + super().forward(values) * 0
+
+    seen: list[Any] = []
+    config = TrainConfig(precision="bf16", accelerator="cpu")
+    model = open_fabric(config, tmp_path).setup_module(Probe(4, 4))
+    values = torch.full((1, 4), 1 + 2**-12)
+    assert torch.equal(model(values), values)
+    assert seen == [(torch.float32, torch.bfloat16)]
 
 
 @pytest.mark.parametrize("source", ["hvg", "genes"])

@@ -207,13 +207,13 @@ class SetReader:
             control_BSI = reading.result()
         return Batch(
             control_BSI=control_BSI,
-            pert_BF=self._pert_PF[torch.from_numpy(sets.pert.astype(np.int64))],
+            pert_BF=_pinned(self._pert_PF[torch.from_numpy(sets.pert.astype(np.int64))]),
             batch_BS=self._tensor(self._batch_rows[store.batch_codes[controls]], shape),
             context_B=torch.from_numpy(sets.context.astype(np.int64)),
             real_BSO=self._inputs(perturbed, shape) if self._is_latent else genes_BSG,
             genes_BSG=genes_BSG if self._is_latent else None,
             pert_B=torch.from_numpy(sets.pert.astype(np.int64)),
-            base_BG=None if self.base is None else torch.from_numpy(self.base.of(sets)),
+            base_BG=None if self.base is None else _pinned(torch.from_numpy(self.base.of(sets))),
             depth_BS=self._tensor(store.totals[perturbed] / np.float32(store.target_sum), shape)
             if store.scale == "counts" and store.target_sum
             else None,
@@ -236,8 +236,12 @@ class SetReader:
 
     @staticmethod
     def _tensor(values: NDArray[np.generic], shape: tuple[int, ...]) -> Tensor:
-        tensor = as_tensor(values).reshape(*shape, *values.shape[1:])
-        return tensor.pin_memory() if torch.cuda.is_available() else tensor
+        return _pinned(as_tensor(values).reshape(*shape, *values.shape[1:]))
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """Return a tensor in memory that a GPU copies from by itself: of any other, the processor waits for the copy."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def read_ahead(

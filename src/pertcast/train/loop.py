@@ -194,7 +194,7 @@ class Loop:
             places = self._places(turn * self.train.sets_per_step, len(batch.pert_B))
             keys = [("train", step, number) for number in places]
             batch = self._forget_batches(batch, keys)
-            key_dropout(self.network, dropout_keys(self.train.seed, keys).to(self.fabric.device))
+            key_dropout(self.network, self.fabric.to_device(dropout_keys(self.train.seed, keys)))
             with self.fabric.no_backward_sync(self.model, enabled=turn + 1 < self.train.accumulate):
                 terms = {name: value.mean() for name, value in self._terms(batch, keys).items()}
                 loss = total_loss(terms, self.loss, step=step)

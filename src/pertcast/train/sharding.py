@@ -71,14 +71,14 @@ def _blocks(network: StateTransition) -> Iterator[list[nn.Module]]:
     (layers,) = (part for part in network.transformer_backbone.children() if isinstance(part, nn.ModuleList))
     for layer in layers:
         yield [part for part in layer.children() if not isinstance(part, nn.LayerNorm | nn.RMSNorm)]
-    de_state = None if network.de_head is None else network.de_head.state
+    heads = [head.state for head in (network.de_head, network.counts_head) if head is not None]
     for part in (
         network.pert_encoder,
         network.basal_encoder,
         network.project_out,
         network.final_down_then_up,
         network.gene_decoder,
-        de_state,
+        *heads,
     ):
         if part is not None:
             yield [part]
