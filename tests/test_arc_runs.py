@@ -30,7 +30,7 @@ from workspace import Workspace, make_workspace
 
 __all__ = ["arc_runs"]
 
-# earlier versions cannot load a network that has no decoder's settings, which theirs always have
+# 0.9.1 cannot load a network without a decoder's settings, which its own always have; those between were not tried
 EXPORTED_FOR = (0, 9, 32)
 
 
