@@ -32,8 +32,8 @@ from workspace import Workspace, make_workspace
 
 # Every term, every kind of parameter (embeddings, a token of one row, heads), dropout, and gradients that are clipped.
 EVERYTHING = (
-    *rung_overrides("c4"), "loss.rank_margin=0.5", "loss.warmup_steps=5", "train.sets_per_step=4", "train.clip=1.0",
-    "model.batch_embedding=true", "model.context_embedding=true", "model.dropout=0.1",
+    *rung_overrides("c4"), "loss.nb=0.1", "loss.rank_margin=0.5", "loss.warmup_steps=5", "train.sets_per_step=4",
+    "model.batch_embedding=true", "model.context_embedding=true", "model.dropout=0.1", "train.clip=1.0",
 )  # fmt: skip
 SHARDED = ("train.devices=2", "train.strategy=fsdp")
 
@@ -142,8 +142,8 @@ def test_one_process_begins_and_two_go_on_with_half_a_network_each(
     "overrides",
     [
         ("train.precision=bf16", "train.accumulate=2"),
-        ("model.input=obsm:X_small", "loss.de=0", "loss.rank=0"),
-        ('model.residual="shift"', "model.base=mean", "train.select_by=overall"),
+        ("model.input=obsm:X_small", "loss.de=0", "loss.rank=0", "loss.nb=0"),
+        ('model.residual="shift"', "model.base=mean", "train.select_by=overall", "loss.nb=0"),
     ],
 )
 def test_other_ways_to_train_are_the_same_with_half_a_network(
@@ -176,7 +176,7 @@ def test_each_device_holds_its_part_of_weights_gradients_and_moments(
 
 def test_what_is_no_network_of_several_devices_is_refused(workspace: Workspace, alone: Path, tmp_path: Path) -> None:
     ridge = experiment_of(
-        workspace, "model.kind=ridge", "train.strategy=fsdp", *(f"loss.{term}=0" for term in ("de", "rank"))
+        workspace, "model.kind=ridge", "train.strategy=fsdp", *(f"loss.{term}=0" for term in ("de", "rank", "nb"))
     )
     with pytest.raises(ConfigError, match=r'"fsdp" shares out a network, and model\.kind = "ridge" is none'):
         train(ridge, workspace.folder / "store", tmp_path / "run")
