@@ -44,8 +44,8 @@ def generate(
     store
         Where the store lies now, if it has moved since training; a run that was imported needs one.
     """
-    # read when torch is loaded: between its layers the network's threads sleep, while others make cells
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # read when torch is loaded: the network's threads wait a moment for each other, then leave the processor to others
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from pertcast.cli.console import console, say
     from pertcast.generate import generate as make
 
