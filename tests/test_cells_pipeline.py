@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from conftest import write_small_h5ad
 from pertcast.config import load_experiment
@@ -108,6 +111,26 @@ def test_without_an_effect_donors_stay_as_they_are(workspace: Workspace, trained
     part = Part("x", "H1", "G1", len(rows))
     blocks = CellMaker(store, config).made(part, rows, iter([store.log1p(rows)]), pool=rows)
     assert (np.vstack([block.toarray() for block in blocks]) == store.counts(rows).toarray()).all()
+
+
+@pytest.mark.parametrize("cells", ["model", "donors"])
+def test_predicted_cells_are_let_go_of_before_the_next_are_waited_for(
+    workspace: Workspace, trained: Outcome, cells: str
+) -> None:
+    store = Store.open(trained.store)
+    config = load_experiment(workspace.experiment, ["generate.scale=counts", f"generate.cells={cells}"]).generate
+    rows = store.rows(split=Split.TRAIN, pert=store.control_code)
+
+    def predicted() -> Iterator[NDArray[np.float32]]:
+        for some in np.array_split(rows, 3):
+            cells_CG = store.log1p(some)
+            held = weakref.ref(cells_CG)
+            yield cells_CG
+            del cells_CG
+            assert held() is None
+
+    blocks = CellMaker(store, config).made(Part("x", "H1", "G1", len(rows)), rows, predicted(), pool=rows)
+    assert sum(block.shape[0] for block in blocks) == len(rows)
 
 
 def test_counts_need_a_store_of_counts(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
@@ -312,3 +313,12 @@ def test_work_ahead_keeps_the_order_and_passes_errors_on_in_their_turn(
             if number == stop:
                 break
     assert seen == list(range(min(num, stop + 1, broken)))
+
+
+def test_what_was_worked_ahead_is_not_held_once_the_caller_lets_go_of_it() -> None:
+    results = one_ahead(range(3), lambda number: np.full(4, number))
+    first = next(results)
+    held = weakref.ref(first)
+    del first
+    assert held() is None
+    assert [int(result[0]) for result in results] == [1, 2]

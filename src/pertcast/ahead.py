@@ -55,19 +55,19 @@ def one_ahead(items: Iterable[Item], work: Callable[[Item], Result], *, threads:
     """
     stream = iter(items)
 
-    def next_result(may_draw: threading.Event, has_drawn: threading.Event) -> tuple[Result] | None:
+    def next_result(may_draw: threading.Event, has_drawn: threading.Event) -> list[Result]:
         may_draw.wait()
         try:
             item = next(stream)
         except StopIteration:
-            return None
+            return []
         finally:
             has_drawn.set()
-        return (work(item),)
+        return [work(item)]
 
     last_drawn = threading.Event()
     last_drawn.set()
-    pending: deque[Future[tuple[Result] | None]] = deque()
+    pending: deque[Future[list[Result]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="pertcast-ahead") as executor:
 
         def submit() -> None:
@@ -78,9 +78,9 @@ def one_ahead(items: Iterable[Item], work: Callable[[Item], Result], *, threads:
         try:
             for _ in range(threads):
                 submit()
-            while (result := pending.popleft().result()) is not None:
+            while result := pending.popleft().result():
                 submit()
-                yield result[0]
+                yield result.pop()  # the caller alone holds it: it goes when the caller lets go of it
         finally:
             # The newest first: none that has begun waits for one that never will.
             while pending:

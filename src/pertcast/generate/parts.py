@@ -129,6 +129,7 @@ class PartMaker:
         with atomic_file(path) as temporary, CsrWriter(temporary, self._run.genes) as writer:
             for block in blocks:
                 writer.append(block)
+                del block  # the next one is made without it
             writer.finish(self._obs(part))
         write_manifest(path, Manifest("part", inputs=self.inputs, config=self._settings(part)))
 
@@ -185,6 +186,7 @@ class PartMaker:
                     "train again with a lower train.learning_rate"
                 )
             yield cells_CG
+            del cells_CG
 
     def _predict(self, part: Part, sets_BS: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return (B * S, all genes) what is predicted of cells, in the order of their control cells."""

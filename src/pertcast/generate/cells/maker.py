@@ -30,6 +30,7 @@ from pertcast.stats.uniforms import uniform_key
 __all__ = ["CellMaker", "Wanted", "dense_to_csr"]
 
 _BLOCK_CELLS = 1024
+_STORED_CELLS = 256
 _FIT_CELLS = 4096
 _FIT_BLOCK = 512
 _MOST_BATCHES = 64
@@ -131,8 +132,11 @@ class CellMaker:
     ) -> Iterator[sparse.csr_matrix]:
         first = 0
         for cells_CG in predicted:
-            yield self._on_scale(part, rows, dense_to_csr(np.maximum(cells_CG, np.float32(0))), first)
-            first += len(cells_CG)
+            for start in range(0, len(cells_CG), _STORED_CELLS):
+                some_CG = np.maximum(cells_CG[start : start + _STORED_CELLS], np.float32(0))
+                yield self._on_scale(part, rows, dense_to_csr(some_CG), first)
+                first += len(some_CG)
+            del cells_CG  # the next ones are waited for without these
 
     def _shifted(
         self, part: Wanted, rows: NDArray[np.int64], mean: NDArray[np.float64], first: int, stop: int
@@ -224,6 +228,7 @@ def _mean(predicted: Iterator[NDArray[np.float32]], store: Store, *, of_rates: b
     for cells_CG in predicted:
         total += cells_CG.sum(axis=0, dtype=np.float64)
         number += len(cells_CG)
+        del cells_CG  # the next ones are waited for without these
     mean = total / max(number, 1)
     return mean if of_rates else np.asarray(np.maximum(mean, 0))
 
