@@ -1,13 +1,15 @@
 """The transformer over the cells of a set: no mask and no positions, so it treats them as exchangeable.
 
-Shapes: B sets, S cells in a set, H hidden, N heads, D width of a head.
+Shapes: B sets, S cells in a set, H hidden, N heads, D width of a head, F feedforward.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pertcast.models.brief import attend, is_brief, normalise, swiglu
 from pertcast.models.linear import Linear
 
 __all__ = ["Backbone", "Gpt2Backbone"]
@@ -30,9 +32,14 @@ class _Attention(nn.Module):
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
         """Return the attended cells, ``(B, S, H)``."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if is_brief(hidden_BSH):
+            weights = [projection.weight for projection in projections]
+            brief_BSH: Tensor = self.o_proj(attend(hidden_BSH, weights, head_dim=self.head_dim))
+            return brief_BSH
         query_BNSD, key_BNSD, value_BNSD = (
             projection(hidden_BSH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            for projection in projections
         )
         attended_BNSD = functional.scaled_dot_product_attention(query_BNSD, key_BNSD, value_BNSD)
         attended_BSH: Tensor = self.o_proj(attended_BNSD.transpose(1, 2).flatten(2))
@@ -50,16 +57,35 @@ class _GatedMlp(nn.Module):
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
         """Return ``(B, S, H)``."""
-        output_BSH: Tensor = self.down_proj(functional.silu(self.gate_proj(hidden_BSH)) * self.up_proj(hidden_BSH))
+        if is_brief(hidden_BSH):
+            gated_BSF = swiglu(hidden_BSH, self.gate_proj.weight, self.up_proj.weight)
+        else:
+            gated_BSF = functional.silu(self.gate_proj(hidden_BSH)) * self.up_proj(hidden_BSH)
+        output_BSH: Tensor = self.down_proj(gated_BSF)
         return output_BSH
+
+
+class _RmsNorm(nn.RMSNorm):
+    """``nn.RMSNorm``; what products alone read is rounded for them at once."""
+
+    def __init__(self, hidden: int, *, for_products: bool) -> None:
+        super().__init__(hidden, eps=_RMS_EPSILON)
+        self._for_products = for_products
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        """Return ``(B, S, H)``."""
+        if not is_brief(hidden_BSH):
+            return super().forward(hidden_BSH)
+        dtype = torch.bfloat16 if self._for_products else hidden_BSH.dtype
+        return normalise(hidden_BSH, self.weight, epsilon=_RMS_EPSILON, dtype=dtype)
 
 
 class _Layer(nn.Module):
     def __init__(self, hidden: int, *, heads: int, head_dim: int, feedforward: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(hidden, eps=_RMS_EPSILON)
+        self.input_layernorm = _RmsNorm(hidden, for_products=True)
         self.self_attn = _Attention(hidden, heads=heads, head_dim=head_dim)
-        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=_RMS_EPSILON)
+        self.post_attention_layernorm = _RmsNorm(hidden, for_products=True)
         self.mlp = _GatedMlp(hidden, feedforward=feedforward)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
@@ -83,7 +109,7 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(
             _Layer(hidden, heads=heads, head_dim=head_dim, feedforward=feedforward) for _ in range(layers)
         )
-        self.norm = nn.RMSNorm(hidden, eps=_RMS_EPSILON)
+        self.norm = _RmsNorm(hidden, for_products=False)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
         """Return ``(B, S, H)``."""
