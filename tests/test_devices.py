@@ -36,7 +36,13 @@ from pertcast.train.batches import Place, SetReader, SetStream, read_ahead
 from pertcast.train.fabric import open_fabric
 from workspace import Workspace, make_workspace
 
-EVERY_TERM = (*rung_overrides("c4"), "loss.rank_margin=0.5", "loss.warmup_steps=5", "train.sets_per_step=4")
+EVERY_TERM = (
+    *rung_overrides("c4"),
+    "loss.rank_margin=0.5",
+    "loss.warmup_steps=5",
+    "train.sets_per_step=4",
+    "train.precision=fp32",
+)
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 

@@ -30,6 +30,7 @@ from pertcast.files.artefacts import hash_file, verify_artefact
 from pertcast.models.checkpoint import open_run
 from pertcast.train import train
 from pertcast.train.batches import Place, SetStream, read_ahead
+from pertcast.train.precision import resolve_precision
 
 STEPS = 12
 EXPERIMENT = """
@@ -157,7 +158,8 @@ def test_a_run_has_all_that_generation_needs(bench: Bench, whole: Path) -> None:
     assert (run.perts, run.contexts, run.batches) == (store.perts, store.contexts, store.batches)
     assert (run.target_sum, run.scale, run.control) == (store.target_sum, "counts", "non-targeting")
     assert (run.store_path, run.store_fingerprint) == (bench.store(), store.fingerprint)
-    assert run.experiment == bench.experiment().as_json()
+    resolved, _ = resolve_precision(bench.experiment(), whole)
+    assert run.experiment == resolved.as_json()
     assert run.metrics["num_parameters"] == sum(value.numel() for value in run.model().parameters())
     assert run.metrics["last_step"] == STEPS
     assert (run.features["kind"], run.features["dim"]) == ("onehot", 4)
@@ -396,7 +398,13 @@ def test_small_groups_are_said(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_accumulated_steps_are_one_large_step(bench: Bench, tmp_path: Path) -> None:
-    settings_ = ("model.dropout=0.0", "train.steps=3", "train.optimizer=adam", "train.val_every=3")
+    settings_ = (
+        "model.dropout=0.0",
+        "train.steps=3",
+        "train.optimizer=adam",
+        "train.val_every=3",
+        "train.precision=fp32",
+    )
     large = bench.train(tmp_path / "large", *settings_, "train.sets_per_step=4")
     small = bench.train(tmp_path / "small", *settings_, "train.sets_per_step=2", "train.accumulate=2")
     one, other = ([entry["loss"] for entry in lines(run)] for run in (large, small))

@@ -114,6 +114,9 @@ class TrainConfig(Section):
     (``fsdp``). Where the model embeds batches, a share `unknown_batch` of the sets is shown as of no known batch, so
     that cells of new batches have a trained row.
 
+    `precision` is of the network's products: ``fp32``, ``tf32`` or ``bf16``; ``auto`` is bf16 where the processor or
+    GPU multiplies it natively, else fp32. Weights, optimiser and losses are float32 in each.
+
     `select_by` says which validated step is best, whose weights are kept: that of the lowest ``loss``, or of the best
     ``mae``, ``pds``, ``des`` or ``overall`` (against the training-mean baseline) of the perturbations that validate.
     """
@@ -128,7 +131,7 @@ class TrainConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     decay_steps: Annotated[int, Field(ge=0)] = 0
     clip: Annotated[float, Field(ge=0)] = 10.0
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     compile: bool = False
     accelerator: str = "auto"
     devices: PositiveInt = 1

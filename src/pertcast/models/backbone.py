@@ -38,8 +38,7 @@ class _Attention(nn.Module):
             brief_BSH: Tensor = self.o_proj(attend(hidden_BSH, weights, head_dim=self.head_dim))
             return brief_BSH
         query_BNSD, key_BNSD, value_BNSD = (
-            projection(hidden_BSH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in projections
+            projection(hidden_BSH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for projection in projections
         )
         attended_BNSD = functional.scaled_dot_product_attention(query_BNSD, key_BNSD, value_BNSD)
         attended_BSH: Tensor = self.o_proj(attended_BNSD.transpose(1, 2).flatten(2))

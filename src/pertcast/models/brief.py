@@ -23,7 +23,7 @@ __all__ = ["attend", "is_brief", "normalise", "swiglu"]
 
 
 def is_brief(values: Tensor) -> bool:
-    """Return whether these functions are for these values: on a CPU, within autocast to a bfloat16 that oneDNN knows."""
+    """Return whether these functions are for these values: on a CPU, in autocast to a bfloat16 that oneDNN knows."""
     return (
         values.device.type == "cpu"
         and not torch.compiler.is_compiling()  # a compiler fuses on its own
@@ -80,7 +80,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(values_RH, weight_OH, query_ASD, key_ASD, value_ASD, share_ASS)
         ctx.widths = [len(weight) for weight in weights]
         ctx.dtypes = [weight.dtype for weight in weights]
-        return _together(torch.bmm(share_ASS, value_ASD)[None], num_sets).unflatten(0, (num_sets, size))
+        return _together(torch.bmm(share_ASS, value_ASD)[None], num_sets).view(num_sets, size, -1)
 
     @staticmethod
     @once_differentiable
@@ -95,7 +95,7 @@ class _Attention(torch.autograd.Function):
         d_heads_3ASD[1] = _scaled_bmm(d_scores_ASS.mT, query_ASD, scale)
         d_heads_3ASD[2] = torch.bmm(share_ASS.mT, outer_ASD)
         d_values, *d_weights = _back(ctx, _together(d_heads_3ASD, num_sets), values_RH, weight_OH)
-        return None if d_values is None else d_values.unflatten(0, (num_sets, -1)), *d_weights, None
+        return None if d_values is None else d_values.view(num_sets, -1, d_values.shape[-1]), *d_weights, None
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -108,7 +108,8 @@ class _SwiGlu(torch.autograd.Function):
         ctx.save_for_backward(values_RH, weight_OH, both_RO, silu_RF)
         ctx.widths = [len(weight) for weight in weights]
         ctx.dtypes = [weight.dtype for weight in weights]
-        return (silu_RF * up_RF).unflatten(0, values_BSH.shape[:2])
+        gated_RF: Tensor = silu_RF * up_RF
+        return gated_RF.view(*values_BSH.shape[:2], -1)
 
     @staticmethod
     @once_differentiable
@@ -121,7 +122,7 @@ class _SwiGlu(torch.autograd.Function):
         torch.mul(silu_RF, outer_RF, out=d_up_RF)
         torch.ops.aten.silu_backward(outer_RF * up_RF, gate_RF, grad_input=d_gate_RF)
         d_values, *d_weights = _back(ctx, d_both_RO, values_RH, weight_OH)
-        return None if d_values is None else d_values.unflatten(0, outer[0].shape[:2]), *d_weights
+        return None if d_values is None else d_values.view(*outer[0].shape[:2], -1), *d_weights
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -130,7 +131,8 @@ class _RmsNorm(torch.autograd.Function):
         length_BS1 = torch.linalg.vector_norm(values_BSH, dim=-1, keepdim=True)
         inverse_BS1 = length_BS1.square_().div_(values_BSH.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(values_BSH, weight_H, inverse_BS1)
-        return (values_BSH * inverse_BS1).mul_(weight_H).to(dtype)
+        normed_BSH: Tensor = (values_BSH * inverse_BS1).mul_(weight_H)
+        return normed_BSH.to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -151,7 +153,7 @@ def _beside(weights: Sequence[Tensor]) -> Tensor:
     """Return weights ``(_, H)`` one below the other, in bfloat16."""
     heights = [len(weight) for weight in weights]
     weight_OH = torch.empty((sum(heights), weights[0].shape[1]), dtype=torch.bfloat16)
-    for part, weight in zip(weight_OH.split(heights), weights, strict=True):
+    for part, weight in zip(torch.split(weight_OH, heights), weights, strict=True):
         part.copy_(weight.detach())
     return weight_OH
 
@@ -162,20 +164,23 @@ def _back(ctx: Any, d_output_RO: Tensor, values_RH: Tensor, weight_OH: Tensor) -
     d_values_RH = d_output_RO @ weight_OH if needs_values else None
     if not any(needs):
         return [d_values_RH, *[None] * len(needs)]
-    parts = (d_output_RO.t() @ values_RH).split(ctx.widths)
+    parts = torch.split(d_output_RO.t() @ values_RH, ctx.widths)
     wanted = zip(parts, ctx.dtypes, needs, strict=True)
     return [d_values_RH, *[part.to(dtype) if need else None for part, dtype, need in wanted]]
 
 
 def _apart(rows_RO: Tensor, num_sets: int, *, parts: int, head_dim: int) -> Tensor:
     """Return rows of heads that lie side by side as heads that lie one after the other, ``(parts, A, S, D)``."""
-    heads_BSPND = rows_RO.unflatten(0, (num_sets, -1)).unflatten(-1, (parts, -1, head_dim))
-    return heads_BSPND.permute(2, 0, 3, 1, 4).flatten(1, 2)
+    size, num_heads = len(rows_RO) // num_sets, rows_RO.shape[1] // (parts * head_dim)
+    heads_BSPND = rows_RO.reshape(num_sets, size, parts, num_heads, head_dim)
+    return heads_BSPND.permute(2, 0, 3, 1, 4).reshape(parts, num_sets * num_heads, size, head_dim)
 
 
 def _together(heads_PASD: Tensor, num_sets: int) -> Tensor:
     """Undo :func:`_apart`."""
-    return heads_PASD.unflatten(1, (num_sets, -1)).permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+    parts, num_heads, size, head_dim = heads_PASD.shape
+    heads_PBNSD = heads_PASD.view(parts, num_sets, num_heads // num_sets, size, head_dim)
+    return heads_PBNSD.permute(1, 3, 0, 2, 4).reshape(num_sets * size, -1)
 
 
 def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:

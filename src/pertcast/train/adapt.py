@@ -35,6 +35,7 @@ from pertcast.train.fabric import open_fabric
 from pertcast.train.gain import fit_shift
 from pertcast.train.line import Line, adapted_experiment, bring_into_run, line_features, require_fitting
 from pertcast.train.loop import Loop, make_optimizer
+from pertcast.train.precision import resolve_precision
 from pertcast.train.rates import control_rates
 from pertcast.train.resume import MetricsLog, Position, load_newest, restore
 from pertcast.train.stage import METRICS, begin_run, is_finished, require_losses, require_same_run
@@ -78,7 +79,7 @@ def adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, *
 
 
 def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, progress: Progress) -> Path:
-    experiment = adapted_experiment(run_path, experiment)
+    experiment, precision_notes = resolve_precision(adapted_experiment(run_path, experiment), out)
     run, store = open_run(run_path), Store.open(store_path)
     if isinstance(run.spec, BaselineSpec):
         raise CheckpointError(
@@ -134,7 +135,7 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
             line.store, reader.output_genes, labels=bool(experiment.loss.de), rates=rates, progress=progress
         )
         loop.truth = truth.to(fabric.device)
-    for note in (*notes, *_notes(line, num_learning, loop, gain)):
+    for note in (*precision_notes, *notes, *_notes(line, num_learning, loop, gain)):
         progress.note(note)
     try:
         if _takes_steps(network):

@@ -219,7 +219,7 @@ def with_defaults(begun: Mapping[str, Any]) -> dict[str, Any]:
     upgraded = upgrade(begun)
     sections = {"model": ModelConfig(), "loss": LossConfig(), "features": FeaturesConfig(), "train": TrainConfig()}
     defaults = {name: section.model_dump(mode="json") for name, section in sections.items()}
-    defaults["train"]["unknown_batch"] = 0.0
+    defaults["train"] |= {"unknown_batch": 0.0, "precision": "fp32"}
     del defaults["features"]["path"]
     for name in upgraded.keys() & defaults.keys() | {"loss"}:
         upgraded[name] = {**defaults[name], **upgraded.get(name, {})}

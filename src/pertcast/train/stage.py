@@ -31,6 +31,7 @@ from pertcast.train.batches import SetReader
 from pertcast.train.fabric import is_first_process, num_processes, one_process_for_all, open_fabric, products
 from pertcast.train.features import FEATURES, run_features, show_coverage
 from pertcast.train.loop import Loop, make_optimizer
+from pertcast.train.precision import require_one_precision, resolve_precision
 from pertcast.train.rates import ControlRates, control_rates
 from pertcast.train.resume import (
     IDENTITY,
@@ -100,6 +101,9 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
             with claimed(out):
                 train_baseline(experiment, Store.open(store_path), out, progress=progress)
         return out
+    experiment, precision_notes = resolve_precision(experiment, out)
+    for note in precision_notes if is_first_process() else ():
+        progress.note(note)
     num = num_processes(experiment.train)
     if num > 1 and launched() is None:
         job = {"experiment": experiment.as_json(), "store": str(store_path), "out": str(out)}
@@ -125,6 +129,7 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
         progress.note(f"{out}: already trained for {experiment.train.steps:,} steps")
         return out
     fabric = open_fabric(experiment.train, out, some_unused=experiment.model.input.startswith("obsm:"))
+    require_one_precision(fabric, experiment.train.precision)
     if not fabric.is_global_zero:
         progress = SILENT
     features = run_features(experiment, store, out)

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import pertcast.train.precision as precision_module
+from pertcast.config import Experiment, load_experiment
+from pertcast.data.store import prepare
+from pertcast.errors import CheckpointError, ConfigError
+from pertcast.models.backbone import Backbone
+from pertcast.models.brief import attend, is_brief, normalise, swiglu
+from pertcast.models.checkpoint import open_run
+from pertcast.progress import SILENT
+from pertcast.train import train
+from pertcast.train.precision import native_precision, require_one_precision, resolve_precision
+from pertcast.train.resume import with_defaults
+from workspace import Workspace, make_workspace
+
+needs_bf16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this processor"
+)
+BF16 = 2.0**-8
+
+
+def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def with_gradients(work: Any, values: list[Tensor]) -> list[Tensor]:
+    leaves = [value.clone().requires_grad_() for value in values]
+    output = work(*leaves)
+    outer = drawn(*output.shape, seed=99).to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, leaves, outer)]
+
+
+def assert_near(found: list[Tensor], expected: list[Tensor], share: float) -> None:
+    for one, two in zip(found, expected, strict=True):
+        assert one.shape == two.shape
+        assert (one.float() - two).norm() <= share * two.norm()
+
+
+def slow_attention(values_BSH: Tensor, *weights: Tensor, head_dim: int) -> Tensor:
+    sets = []
+    for cells_SH in values_BSH:
+        heads = []
+        for first in range(0, len(weights[0]), head_dim):
+            head = slice(first, first + head_dim)
+            q, k, v = (cells_SH @ weight[head].T for weight in weights)
+            heads.append(torch.softmax(q @ k.T / head_dim**0.5, dim=-1) @ v)
+        sets.append(torch.cat(heads, dim=-1))
+    return torch.stack(sets)
+
+
+@needs_bf16
+@pytest.mark.parametrize(("sets", "size", "heads", "head_dim"), [(3, 16, 4, 12), (1, 1, 1, 8), (2, 33, 2, 20)])
+def test_attention_is_the_slow_one(sets: int, size: int, heads: int, head_dim: int) -> None:
+    weights = [drawn(heads * head_dim, 24, seed=seed, scale=0.3) for seed in (1, 2, 3)]
+    inputs = [drawn(sets, size, 24), *weights]
+    found = with_gradients(lambda values, *three: attend(values, three, head_dim=head_dim), inputs)
+    expected = with_gradients(lambda *given: slow_attention(*given, head_dim=head_dim), inputs)
+    assert found[0].dtype == torch.bfloat16
+    assert all(gradient.dtype == torch.float32 for gradient in found[1:])
+    if size == 1:  # one cell has all of its own attention: no gradient reaches queries and keys
+        assert found[2].abs().max() < BF16
+        assert found[3].abs().max() < BF16
+        del found[2:4], expected[2:4]
+    assert_near(found, expected, 4 * BF16)
+
+
+@needs_bf16
+def test_swiglu_is_silu_times_linear() -> None:
+    inputs = [drawn(3, 16, 24), drawn(40, 24, seed=1, scale=0.3), drawn(40, 24, seed=2, scale=0.3)]
+    found = with_gradients(swiglu, inputs)
+    expected = with_gradients(lambda x, gate, up: functional.silu(x @ gate.T) * (x @ up.T), inputs)
+    assert found[0].dtype == torch.bfloat16
+    assert_near(found, expected, 4 * BF16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+def test_normalisation_is_torchs_own(dtype: torch.dtype, scale: float) -> None:
+    inputs = [drawn(3, 16, 24, scale=scale), drawn(24, seed=1)]
+    found = with_gradients(lambda x, weight: normalise(x, weight, epsilon=1e-6, dtype=dtype), inputs)
+    expected = with_gradients(lambda x, weight: functional.rms_norm(x, (24,), weight, 1e-6), inputs)
+    assert_near(found, expected, 1e-6 if dtype == torch.float32 else 2 * BF16)
+
+
+@needs_bf16
+def test_frozen_weights_and_values_get_no_gradient() -> None:
+    query, key, value = (drawn(24, 24, seed=seed) for seed in (1, 2, 3))
+    key.requires_grad_()
+    attend(drawn(2, 8, 24), (query, key, value), head_dim=12).float().sum().backward()  # type: ignore[no-untyped-call]
+    assert key.grad is not None
+    assert query.grad is None
+    gate, up, cells = drawn(40, 24), drawn(40, 24), drawn(2, 8, 24).requires_grad_()
+    swiglu(cells, gate, up).float().sum().backward()  # type: ignore[no-untyped-call]
+    assert cells.grad is not None
+
+
+@needs_bf16
+def test_a_backbone_under_autocast_is_as_near_to_float32_as_torchs_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    backbone = Backbone(48, 2, heads=4, head_dim=12, feedforward=96)
+    parameters = list(backbone.parameters())
+
+    def results(*, short: bool) -> list[Tensor]:
+        cells = drawn(4, 16, 48).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=short):
+            output = backbone(cells)
+        assert output.dtype == torch.float32
+        return [output.detach(), *torch.autograd.grad(output, [cells, *parameters], drawn(4, 16, 48, seed=5))]
+
+    exact, brief = results(short=False), results(short=True)
+    monkeypatch.setattr("pertcast.models.backbone.is_brief", lambda _: False)
+    own = results(short=True)
+
+    def errors(found: list[Tensor]) -> Tensor:
+        return torch.stack([(one - two).norm() / two.norm() for one, two in zip(found, exact, strict=True)])
+
+    assert 0 < errors(brief).mean() < 1.3 * errors(own).mean() < 0.05
+
+
+def test_it_is_for_bfloat16_autocast_on_a_cpu_alone() -> None:
+    values = drawn(1, 2, 3)
+    assert not is_brief(values)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert not is_brief(values)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert is_brief(values) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert not is_brief(values.to("meta"))
+        assert not is_brief(values[:0])
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = make_workspace(tmp_path_factory.mktemp("precision") / "w")
+    prepare(load_experiment(workspace.experiment), workspace.folder / "store")
+    return workspace
+
+
+class Notes:
+    """A progress that keeps what is noted."""
+
+    task, table = SILENT.task, SILENT.table
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def experiment_of(workspace: Workspace, *overrides: str) -> Experiment:
+    return load_experiment(workspace.experiment, ("train.val_every=2", *overrides))
+
+
+@pytest.mark.parametrize(("is_native", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_what_the_device_multiplies_natively_and_a_run_keeps_it(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_native: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(precision_module, "_cpu_multiplies_bf16", lambda: is_native)
+    store, out, progress = workspace.folder / "store", tmp_path / "run", Notes()
+    train(experiment_of(workspace, "train.steps=2"), store, out, progress=progress)
+    assert any(note.startswith(f'train.precision = "auto": {expected}') for note in progress.notes)
+    assert open_run(out).experiment["train"]["precision"] == expected
+    assert json.loads((out / "training.json").read_text())["train"]["precision"] == expected
+    monkeypatch.setattr(precision_module, "_cpu_multiplies_bf16", lambda: not is_native)
+    train(experiment_of(workspace, "train.steps=4"), store, out)
+    assert open_run(out).experiment["train"]["precision"] == expected
+    other = "fp32" if is_native else "bf16"
+    with pytest.raises(CheckpointError, match=f"train.precision.*begun with '{expected}', got '{other}'"):
+        train(experiment_of(workspace, "train.steps=6", f"train.precision={other}"), store, out)
+
+
+def test_a_precision_that_is_asked_for_is_taken(workspace: Workspace, tmp_path: Path) -> None:
+    for asked in ("fp32", "tf32", "bf16"):
+        experiment = experiment_of(workspace, f"train.precision={asked}")
+        assert resolve_precision(experiment, tmp_path) == (experiment, ())
+
+
+def test_devices_without_bfloat16_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert [native_precision(name) for name in ("auto", "gpu", "cuda", "tpu")] == ["fp32"] * 4
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert [native_precision(name) for name in ("auto", "gpu", "cuda")] == ["bf16"] * 3
+
+
+def test_processes_that_would_compute_differently_are_refused() -> None:
+    class FirstOfAll:
+        global_rank = 1
+
+        def broadcast(self, _precision: str) -> str:
+            return "bf16"
+
+    require_one_precision(FirstOfAll(), "bf16")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r'first process computes in bf16.*process 1 would in fp32.*"fp32"'):
+        require_one_precision(FirstOfAll(), "fp32")  # type: ignore[arg-type]
+
+
+def test_runs_from_before_precision_could_be_auto_were_float32() -> None:
+    assert with_defaults({"train": {}})["train"]["precision"] == "fp32"
+
+
+@needs_bf16
+def test_losses_in_bf16_are_those_in_float32_but_for_rounding(workspace: Workspace, tmp_path: Path) -> None:
+    losses = []
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        train(
+            experiment_of(workspace, "train.steps=4", f"train.precision={precision}"), workspace.folder / "store", out
+        )
+        losses.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
+    exact, brief = losses
+    assert exact != brief
+    assert brief == pytest.approx(exact, rel=2 * BF16)
