@@ -24,7 +24,7 @@ def test_moments_in_blocks_are_the_moments() -> None:
     moments = Moments(values.shape[1])
     for part in np.array_split(values, 7):
         block = sparse.csr_matrix(part)
-        moments.add(block.data, block.indices, num_cells=len(part))
+        moments.add(block)
     np.testing.assert_allclose(moments.mean, values.mean(0), rtol=1e-12)
     np.testing.assert_allclose(moments.variance, values.var(0, ddof=1), rtol=1e-9, atol=1e-9)
 

@@ -26,6 +26,7 @@ from pertcast.files.artefacts import hash_file, read_manifest, verify_artefact
 from pertcast.generate import generate
 from pertcast.progress import SILENT, Advance
 from pertcast.run import run_experiment
+from pertcast.train.precision import resolve_precision
 from workspace import Workspace, make_workspace
 
 SLOW = ("--set", "train.steps=300", "--set", "submission.rules.max_cells=20000")
@@ -212,10 +213,11 @@ def test_stopped_in_training_and_in_generation_the_same_command_ends_as_if_nothi
 
 def test_the_experiment_is_stored_in_every_artefact(workspace: Workspace) -> None:
     outcome = run_experiment(workspace.experiment, workspace.out)
-    experiment = load_experiment(workspace.experiment).as_json()
-    assert read_manifest(outcome.store).config == experiment
-    assert read_manifest(outcome.run).config == experiment
-    assert read_manifest(outcome.parts).config == experiment
+    experiment = load_experiment(workspace.experiment)
+    assert read_manifest(outcome.store).config == experiment.as_json()
+    resolved, _ = resolve_precision(experiment, outcome.run)
+    assert read_manifest(outcome.run).config == resolved.as_json()
+    assert read_manifest(outcome.parts).config == resolved.as_json()
     assert read_manifest(outcome.prediction).inputs
     assert read_manifest(outcome.archive).inputs
 

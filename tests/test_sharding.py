@@ -34,6 +34,7 @@ from workspace import Workspace, make_workspace
 EVERYTHING = (
     *rung_overrides("c4"), "loss.nb=0.1", "loss.rank_margin=0.5", "loss.warmup_steps=5", "train.sets_per_step=4",
     "model.batch_embedding=true", "model.context_embedding=true", "model.dropout=0.1", "train.clip=1.0",
+    "train.precision=fp32",
 )  # fmt: skip
 SHARDED = ("train.devices=2", "train.strategy=fsdp")
 

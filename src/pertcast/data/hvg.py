@@ -7,6 +7,7 @@ unlogged expression, standardised within 20 bins of equal width of the log mean.
 from __future__ import annotations
 
 import numpy as np
+from scipy import sparse
 
 __all__ = ["Moments", "choose_hvgs", "normalised_dispersion"]
 
@@ -14,19 +15,21 @@ _NUM_BINS = 20
 
 
 class Moments:
-    """Sum and sum of squares of each gene, gathered from entries."""
+    """Sum and sum of squares of each gene, gathered from blocks of cells."""
 
     def __init__(self, num_genes: int) -> None:
         self.num_cells = 0
         self._sum = np.zeros(num_genes)
         self._squares = np.zeros(num_genes)
 
-    def add(self, values: np.ndarray, genes: np.ndarray, *, num_cells: int) -> None:
-        """Add the entries (m,) of `num_cells` cells; what is not given is 0."""
-        exact = values.astype(np.float64)
-        self._sum += np.bincount(genes, weights=exact, minlength=len(self._sum))
-        self._squares += np.bincount(genes, weights=exact * exact, minlength=len(self._sum))
-        self.num_cells += num_cells
+    def add(self, block: sparse.csr_matrix) -> None:
+        """Add a block of cells, (n, genes)."""
+        exact, ones = block.data.astype(np.float64), np.ones(block.shape[0])
+        as_float64 = sparse.csr_matrix((exact, block.indices, block.indptr), shape=block.shape, copy=False)
+        self._sum += as_float64.T @ ones
+        np.multiply(exact, exact, out=as_float64.data)
+        self._squares += as_float64.T @ ones
+        self.num_cells += block.shape[0]
 
     @property
     def mean(self) -> np.ndarray:

@@ -156,9 +156,9 @@ class StoreWriter:
             )[trained[start:stop]]
             if self._scale == "counts":
                 block = normalise_log1p(block, self._totals[start:stop][trained[start:stop]], target_sum or 1.0)
-            normalised.add(np.expm1(block.data), block.indices, num_cells=block.shape[0])
-            block_controls = block[controls[start:stop][trained[start:stop]]]
-            control_log1p.add(block_controls.data, block_controls.indices, num_cells=block_controls.shape[0])
+            control_log1p.add(block[controls[start:stop][trained[start:stop]]])
+            np.expm1(block.data, out=block.data)
+            normalised.add(block)
             advance(block.shape[0])
         hvg = choose_hvgs(normalised.mean, normalised.variance, num=self._experiment.prepare.num_hvgs)
         fitted = Fitted(target_sum, hvg, control_log1p.mean.astype(np.float32))
@@ -220,8 +220,10 @@ class StoreWriter:
 
 def _row_sums(values: np.ndarray, indptr: np.ndarray) -> np.ndarray:
     """Return the sum of each row's values, float64."""
-    rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    return np.bincount(rows, weights=values, minlength=len(indptr) - 1)
+    sums, filled = np.zeros(len(indptr) - 1), np.flatnonzero(np.diff(indptr))
+    if len(filled):
+        sums[filled] = np.add.reduceat(values, indptr[filled], dtype=np.float64)
+    return sums
 
 
 def _expm1_totals(folder: Path) -> np.ndarray:

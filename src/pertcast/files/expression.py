@@ -119,9 +119,10 @@ class ScaleEvidence:
         num_values = np.zeros(len(starts), dtype=np.int64)
         num_fractions = np.zeros(len(starts), dtype=np.int64)
         if len(filled):
-            num_values[filled] = np.add.reduceat(values != 0, starts[filled], dtype=np.int64)
+            num_values[filled] = _count(values != 0, starts[filled])
             if values.dtype.kind == "f":
-                num_fractions[filled] = np.add.reduceat(values != np.rint(values), starts[filled], dtype=np.int64)
+                is_fraction = values != np.rint(values)
+                num_fractions[filled] = _count(is_fraction, starts[filled]) if is_fraction.any() else 0
             top = int(values.argmax())
             if values[top] > self.max_value:
                 self.max_value, self.max_place = float(values[top]), self._name(top, indptr, genes, first_cell)
@@ -208,6 +209,14 @@ class ScaleEvidence:
         if problem := self.problem():
             raise DataError(problems=[problem])
         return self._found()
+
+
+def _count(is_so: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return how many are so from each start to the next, int64."""
+    if is_so.all():
+        return np.diff(starts, append=len(is_so))
+    counted: np.ndarray = np.add.reduceat(is_so, starts, dtype=np.int64)
+    return counted
 
 
 def common_scale(evidence: Sequence[ScaleEvidence], *, asked: Literal["auto", "counts", "log1p"] = "auto") -> Scale:

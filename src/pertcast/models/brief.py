@@ -62,9 +62,9 @@ def swiglu(values_BSH: Tensor, gate_FH: Tensor, up_FH: Tensor) -> Tensor:
 
 
 def normalise(values_BSH: Tensor, weight_H: Tensor, *, epsilon: float, dtype: torch.dtype) -> Tensor:
-    """Return the RMS norm of float32 values, computed in float32 and given as `dtype`."""
+    """Return the RMS norm of values, computed in float32 and given as `dtype`."""
     with torch.autocast("cpu", enabled=False):
-        normed_BSH: Tensor = _RmsNorm.apply(values_BSH, weight_H, epsilon, dtype)  # type: ignore[no-untyped-call]
+        normed_BSH: Tensor = _RmsNorm.apply(values_BSH.float(), weight_H.float(), epsilon, dtype)  # type: ignore[no-untyped-call]
         return normed_BSH
 
 
