@@ -64,7 +64,7 @@ def train(
             raise ConfigError(
                 "under torchrun or srun the store must be there: run `pertcast prepare`, and give --store"
             )
-        import_ahead("lightning_fabric")
+        import_ahead("pertcast.train")
         store = prepare(resolved, out.parent / "store", progress=progress)
     from pertcast.train import train as fit
 

@@ -26,9 +26,9 @@ class Moments:
         """Add a block of cells, (n, genes)."""
         exact, ones = block.data.astype(np.float64), np.ones(block.shape[0])
         as_float64 = sparse.csr_matrix((exact, block.indices, block.indptr), shape=block.shape, copy=False)
-        self._sum += as_float64.T @ ones
+        self._sum += np.asarray(as_float64.T @ ones)
         np.multiply(exact, exact, out=as_float64.data)
-        self._squares += as_float64.T @ ones
+        self._squares += np.asarray(as_float64.T @ ones)
         self.num_cells += block.shape[0]
 
     @property
