@@ -31,9 +31,12 @@ def measure(job: Mapping[str, Any], progress: Progress) -> None:
     model = fabric.setup_module(network)
     optimizer = make_optimizer(network, config, fabric.device)
     seen: dict[str, str] = {}
-    for name, key in (("self_attn.q_proj", "q_proj"), ("input_layernorm", "norm")):
-        module = network.get_submodule(f"transformer_backbone.layers.0.{name}")
-        module.register_forward_hook(lambda module, *_, key=key: seen.update({key: str(module.weight.dtype)}))
+    for block, part, key in (("self_attn", "q_proj", "q_proj"), ("input_layernorm", "", "norm")):
+        module = network.get_submodule(f"transformer_backbone.layers.0.{block}")
+        # a block may read the weights of its parts without calling these
+        module.register_forward_hook(
+            lambda module, *_, part=part, key=key: seen.update({key: str(module.get_submodule(part).weight.dtype)})
+        )
     fabric.backward(model(torch.ones(2, 8, 100), torch.ones(2, 30)).log1p_BSG.square().mean())
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     stepper: Any = fabric.setup_optimizers(optimizer)
