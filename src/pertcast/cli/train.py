@@ -31,7 +31,7 @@ def train(
 
     The run is a folder: weights.safetensors, run.json, metrics.jsonl and the newest checkpoints.
 
-    The sets of a step are shared out over the devices, so losses are the same on any number of them.
+    The sets of a step are shared out over the devices, so losses are the same on any number of them, but for rounding.
 
     Example: `pertcast train experiment.toml --out run --set train.steps=2000`
 
