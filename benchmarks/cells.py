@@ -85,8 +85,8 @@ def make_cells(
 ) -> Csr:
     """Return log1p cells (number, G) that carry a mean, made of a sample of control cells.
 
-    For "nb_head" the mean is turned into what a perfect counts head would say: rates that are as many times those of
-    control cells as expm1 of the mean is, at the control cells' dispersion.
+    For "nb_head" the mean is turned into folds of a counts head: rates are as many times those of control cells as
+    expm1 of the mean is, at the control cells' dispersion. Of shallow cells that is a rough stand-in.
     """
     random = generator(seed, "donors")
     laps = [random.permutation(controls.counts.shape[0]) for _ in range(-(-number // controls.counts.shape[0]))]
