@@ -70,9 +70,9 @@ SMALL = (
 )
 RUNGS = {
     "c1": (),
-    "c2": ("loss.mae=1.0",),
-    "c3": ("loss.mae=1.0", "loss.de=0.5"),
-    "c4": ("loss.mae=1.0", "loss.de=0.5", "loss.rank=0.5"),
+    "c2": ("loss.mae=10.0",),
+    "c3": ("loss.mae=10.0", "loss.de=0.2"),
+    "c4": ("loss.mae=10.0", "loss.de=0.2", "loss.rank=1.0"),
 }
 
 

@@ -87,7 +87,9 @@ def plain(bench: Bench) -> Path:
 @pytest.fixture(scope="module")
 def embedded(bench: Bench) -> Path:
     """A run that embeds contexts and batches, with a DE head."""
-    return bench.train("embedded", "model.context_embedding=true", "model.batch_embedding=true", "loss.de=0.5")
+    return bench.train(
+        "embedded", "model.context_embedding=true", "model.batch_embedding=true", "loss.de=0.5", "loss.de_head=learned"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +285,7 @@ def test_what_does_not_fit_is_refused_with_every_problem(bench: Bench, plain: Pa
     with pytest.raises(ConfigError, match="no batch embedding"):
         other.adapt(plain, "out", "adapt.learn='batch'")
     with pytest.raises(ConfigError, match="without a DE head"):
-        other.adapt(plain, "out", "loss.de=0.5")
+        other.adapt(plain, "out", "loss.de=0.5", "loss.de_head=learned")
     assert not (tmp_path / "out").exists()
 
 

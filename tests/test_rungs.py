@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
+from torch import Tensor
 
 from pertcast.cli.main import main
 from pertcast.config import RUNGS, LossConfig, load_experiment, rung_overrides, upgrade
@@ -13,11 +16,13 @@ from pertcast.data.split import Split
 from pertcast.data.store import Store, prepare
 from pertcast.errors import ConfigError
 from pertcast.models.checkpoint import open_run
+from pertcast.models.state import Prediction
 from pertcast.progress import SILENT
 from pertcast.stats.de import differential_expression
 from pertcast.stats.groups import group_cells
-from pertcast.train.terms import total_loss
-from pertcast.train.truth import Truth, learn_truth
+from pertcast.train.batches import Batch, blur_features
+from pertcast.train.terms import loss_terms, total_loss
+from pertcast.train.truth import Known, Truth, learn_truth
 from workspace import make_workspace
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "ladder"
@@ -61,7 +66,7 @@ def test_a_rung_stands_before_what_is_set_and_is_kept_in_the_run(tmp_path: Path)
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--rung", "c4"])
     loss = open_run(out).experiment["loss"]
-    assert (loss["energy"], loss["mae"], loss["de"], loss["rank"]) == (1.0, 0.25, 0.5, 0.0)
+    assert (loss["energy"], loss["mae"], loss["de"], loss["rank"]) == (1.0, 0.25, 0.2, 0.0)
 
 
 @pytest.mark.parametrize("command", ["train", "run"])
@@ -80,6 +85,13 @@ def test_the_old_switch_is_refused_with_its_new_word_and_read_from_artefacts(
     with pytest.raises(ConfigError, match=f'what was {value} is "{word}"'):
         load_experiment(workspace.experiment, [f"model.residual={value}"])
     assert upgrade({"model": {"residual": value == "true"}}) == {"model": {"residual": word}}
+
+
+def test_terms_that_an_older_run_was_trained_with_keep_their_meaning() -> None:
+    assert upgrade({"loss": {"mae": 1.0, "de": 0.5}})["loss"]["mae_of"] == "set"
+    assert upgrade({"loss": {"mae": 1.0, "de": 0.5}})["loss"]["de_head"] == "learned"
+    assert upgrade({"loss": {"mae": 0.0, "de": 0.0}})["loss"] == {"mae": 0.0, "de": 0.0}
+    assert upgrade({"loss": {"mae": 1.0, "mae_of": "effect"}})["loss"]["mae_of"] == "effect"
 
 
 def test_auxiliary_weights_rise_over_the_warm_up_and_energy_does_not() -> None:
@@ -143,3 +155,74 @@ def test_held_out_cells_are_never_read_for_the_truth(store: Store, monkeypatch: 
     truth_of(store)
     assert seen == set(store.rows(split=Split.TRAIN).tolist())
     assert len(seen) < store.num_cells
+
+
+def test_a_threshold_is_where_a_test_of_means_passes_benjamini_and_hochberg(store: Store) -> None:
+    truth = truth_of(store)
+    controls = store.log1p(store.rows(split=Split.TRAIN, pert=store.control_code)).astype(np.float64)
+    spread = np.maximum(controls.std(axis=0), len(controls) ** -0.5)
+    for pert in range(len(store.perts)):
+        if pert == store.control_code:
+            continue
+        known = truth.of(torch.tensor([0]), torch.tensor([pert]))
+        assert known.labels_BG is not None
+        assert known.threshold_BG is not None
+        num_cells = len(store.rows(split=Split.TRAIN, pert=pert))
+        standard_error = spread * np.sqrt(1 / num_cells + 1 / len(controls))
+        # the largest p-value that passes among as many significant genes
+        rank = max(1, int(known.labels_BG.sum()))
+        p_values = 2 * norm.sf(known.threshold_BG[0].numpy() / standard_error)
+        np.testing.assert_allclose(p_values, 0.05 * rank / len(store.genes), rtol=1e-3)
+
+
+def make_known(store: Store, **changed: Any) -> Known:
+    pert = next(code for code in range(len(store.perts)) if code != store.control_code)
+    codes = torch.tensor([pert, pert, store.control_code])
+    return truth_of(store).of(torch.zeros(3, dtype=torch.int64), codes)._replace(**changed)
+
+
+def make_batch(real_BSG: Tensor) -> Batch:
+    nothing = torch.zeros(3, 1)
+    codes = torch.zeros(3, dtype=torch.int64)
+    return Batch(real_BSG, nothing, codes[:, None], codes, real_BSG, None, codes)
+
+
+def test_the_mae_of_the_effect_is_of_all_training_cells_and_of_the_set_where_there_are_none(store: Store) -> None:
+    genes = len(store.genes)
+    real = torch.rand(3, 4, genes, generator=torch.Generator().manual_seed(0))
+    pred = torch.rand(3, 4, genes, generator=torch.Generator().manual_seed(1))
+    beside = torch.full((3, genes), 0.25)
+    known = make_known(store, beside_BG=beside)
+    found = loss_terms(Prediction(pred, None), make_batch(real), LossConfig(energy=0, mae=1), known=known)["mae"]
+    for place in (0, 1):
+        effect = pred[place].mean(0) - 0.25
+        assert float(found[place]) == pytest.approx(float((effect - known.effect_BG[place]).abs().mean()), rel=1e-5)
+    assert float(found[2]) == pytest.approx(float((pred[2].mean(0) - real[2].mean(0)).abs().mean()), rel=1e-5)
+    of_set = LossConfig(energy=0, mae=1, mae_of="set")
+    found = loss_terms(Prediction(pred, None), make_batch(real), of_set, known=known)["mae"]
+    torch.testing.assert_close(found, (pred.mean(1) - real.mean(1)).abs().mean(-1))
+
+
+def test_the_test_head_rewards_the_true_effect_over_none_its_half_and_its_opposite(store: Store) -> None:
+    known = make_known(store, beside_BG=torch.zeros(3, len(store.genes)))
+    config = LossConfig(energy=0, de=1)
+
+    def value(share: float) -> float:
+        pred = (known.effect_BG * share)[:, None].expand(-1, 2, -1)
+        terms = loss_terms(
+            Prediction(pred, None),
+            make_batch(pred),
+            config,
+            known=known,
+            positive_weight=truth_of(store).positive_weight,
+        )
+        assert terms["de"][2] == 0  # control cells have no label
+        return float(terms["de"][0])
+
+    assert value(1.0) < value(0.5) < value(0.0) < value(-1.0)
+
+
+def test_noise_on_features_leaves_control_sets_alone(store: Store) -> None:
+    batch = make_batch(torch.zeros(3, 1, 1))._replace(pert_BF=torch.ones(3, 2), pert_B=torch.tensor([0, 5, 5]))
+    found = blur_features(batch, torch.full((3, 2), 0.5), control_code=5)
+    assert found.pert_BF.tolist() == [[1.5, 1.5], [1.0, 1.0], [1.0, 1.0]]

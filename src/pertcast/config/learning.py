@@ -79,12 +79,17 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """Weights of the terms of the loss; 0 switches a term off. `decoder` applies where the input is an embedding.
 
-    `mae` is of the pseudobulk, `de` of the head that says which genes are differentially expressed, `rank` of how much
+    `mae` is of the pseudobulk, `de` of a head that says which genes are differentially expressed, `rank` of how much
     nearer a predicted effect is to its own real one than to others', `nb` of the counts head, which gives the network's
     hidden state a negative binomial likelihood of the real counts; their weights rise linearly over `warmup_steps`.
-    The DE head learns by cross-entropy, ``bce`` with a weight for differentially expressed genes ("balanced": as many
-    times as they are rarer), or ``focal`` with `de_gamma`. Ranking measures ``l1`` or ``cosine`` and compares with
-    the other sets of the batch and with `rank_negatives` effects of other training perturbations.
+
+    `mae_of` says what the predicted pseudobulk is compared with: the mean ``effect`` of all training cells of the
+    perturbation, or the mean of the ``set`` of real cells alone, whose sampling noise is larger than most effects.
+    `de_head` is a soft version of the official ``test`` on the predicted effect, without parameters of its own; or
+    ``learned``, a logit from the set's pooled state and the size of the effect. It learns by cross-entropy, ``bce``
+    with a weight for differentially expressed genes ("balanced": as many times as they are rarer), or ``focal`` with
+    `de_gamma`. Ranking measures ``cosine`` or ``l1`` (whose margins are about a hundredth) and compares with the other
+    sets of the batch and with `rank_negatives` effects of other training perturbations.
     """
 
     energy: Weight = 1.0
@@ -94,11 +99,13 @@ class LossConfig(Section):
     rank: Weight = 0.0
     nb: Weight = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 500
+    mae_of: Literal["effect", "set"] = "effect"
+    de_head: Literal["test", "learned"] = "test"
     de_form: Literal["bce", "focal"] = "bce"
     de_positive_weight: PositiveFloat | Literal["balanced"] = "balanced"
     de_gamma: Weight = 2.0
-    rank_distance: Literal["l1", "cosine"] = "l1"
-    rank_margin: Weight = 0.01
+    rank_distance: Literal["cosine", "l1"] = "cosine"
+    rank_margin: Weight = 0.2
     rank_negatives: Annotated[int, Field(ge=0)] = 16
 
 
@@ -116,6 +123,10 @@ class TrainConfig(Section):
 
     `precision` is of the network's products: ``fp32``, ``tf32`` or ``bf16``; ``auto`` is bf16 where the processor or
     GPU multiplies it natively, else fp32. Weights, optimiser and losses are float32 in each.
+
+    `feature_noise` is added to the perturbation feature that each set is shown with, normal draws of so many times the
+    features' root mean square: it keeps a network from learning a few hundred perturbations by heart, as a penalty does
+    ridge regression. Prediction adds none.
 
     `select_by` says which validated step is best, whose weights are kept: that of the lowest ``loss``, or of the best
     ``mae``, ``pds``, ``des`` or ``overall`` (against the training-mean baseline) of the perturbations that validate.
@@ -139,6 +150,7 @@ class TrainConfig(Section):
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     match: Literal["batch", "context"] = "batch"
     unknown_batch: Share = 0.1
+    feature_noise: Annotated[float, Field(ge=0)] = 0.0
     control_sets: bool = True
     val_every: PositiveInt = 2000
     select_by: Literal["loss", "overall", "mae", "pds", "des"] = "loss"

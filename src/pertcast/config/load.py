@@ -129,10 +129,15 @@ def rebuild_experiment(tree: Mapping[str, Any], overrides: Sequence[str] = (), *
 
 def upgrade(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration that an artefact stores in today's words; what it lacks stays away and is the default."""
-    model = tree.get("model")
+    tree, model, loss = dict(tree), tree.get("model"), tree.get("loss")
     if isinstance(model, Mapping) and isinstance(model.get("residual"), bool):
-        return {**tree, "model": {**model, "residual": RESIDUAL_OF_SWITCH[model["residual"]]}}
-    return dict(tree)
+        tree["model"] = {**model, "residual": RESIDUAL_OF_SWITCH[model["residual"]]}
+    if isinstance(loss, Mapping):
+        # a term that was trained before there was a choice was trained in the older way
+        before = {"mae_of": "set"} if loss.get("mae") else {}
+        before |= {"de_head": "learned"} if loss.get("de") else {}
+        tree["loss"] = {**before, **loss}
+    return tree
 
 
 def _resolve(tree: dict[str, Any], overrides: Sequence[str], *, path: Path, text: str) -> Experiment:

@@ -12,9 +12,9 @@ __all__ = ["RUNGS", "model_overrides", "rung_of", "rung_overrides"]
 RUNGS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
         "c1": {"energy": 1.0, "mae": 0.0, "de": 0.0, "rank": 0.0},
-        "c2": {"energy": 1.0, "mae": 1.0, "de": 0.0, "rank": 0.0},
-        "c3": {"energy": 1.0, "mae": 1.0, "de": 0.5, "rank": 0.0},
-        "c4": {"energy": 1.0, "mae": 1.0, "de": 0.5, "rank": 0.5},
+        "c2": {"energy": 1.0, "mae": 10.0, "de": 0.0, "rank": 0.0},
+        "c3": {"energy": 1.0, "mae": 10.0, "de": 0.2, "rank": 0.0},
+        "c4": {"energy": 1.0, "mae": 10.0, "de": 0.2, "rank": 1.0},
     }
 )
 
@@ -25,7 +25,7 @@ def rung_overrides(rung: str | None) -> tuple[str, ...]:
     Examples
     --------
     >>> rung_overrides("c2")
-    ('loss.energy=1.0', 'loss.mae=1.0', 'loss.de=0.0', 'loss.rank=0.0')
+    ('loss.energy=1.0', 'loss.mae=10.0', 'loss.de=0.0', 'loss.rank=0.0')
     """
     return () if rung is None else tuple(f"loss.{name}={weight}" for name, weight in RUNGS[rung].items())
 
@@ -46,7 +46,7 @@ def rung_of(loss: Mapping[str, object]) -> str:
 
     Examples
     --------
-    >>> rung_of({"energy": 1.0, "mae": 1.0}), rung_of({"mae": 0.3})
+    >>> rung_of({"energy": 1.0, "mae": 10.0}), rung_of({"mae": 0.3})
     ('c2', 'other')
     """
     whole = {**LossConfig().model_dump(mode="json"), **loss}

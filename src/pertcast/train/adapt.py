@@ -172,7 +172,7 @@ def _network(run: Run, experiment: Experiment, line: Line, reader: SetReader) ->
     network = StateTransition(spec)
     if any(name.startswith(DE_HEAD_PREFIX) for name in weights):
         network.add_de_head()
-    elif experiment.loss.de:
+    elif experiment.loss.de and experiment.loss.de_head == "learned":
         raise ConfigError(f"[loss] de: the run {run.path} was trained without a DE head; set loss.de to 0")
     if any(name.startswith(COUNTS_HEAD_PREFIX) for name in weights):
         network.add_counts_head()

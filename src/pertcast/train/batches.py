@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -27,7 +28,7 @@ from pertcast.files.cpus import available_cpus
 from pertcast.models.state import StateSpec, spec_for
 from pertcast.train.baseline import TrainingBase
 
-__all__ = ["Batch", "Place", "SetReader", "SetStream", "forget_batches", "read_ahead"]
+__all__ = ["Batch", "Place", "SetReader", "SetStream", "blur_features", "forget_batches", "read_ahead"]
 
 _MOST_THREADS = 4
 
@@ -64,6 +65,12 @@ class Batch(NamedTuple):
 def forget_batches(batch: Batch, forgotten: Sequence[bool]) -> Batch:
     """Return a batch of which some sets are of no known batch (code -1)."""
     return batch._replace(batch_BS=torch.where(torch.tensor(forgotten)[:, None], -1, batch.batch_BS))
+
+
+def blur_features(batch: Batch, noise_BF: Tensor, *, control_code: int) -> Batch:
+    """Return a batch whose sets are shown with noise on their perturbation features; control sets have none."""
+    is_perturbed_B1 = (batch.pert_B != control_code)[:, None]
+    return batch._replace(pert_BF=batch.pert_BF + noise_BF.to(batch.pert_BF.dtype) * is_perturbed_B1)
 
 
 class SetStream:
@@ -169,6 +176,19 @@ class SetReader:
     def threads(self) -> int:
         """How many batches are worth reading at once: a GPU is faster than one thread."""
         return min(_MOST_THREADS, available_cpus()) if self._is_sparse else 1
+
+    @property
+    def reads_what_it_predicts(self) -> bool:
+        """Whether the network reads the genes that it predicts, so that an effect stands beside its own controls."""
+        return self._experiment.model.input == self._experiment.model.output
+
+    @cached_property
+    def feature_size(self) -> float:
+        """The root mean square of the features of training perturbations."""
+        store = self._store
+        trained = np.unique(store.pert_codes[store.rows(split=Split.TRAIN)])
+        features_PF = self._pert_PF[torch.from_numpy(trained[trained != store.control_code].astype(np.int64))]
+        return float(features_PF.double().square().mean().sqrt()) if len(features_PF) else 0.0
 
     @property
     def control_code(self) -> int:

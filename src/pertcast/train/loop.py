@@ -27,7 +27,7 @@ from pertcast.errors import CheckpointError
 from pertcast.models.dropout import dropout_keys, key_dropout
 from pertcast.progress import Advance
 from pertcast.stats.draws import generator
-from pertcast.train.batches import Batch, Place, SetReader, SetStream, forget_batches, read_ahead
+from pertcast.train.batches import Batch, Place, SetReader, SetStream, blur_features, forget_batches, read_ahead
 from pertcast.train.resume import MetricsLog, Position, optimizer_tensors, save_state
 from pertcast.train.select import OfficialMetrics, criterion
 from pertcast.train.sharding import is_sharded, whole, whole_tensors
@@ -193,7 +193,7 @@ class Loop:
             batch, place = next(batches)
             places = self._places(turn * self.train.sets_per_step, len(batch.pert_B))
             keys = [("train", step, number) for number in places]
-            batch = self._forget_batches(batch, keys)
+            batch = self._blur_features(self._forget_batches(batch, keys), keys)
             key_dropout(self.network, self.fabric.to_device(dropout_keys(self.train.seed, keys)))
             with self.fabric.no_backward_sync(self.model, enabled=turn + 1 < self.train.accumulate):
                 terms = {name: value.mean() for name, value in self._terms(batch, keys).items()}
@@ -223,6 +223,14 @@ class Loop:
             return batch
         return forget_batches(batch, [generator(self.train.seed, "no batch", *key).random() < share for key in keys])
 
+    def _blur_features(self, batch: Batch, keys: Sequence[tuple[str | int, ...]]) -> Batch:
+        """Show each set with noise of its own on its perturbation's feature, where that is asked for."""
+        if not self.train.feature_noise:
+            return batch
+        draws = [generator(self.train.seed, "feature noise", *key).normal(size=batch.pert_BF.shape[1]) for key in keys]
+        noise_BF = torch.from_numpy(self.train.feature_noise * self.reader.feature_size * np.stack(draws))
+        return blur_features(batch, noise_BF, control_code=self.reader.control_code)
+
     def _terms(self, batch: Batch, keys: Sequence[tuple[str | int, ...]]) -> dict[str, Tensor]:
         """Predict a batch and measure each set; its key decides which other perturbations it is compared with."""
         if self.truth is None:
@@ -237,8 +245,11 @@ class Loop:
         )
         batch, others_BK = self.fabric.to_device(batch), self.fabric.to_device(others_BK)
         known = self.truth.of(batch.context_B, batch.pert_B)
+        if self.reader.reads_what_it_predicts:
+            # what a set predicts is the difference from its own controls; others would add their sampling noise
+            known = known._replace(beside_BG=batch.control_BSI.float().mean(1))
         return loss_terms(
-            self.model(*batch.for_network(), known.control_mean_BG),
+            self.model(*batch.for_network(), known.beside_BG),
             batch,
             self.loss,
             known=known,

@@ -257,7 +257,7 @@ def _new_network(
         network.set_control_feature(torch.from_numpy(features.of([store.control])[0]))
     else:
         network.start_at_mean(torch.from_numpy(store.control_mean_log1p[reader.output_genes]))
-    if experiment.loss.de:
+    if experiment.loss.de and experiment.loss.de_head == "learned":
         network.add_de_head()
     if rates is not None:
         network.add_counts_head(torch.from_numpy(rates.log_shape_G))

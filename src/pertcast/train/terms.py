@@ -14,7 +14,7 @@ from torch import Tensor
 from pertcast.config import LossConfig
 from pertcast.models.counts_loss import negative_binomial_loss
 from pertcast.models.heads import CountsPrediction
-from pertcast.models.losses import de_loss, energy_distance, pseudobulk_mae, ranking_loss
+from pertcast.models.losses import call_logits, de_loss, energy_distance, pseudobulk_mae, ranking_loss
 from pertcast.models.state import Prediction
 from pertcast.train.batches import Batch
 from pertcast.train.truth import Known
@@ -38,7 +38,7 @@ def _alone(values: Tensor) -> Tensor:
 
 def needs_truth(config: LossConfig) -> bool:
     """Return whether a term is switched on that needs what :func:`pertcast.train.truth.learn_truth` learns."""
-    return bool(config.de or config.rank or config.nb)
+    return bool(config.de or config.rank or config.nb or (config.mae and config.mae_of == "effect"))
 
 
 def loss_terms(
@@ -60,7 +60,8 @@ def loss_terms(
     config
         Weights and options; a term with weight 0 is not computed.
     known, others
-        What the training split says of the sets, and other perturbations' effects; needed for "de", "rank" and "nb".
+        What the training split says of the sets, and other perturbations' effects; needed for "de", "rank" and "nb", and
+        for "mae" of the effect.
     positive_weight
         What a differentially expressed gene weighs.
     gather
@@ -74,12 +75,14 @@ def loss_terms(
     real_BSG = batch.real_BSO if batch.genes_BSG is None else batch.genes_BSG
     if config.mae:
         terms["mae"] = pseudobulk_mae(prediction.log1p_BSG, real_BSG)
+        if config.mae_of == "effect" and known is not None:
+            # held-out perturbations and control cells have no training effect, and are compared set by set
+            of_effect_B = (_effects(prediction, known) - known.effect_BG).abs().mean(-1)
+            terms["mae"] = torch.where(known.has_effect_B, of_effect_B, terms["mae"])
     if config.de and known is not None and known.labels_BG is not None and known.valid_BG is not None:
-        if prediction.de_BG is None:
-            raise ValueError("the term de needs a network with a DE head")
         focal = config.de_form == "focal"
         terms["de"] = de_loss(
-            prediction.de_BG,
+            _de_logits(prediction, known, config),
             known.labels_BG,
             known.valid_BG,
             positive_weight=1.0 if focal else positive_weight,
@@ -93,8 +96,7 @@ def loss_terms(
         set_effect_BG = real_BSG.float().mean(1) - known.control_mean_BG
         # The mean of all training cells is less noisy than that of a set; held-out perturbations have none.
         real_BG = torch.where(known.has_effect_B[:, None], known.effect_BG, set_effect_BG)
-        pred_BG = prediction.log1p_BSG.float().mean(1) - known.control_mean_BG
-        terms["rank"] = _rank(pred_BG, real_BG, batch, config, known, others, gather)
+        terms["rank"] = _rank(_effects(prediction, known), real_BG, batch, config, known, others, gather)
     return terms
 
 
@@ -104,6 +106,22 @@ def _counts_loss(found: CountsPrediction, real_BSG: Tensor, depth_BS: Tensor, lo
     log_mean_BG = log_rate_BG + found.log_fold_BG.float()
     log_depth_BS = depth_BS.clamp_min(_SMALLEST_DEPTH).log()
     return negative_binomial_loss(counts_BSG, log_mean_BG[:, None] + log_depth_BS[..., None], found.log_shape_G)
+
+
+def _effects(prediction: Prediction, known: Known) -> Tensor:
+    """Return the effect that each set predicts, (B, G)."""
+    return prediction.log1p_BSG.float().mean(1) - known.beside_BG
+
+
+def _de_logits(prediction: Prediction, known: Known, config: LossConfig) -> Tensor:
+    if config.de_head == "learned":
+        if prediction.de_BG is None:
+            raise ValueError("a learned DE head is part of the network, and this one has none")
+        return prediction.de_BG
+    assert known.labels_BG is not None
+    assert known.threshold_BG is not None
+    direction_BG = known.effect_BG.sign() * known.labels_BG
+    return call_logits(_effects(prediction, known), direction_BG, known.threshold_BG)
 
 
 def _rank(

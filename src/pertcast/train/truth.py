@@ -20,6 +20,7 @@ from pertcast.progress import Progress
 from pertcast.stats.draws import generator
 from pertcast.train.effects import training_effects
 from pertcast.train.rates import ControlRates
+from pertcast.train.thresholds import Called, call_thresholds
 
 __all__ = ["Known", "Truth", "learn_truth"]
 
@@ -33,6 +34,8 @@ class Known(NamedTuple):
     ----------
     control_mean_BG
         Mean log1p expression of the training control cells of each set's context.
+    beside_BG
+        What a predicted pseudobulk is an effect beside: the same, or the mean of the set's own control cells.
     effect_BG
         The training effect of each set's perturbation; 0 where there is none.
     has_effect_B
@@ -41,6 +44,8 @@ class Known(NamedTuple):
         Whether a gene is differentially expressed, and where that is known.
     log_rate_BG
         Logarithm of the mean normalised count in control cells of each set's context, where the counts head is trained.
+    threshold_BG
+        The size of effect from which on the official test calls a gene, about.
     own_gene_B
         The position of the perturbation's own gene among those predicted, -1 where it is not.
     is_control_B
@@ -48,10 +53,12 @@ class Known(NamedTuple):
     """
 
     control_mean_BG: Tensor  # noqa: N815
+    beside_BG: Tensor  # noqa: N815
     effect_BG: Tensor  # noqa: N815
     has_effect_B: Tensor  # noqa: N815
     labels_BG: Tensor | None  # noqa: N815
     valid_BG: Tensor | None  # noqa: N815
+    threshold_BG: Tensor | None  # noqa: N815
     own_gene_B: Tensor  # noqa: N815
     is_control_B: Tensor  # noqa: N815
     log_rate_BG: Tensor | None = None  # noqa: N815
@@ -72,6 +79,8 @@ class Truth:
         Of each context's training control cells; of all contexts together where one has none.
     labels_NG
         Which genes are differentially expressed, where the DE head is trained.
+    threshold_NG
+        From which size of effect on the test calls a gene; beside `labels_NG`.
     output_genes
         Positions of the predicted genes in the store.
     log_rate_CG
@@ -94,6 +103,7 @@ class Truth:
         effects_NG: NDArray[np.float32],
         control_mean_CG: NDArray[np.float32],
         labels_NG: NDArray[np.bool_] | None,
+        threshold_NG: NDArray[np.float32] | None = None,
         output_genes: NDArray[np.int64],
         log_rate_CG: NDArray[np.float32] | None = None,
     ) -> None:
@@ -106,12 +116,22 @@ class Truth:
         self.effects_NG, self._control_mean_CG = torch.from_numpy(effects_NG), torch.from_numpy(control_mean_CG)
         self._labels_NG = None if labels_NG is None else torch.from_numpy(labels_NG)
         self._log_rate_CG = None if log_rate_CG is None else torch.from_numpy(log_rate_CG)
+        self._threshold_NG = None if threshold_NG is None else torch.from_numpy(threshold_NG)
         share = 0.0 if labels_NG is None else float(labels_NG.mean())
         self.positive_weight = float(np.clip((1 - share) / share, 1, _LARGEST_WEIGHT)) if share else 1.0
 
     def to(self, device: torch.device) -> Truth:
         """Put everything on a device; returns itself."""
-        for name in ("_row_CP", "_own_gene_P", "effects_NG", "_control_mean_CG", "_labels_NG", "_log_rate_CG"):
+        names = (
+            "_row_CP",
+            "_own_gene_P",
+            "effects_NG",
+            "_control_mean_CG",
+            "_labels_NG",
+            "_threshold_NG",
+            "_log_rate_CG",
+        )
+        for name in names:
             value = getattr(self, name)
             setattr(self, name, value if value is None else value.to(device))
         return self
@@ -121,13 +141,15 @@ class Truth:
         row_B = self._row_CP[context_B, pert_B]
         has_effect_B = row_B >= 0
         found_B = row_B.clamp_min(0)
-        labels = self._labels_NG
+        labels, threshold = self._labels_NG, self._threshold_NG
         return Known(
             control_mean_BG=self._control_mean_CG[context_B],
+            beside_BG=self._control_mean_CG[context_B],
             effect_BG=self.effects_NG[found_B] * has_effect_B[:, None],
             has_effect_B=has_effect_B,
             labels_BG=None if labels is None else labels[found_B] & has_effect_B[:, None],
             valid_BG=None if labels is None else has_effect_B[:, None].expand(-1, labels.shape[1]),
+            threshold_BG=None if threshold is None else threshold[found_B],
             own_gene_B=self._own_gene_P[pert_B],
             is_control_B=pert_B == self._store.control_code,
             log_rate_BG=None if self._log_rate_CG is None else self._log_rate_CG[context_B],
@@ -180,14 +202,18 @@ def learn_truth(
     effects = training_effects(store, output_genes, progress=progress)
     codes = np.stack([effects.contexts, effects.perts], axis=1)
     genes = None if len(output_genes) == len(store.genes) else output_genes
-    labels_NG = None
+    labels_NG, threshold_NG = None, None
     if labels and len(codes):
         found = de_labels(store, progress=progress)
-        labels_NG = found.significant[found.find(codes[:, 0].astype(np.int32), codes[:, 1].astype(np.int32))]
+        rows = found.find(codes[:, 0].astype(np.int32), codes[:, 1].astype(np.int32))
         # They were adjusted over all genes, whichever of them are predicted.
-        labels_NG = labels_NG if genes is None else labels_NG[:, genes]
+        whole_NG = found.significant[rows]
+        labels_NG = whole_NG if genes is None else whole_NG[:, genes]
+        called = Called(effects.contexts, found.num_cells[rows], whole_NG.sum(axis=1))
+        threshold_NG = call_thresholds(store, called, output_genes)
     elif labels:
         labels_NG = np.zeros((1, len(output_genes)), dtype=bool)
+        threshold_NG = np.ones(labels_NG.shape, dtype=np.float32)
     return Truth(
         store,
         contexts=effects.contexts,
@@ -195,6 +221,7 @@ def learn_truth(
         effects_NG=effects.effects_NG if len(codes) else np.zeros((1, len(output_genes)), np.float32),
         control_mean_CG=effects.control_mean_CG,
         labels_NG=labels_NG,
+        threshold_NG=threshold_NG,
         output_genes=output_genes,
         log_rate_CG=None if rates is None else rates.log_rate_CG,
     )
