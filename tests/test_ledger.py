@@ -65,7 +65,7 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
     """C1 and C2, packed one after the other."""
     first = make_archive(tmp_path / "b" / "prediction.vcc", C1, packed_at="2026-01-01T00:00:00Z")
     second = make_archive(
-        tmp_path / "a" / "deep" / "er" / "x.vcc", changed(C1, mae=1.0), packed_at="2026-01-02T00:00:00Z"
+        tmp_path / "a" / "deep" / "er" / "x.vcc", changed(C1, mae=10.0), packed_at="2026-01-02T00:00:00Z"
     )
     return first, second
 
@@ -78,12 +78,12 @@ def test_submissions_stand_in_the_order_of_packing_with_rung_and_difference(
     assert [item.sha256 for item in ledger.submissions] == [hash_file(path) for path in two]
     assert [item.rung for item in ledger.submissions] == ["c1", "c2"]
     assert ledger.changed(1) is None
-    assert ledger.changed(2) == {"loss.mae": (0.0, 1.0)}
+    assert ledger.changed(2) == {"loss.mae": (0.0, 10.0)}
     assert ledger.trade_offs() == []
 
 
 def test_improvements_are_signed_so_that_more_is_better(tmp_path: Path, two: tuple[Path, Path]) -> None:
-    third = make_archive(tmp_path / "c.vcc", changed(C1, mae=1.0, de=0.5), packed_at="2026-01-03T00:00:00Z")
+    third = make_archive(tmp_path / "c.vcc", changed(C1, mae=10.0, de=0.5), packed_at="2026-01-03T00:00:00Z")
     for archive, mae, des in zip((*two, third), (0.4, 0.3, 0.35), (0.1, 0.1, 0.2), strict=True):
         say(archive, mae=mae, des=des)
     ledger = read_ledger([tmp_path])

@@ -527,18 +527,28 @@ def test_each_term_is_logged_and_weighs_what_it_should(bench: Bench, tmp_path: P
     for kind in ("train", "val"):
         for entry in lines(run, kind):
             share = min(1.0, entry["step"] / 5) if kind == "train" else 1.0
-            expected = entry["energy"] + share * (entry["mae"] + entry["de"] / 2 + entry["rank"] / 2)
+            expected = entry["energy"] + share * (10 * entry["mae"] + 0.2 * entry["de"] + entry["rank"])
             assert entry["loss"] == pytest.approx(expected, rel=1e-5)
             assert min(entry[name] for name in ("energy", "mae", "de", "rank")) > 0
 
 
-def test_the_de_head_lies_in_the_run_and_nobody_else_needs_it(bench: Bench, tmp_path: Path) -> None:
-    run = bench.train(tmp_path / "run", *ALL_TERMS)
+def test_a_learned_de_head_lies_in_the_run_and_nobody_else_needs_it(bench: Bench, tmp_path: Path) -> None:
+    run = bench.train(tmp_path / "run", *ALL_TERMS, "loss.de_head=learned")
     names = {name for name in load_file(run / "weights.safetensors") if name.startswith("de_head.")}
     assert len(names) == 5
     model = open_run(run).model()
     assert not names & model.state_dict().keys()
     assert open_run(run).spec == open_run(bench.train(tmp_path / "plain", "train.steps=1")).spec
+
+
+def test_feature_noise_changes_training_and_goes_on_to_the_bit(bench: Bench, tmp_path: Path) -> None:
+    noisy = "train.feature_noise=0.5"
+    whole = bench.train(tmp_path / "whole", noisy)
+    plain = load_file(bench.train(tmp_path / "plain") / "weights.safetensors")
+    assert not torch.equal(load_file(whole / "weights.safetensors")["pert_encoder.0.weight"], plain["pert_encoder.0.weight"])
+    with pytest.raises(KeyboardInterrupt):
+        bench.train(tmp_path / "run", noisy, progress=Watcher(6, interrupt))
+    assert_same_run(bench.train(tmp_path / "run", noisy), whole)
 
 
 def test_an_embedding_trains_with_every_term(bench: Bench, tmp_path: Path) -> None:
