@@ -545,7 +545,9 @@ def test_feature_noise_changes_training_and_goes_on_to_the_bit(bench: Bench, tmp
     noisy = "train.feature_noise=0.5"
     whole = bench.train(tmp_path / "whole", noisy)
     plain = load_file(bench.train(tmp_path / "plain") / "weights.safetensors")
-    assert not torch.equal(load_file(whole / "weights.safetensors")["pert_encoder.0.weight"], plain["pert_encoder.0.weight"])
+    assert not torch.equal(
+        load_file(whole / "weights.safetensors")["pert_encoder.0.weight"], plain["pert_encoder.0.weight"]
+    )
     with pytest.raises(KeyboardInterrupt):
         bench.train(tmp_path / "run", noisy, progress=Watcher(6, interrupt))
     assert_same_run(bench.train(tmp_path / "run", noisy), whole)

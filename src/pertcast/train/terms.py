@@ -60,8 +60,8 @@ def loss_terms(
     config
         Weights and options; a term with weight 0 is not computed.
     known, others
-        What the training split says of the sets, and other perturbations' effects; needed for "de", "rank" and "nb", and
-        for "mae" of the effect.
+        What the training split says of the sets, and other perturbations' effects; needed for "de", "rank", "nb"
+        and "mae" of the effect.
     positive_weight
         What a differentially expressed gene weighs.
     gather
