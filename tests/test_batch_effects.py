@@ -19,7 +19,8 @@ from pertcast.files.artefacts import read_json, write_json
 from pertcast.models.checkpoint import open_run
 from pertcast.stats.variance import explained_share
 from pertcast.train import train
-from pertcast.train.batches import Batch, forget_batches
+from pertcast.train.batches import Batch
+from pertcast.train.disturb import forget_batches
 from test_train import EXPERIMENT, Watcher
 
 

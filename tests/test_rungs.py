@@ -20,7 +20,8 @@ from pertcast.models.state import Prediction
 from pertcast.progress import SILENT
 from pertcast.stats.de import differential_expression
 from pertcast.stats.groups import group_cells
-from pertcast.train.batches import Batch, blur_features
+from pertcast.train.batches import Batch
+from pertcast.train.disturb import blur_features
 from pertcast.train.terms import loss_terms, total_loss
 from pertcast.train.truth import Known, Truth, learn_truth
 from workspace import make_workspace

@@ -5,7 +5,7 @@ Shapes: B sets, S cells in a set, I input width, F width of a perturbation featu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import NamedTuple, cast
@@ -28,7 +28,7 @@ from pertcast.files.cpus import available_cpus
 from pertcast.models.state import StateSpec, spec_for
 from pertcast.train.baseline import TrainingBase
 
-__all__ = ["Batch", "Place", "SetReader", "SetStream", "blur_features", "forget_batches", "read_ahead"]
+__all__ = ["Batch", "Place", "SetReader", "SetStream", "read_ahead"]
 
 _MOST_THREADS = 4
 
@@ -60,17 +60,6 @@ class Batch(NamedTuple):
     def for_network(self) -> tuple[Tensor | None, ...]:
         """Return what the network reads, in the order of its arguments."""
         return self.control_BSI, self.pert_BF, self.batch_BS, self.context_B, self.base_BG
-
-
-def forget_batches(batch: Batch, forgotten: Sequence[bool]) -> Batch:
-    """Return a batch of which some sets are of no known batch (code -1)."""
-    return batch._replace(batch_BS=torch.where(torch.tensor(forgotten)[:, None], -1, batch.batch_BS))
-
-
-def blur_features(batch: Batch, noise_BF: Tensor, *, control_code: int) -> Batch:
-    """Return a batch whose sets are shown with noise on their perturbation features; control sets have none."""
-    is_perturbed_B1 = (batch.pert_B != control_code)[:, None]
-    return batch._replace(pert_BF=batch.pert_BF + noise_BF.to(batch.pert_BF.dtype) * is_perturbed_B1)
 
 
 class SetStream:

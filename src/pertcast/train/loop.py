@@ -26,8 +26,8 @@ from pertcast.data.sets import CellSets
 from pertcast.errors import CheckpointError
 from pertcast.models.dropout import dropout_keys, key_dropout
 from pertcast.progress import Advance
-from pertcast.stats.draws import generator
-from pertcast.train.batches import Batch, Place, SetReader, SetStream, blur_features, forget_batches, read_ahead
+from pertcast.train.batches import Batch, Place, SetReader, SetStream, read_ahead
+from pertcast.train.disturb import disturb
 from pertcast.train.resume import MetricsLog, Position, optimizer_tensors, save_state
 from pertcast.train.select import OfficialMetrics, criterion
 from pertcast.train.sharding import is_sharded, whole, whole_tensors
@@ -193,7 +193,7 @@ class Loop:
             batch, place = next(batches)
             places = self._places(turn * self.train.sets_per_step, len(batch.pert_B))
             keys = [("train", step, number) for number in places]
-            batch = self._blur_features(self._forget_batches(batch, keys), keys)
+            batch = disturb(batch, self.reader, self.train, keys)
             key_dropout(self.network, self.fabric.to_device(dropout_keys(self.train.seed, keys)))
             with self.fabric.no_backward_sync(self.model, enabled=turn + 1 < self.train.accumulate):
                 terms = {name: value.mean() for name, value in self._terms(batch, keys).items()}
@@ -215,21 +215,6 @@ class Loop:
         self._is_whole = True
         loss_now, rate_now = self._smooth("loss", values["loss"]), self._smooth("rate", rate)
         advance(1, detail=f"loss {loss_now:.4g} · {rate_now:.3g} sets/s")
-
-    def _forget_batches(self, batch: Batch, keys: Sequence[tuple[str | int, ...]]) -> Batch:
-        """Show a share of the sets as of no known batch, where the network has a row for that."""
-        share = self.train.unknown_batch
-        if not share or not self.reader.spec.unknown_batch:
-            return batch
-        return forget_batches(batch, [generator(self.train.seed, "no batch", *key).random() < share for key in keys])
-
-    def _blur_features(self, batch: Batch, keys: Sequence[tuple[str | int, ...]]) -> Batch:
-        """Show each set with noise of its own on its perturbation's feature, where that is asked for."""
-        if not self.train.feature_noise:
-            return batch
-        draws = [generator(self.train.seed, "feature noise", *key).normal(size=batch.pert_BF.shape[1]) for key in keys]
-        noise_BF = torch.from_numpy(self.train.feature_noise * self.reader.feature_size * np.stack(draws))
-        return blur_features(batch, noise_BF, control_code=self.reader.control_code)
 
     def _terms(self, batch: Batch, keys: Sequence[tuple[str | int, ...]]) -> dict[str, Tensor]:
         """Predict a batch and measure each set; its key decides which other perturbations it is compared with."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
 
 from pertcast.config import Experiment, rebuild_experiment
-from pertcast.data.batch_effects import BatchEffects, batch_effects
 from pertcast.data.features import PertFeatures, save_features
 from pertcast.data.labels import de_labels
 from pertcast.data.store import Store
@@ -21,7 +19,7 @@ from pertcast.files.artefacts import MANIFEST, any_content, read_json, remove_le
 from pertcast.files.lock import claimed
 from pertcast.files.memory import keep_freed_memory
 from pertcast.models.baselines import save_baseline
-from pertcast.models.checkpoint import BASE, RUN_JSON, WEIGHTS, Run, open_run, save_run
+from pertcast.models.checkpoint import BASE, RUN_JSON, WEIGHTS, open_run
 from pertcast.models.state import StateTransition
 from pertcast.processes import launched, run_processes
 from pertcast.progress import SILENT, Progress
@@ -30,6 +28,7 @@ from pertcast.train.baseline import TrainingBase, fit_base, train_baseline
 from pertcast.train.batches import SetReader
 from pertcast.train.fabric import is_first_process, num_processes, one_process_for_all, open_fabric, products
 from pertcast.train.features import FEATURES, run_features, show_coverage
+from pertcast.train.finish import finish_run, learn_facts
 from pertcast.train.loop import Loop, make_optimizer
 from pertcast.train.precision import require_one_precision, resolve_precision
 from pertcast.train.rates import ControlRates, control_rates
@@ -178,7 +177,7 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
     )
     if needs_truth(experiment.loss):
         loop.truth = _learn_truth(store, reader, experiment, fabric, rates, progress)
-    facts = _learn_facts(reader, loop, features, store)
+    facts = learn_facts(reader, loop, features, store)
     show_coverage(features, store, experiment, progress)
     for note in facts.notes:
         progress.note(note)
@@ -193,7 +192,7 @@ def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progre
             log.close()
     weights = loop.kept_weights()
     if fabric.is_global_zero:
-        _finish(out, experiment, store, features, loop, facts, weights)
+        finish_run(out, experiment, store, features, loop, facts, weights)
     fabric.barrier()
     return out
 
@@ -274,85 +273,3 @@ def begin_run(out: Path, identity: dict[str, Any], features: PertFeatures, *, ba
         save_features(features, out / FEATURES)
     if base is not None:
         save_baseline(base.baseline, out / BASE)
-
-
-class _Facts(NamedTuple):
-    """What a user should know of the training cells, the same at every resumption."""
-
-    notes: tuple[str, ...]
-    batches: BatchEffects | None
-
-
-def _learn_facts(reader: SetReader, loop: Loop, features: PertFeatures, store: Store) -> _Facts:
-    sets = reader.training(0)
-    config, size = loop.train, reader.spec.set_size
-    notes = []
-    if sets.num_repeating:
-        notes.append(f"{sets.num_repeating:,} training groups have fewer than {size} cells, which repeat in a set")
-    if config.match == "batch" and sets.num_unmatched:
-        notes.append(
-            f"{sets.num_unmatched:,} training cells have no control cell of their own batch, and stand beside one of "
-            "their context"
-        )
-    if not len(loop.val_sets):
-        notes.append("there are no validation cells: the last weights are kept, not the best")
-    if reader.spec.unknown_batch and len(reader.untrained_batches):
-        notes.append(
-            f"{len(reader.untrained_batches):,} batches have no training cells: they get the row of the unknown batch"
-        )
-    if features.filled:
-        notes.append(f"{len(features.filled):,} perturbations have a feature that was filled in")
-    batches = batch_effects(store)
-    if batches is not None:
-        notes.append(str(batches))
-    return _Facts(tuple(notes), batches)
-
-
-def _finish(
-    out: Path,
-    experiment: Experiment,
-    store: Store,
-    features: PertFeatures,
-    loop: Loop,
-    facts: _Facts,
-    weights: dict[str, Tensor],
-) -> None:
-    position = loop.position
-    has_best = loop.best is not None
-    if loop.reader.spec.unknown_batch:
-        rows = weights["batch_encoder.weight"].clone()
-        rows[loop.reader.untrained_batches] = rows[-1].clone()
-        weights = {**weights, "batch_encoder.weight": rows}
-    run = Run(
-        path=out,
-        spec=loop.reader.spec,
-        experiment=experiment.as_json(),
-        genes=store.genes,
-        output_genes=loop.reader.output_genes,
-        hvg=store.hvg,
-        perts=store.perts,
-        contexts=store.contexts,
-        batches=store.batches,
-        control=store.control,
-        target_sum=store.target_sum,
-        scale=store.scale,
-        store_path=store.path,
-        store_fingerprint=store.fingerprint,
-        step=position.best_step if has_best else position.step,
-        metrics={
-            "last_step": position.step,
-            "val_loss": position.best_loss if has_best else None,
-            "selected_by": experiment.train.select_by if has_best else None,
-            "num_parameters": sum(parameter.numel() for parameter in loop.network.parameters()),
-            "stopped_early": position.step < experiment.train.steps,
-            "batch_effects": facts.batches._asdict() if facts.batches else None,
-        },
-        features={
-            "kind": features.kind,
-            "source": features.source,
-            "dim": features.dim,
-            "filled": features.filled,
-        },
-        notes=facts.notes,
-    )
-    save_run(run, weights, inputs={"store": store.fingerprint})
