@@ -62,11 +62,15 @@ class Band(NamedTuple):
 
 @compiled
 def aim_at(band: Any, number: int, num_cells: int, unit: float) -> float:
-    """Return the sum to meet; what is less than a count of one cell is rounded at random."""
+    """Return the sum to meet; what is less than a count of one cell is rounded at random.
+
+    What rounds to no count is 0 where counts are drawn from the fit: a count of a deep cell is worth less than most,
+    and would be near enough, too.
+    """
     draw = band.first_gene + np.uint64(number) + band.all_genes * band.first_cell
     dither = uniform(band.key ^ _DITHER, draw)
     aim: float = band.wanted[number] * num_cells + (dither - 0.5) * (1.0 - _UNCHANGED) * unit
-    return max(aim, 0.0)
+    return max(aim, 0.0) if band.real or aim > 0.5 * unit else 0.0
 
 
 @compiled

@@ -32,6 +32,8 @@ Float = NDArray[np.float64]
 
 # how near the mean must come, in standard errors of it
 _ENOUGH = 0.05
+# the spread of the logarithm of drawn totals about the expected ones from which on cells are drawn again
+_UNLIKE = 0.05
 _BAND_GENES = 512
 
 
@@ -56,7 +58,7 @@ class Donors:
     @property
     def sizes(self) -> Float:
         """Counts of each cell, (n,)."""
-        return np.asarray(self.counts.sum(axis=1, dtype=np.float64)).ravel()
+        return _sizes(self.counts)
 
 
 def reweight(
@@ -122,10 +124,24 @@ def reweight(
         totals = np.sum(list(pool.map(expected, range(len(bands)))), axis=0)
         factors *= totals.sum() / max(sizes.sum(), 1.0)
         cells = made(totals, 1.0, _ENOUGH)
-        depth = float(np.median(np.asarray(cells.sum(axis=1, dtype=np.float64))))
+        if from_fit and _are_unlike(drawn := _sizes(cells), totals):
+            # totals of shallow cells are mostly chance: the mean is met at those that were drawn
+            factors *= drawn.sum() / totals.sum()
+            totals = np.where(drawn > 0, drawn, totals)
+            cells = made(totals, 1.0, _ENOUGH)
+        depth = float(np.median(_sizes(cells)))
         if median_umi is None or not depth > 0:
             return cells
         return made(totals, median_umi / depth, 0.0)
+
+
+def _sizes(counts: sparse.csr_matrix) -> Float:
+    return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+
+
+def _are_unlike(drawn: Float, totals: Float) -> bool:
+    there = (drawn > 0) & (totals > 0)
+    return bool(there.any() and np.log(drawn[there] / totals[there]).std() > _UNLIKE)
 
 
 def _norm(target_sum: float, totals: Float) -> Float:
