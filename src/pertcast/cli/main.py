@@ -23,7 +23,7 @@ from pertcast.processes import launched
 
 __all__ = ["COMMANDS", "build_app", "main"]
 
-_SECONDS_TO_LISTEN = 3.0
+_SECONDS_TO_LISTEN = 10.0
 COMMANDS = {
     "demo": "The whole path on the real cells in the package: minutes on two cores.",
     "run": "Every stage of an experiment, resumable; what is there and still true is reused.",
