@@ -204,7 +204,7 @@ def test_a_folder_as_earlier_versions_wrote_it_reads_alike(workspace: Workspace,
 
 def write_trained(workspace: Workspace, out: Path) -> Path:
     """Train a network with all that arc-state's has not and that only training needs."""
-    overrides = ("train.steps=2", "model.batch_embedding=true", *rung_overrides("c3"))
+    overrides = ("train.steps=2", "model.batch_embedding=true", *rung_overrides("c3"), "loss.de_head=learned")
     experiment = load_experiment(workspace.experiment, overrides)
     return train(experiment, workspace.folder / "store", out)
 
