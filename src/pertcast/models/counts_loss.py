@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pertcast.models.losses import working_dtype
+
 __all__ = ["negative_binomial_loss"]
 
 
@@ -43,7 +45,7 @@ def negative_binomial_loss(counts_BSG: Tensor, log_mean_BSG: Tensor, log_shape_G
     0.6931
     """
     with torch.autocast(device_type=log_mean_BSG.device.type, enabled=False):
-        dtype = torch.float64 if log_mean_BSG.dtype == torch.float64 else torch.float32
+        dtype = working_dtype(log_mean_BSG)
         counts_BSG, log_shape_G = counts_BSG.to(dtype), log_shape_G.to(dtype)
         odds_BSG = log_mean_BSG.to(dtype) - log_shape_G
         # -log of shape / (shape + mean)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from pertcast.models.linear import times_transposed
 
-__all__ = ["call_logits", "de_loss", "energy_distance", "pseudobulk_mae", "ranking_loss"]
+__all__ = ["call_logits", "de_loss", "energy_distance", "pseudobulk_mae", "ranking_loss", "working_dtype"]
 
 # geomloss floors squared distances here; the same floor makes small sets agree with it and stops the gradient at 0.
 _SQUARED_FLOOR = 1e-8
@@ -55,7 +55,7 @@ def energy_distance(pred_BSG: Tensor, real_BSG: Tensor) -> Tensor:
     1.0
     """
     with torch.autocast(device_type=pred_BSG.device.type, enabled=False):
-        dtype = _working_dtype(pred_BSG)
+        dtype = working_dtype(pred_BSG)
         distance_B: Tensor = _EnergyDistance.apply(  # type: ignore[no-untyped-call]
             pred_BSG.to(dtype), real_BSG.detach().to(dtype)
         )
@@ -154,7 +154,7 @@ def pseudobulk_mae(pred_BSG: Tensor, real_BSG: Tensor) -> Tensor:
     tensor([1.])
     """
     with torch.autocast(device_type=pred_BSG.device.type, enabled=False):
-        dtype = _working_dtype(pred_BSG)
+        dtype = working_dtype(pred_BSG)
         return (pred_BSG.to(dtype).mean(1) - real_BSG.to(dtype).mean(1)).abs().mean(-1)
 
 
@@ -192,7 +192,7 @@ def de_loss(
     0.6931
     """
     with torch.autocast(device_type=logits_BG.device.type, enabled=False):
-        logits_BG = logits_BG.to(_working_dtype(logits_BG))
+        logits_BG = logits_BG.to(working_dtype(logits_BG))
         # How far the logit is on the side of its label.
         margin_BG = torch.where(labels_BG, logits_BG, -logits_BG)
         loss_BG = functional.softplus(-margin_BG)
@@ -229,7 +229,7 @@ def call_logits(effect_BG: Tensor, direction_BG: Tensor, threshold_BG: Tensor) -
     tensor([[ 0., -6.]])
     """
     with torch.autocast(device_type=effect_BG.device.type, enabled=False):
-        effect_BG = effect_BG.to(_working_dtype(effect_BG))
+        effect_BG = effect_BG.to(working_dtype(effect_BG))
         sided_BG = torch.where(direction_BG == 0, effect_BG.abs(), effect_BG * direction_BG)
         return _SHARPNESS * (sided_BG / threshold_BG - 1)
 
@@ -276,7 +276,7 @@ def ranking_loss(
     tensor([0.5000])
     """
     with torch.autocast(device_type=pred_BG.device.type, enabled=False):
-        dtype = _working_dtype(pred_BG)
+        dtype = working_dtype(pred_BG)
         kept_BG = torch.arange(pred_BG.shape[-1], device=pred_BG.device) != own_gene_B[:, None]
         pred_BG, real_BG = pred_BG.to(dtype) * kept_BG, real_BG.to(dtype) * kept_BG
         measure = _l1 if distance == "l1" else _one_minus_cosine
@@ -299,5 +299,6 @@ def _norm(a: Tensor) -> Tensor:
     return a.square().sum(-1).clamp_min(_NORM_FLOOR**2).sqrt()
 
 
-def _working_dtype(values: Tensor) -> torch.dtype:
+def working_dtype(values: Tensor) -> torch.dtype:
+    """Return what a loss of such values is computed in: float64 stays, all else is float32."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32

@@ -33,7 +33,7 @@ from pertcast.models.checkpoint import Run, save_run
 from pertcast.models.spec import set_size_of
 from pertcast.progress import Progress
 from pertcast.train.effects import TrainingEffects, training_effects
-from pertcast.train.features import FEATURES, needs_features, run_features, show_coverage
+from pertcast.train.features import FEATURES, feature_facts, needs_features, run_features, show_coverage
 from pertcast.train.resume import IDENTITY, identity_of, identity_problems, with_defaults
 
 __all__ = ["TrainingBase", "fit_base", "refit_base", "train_baseline"]
@@ -249,12 +249,7 @@ def train_baseline(experiment: Experiment, store: Store, out: Path, *, progress:
             "num_parameters": sum(value.size for value in arrays_of(fitted.baseline).values()),
             "stopped_early": False,
         },
-        features={
-            "kind": features.kind,
-            "source": features.source,
-            "dim": features.dim,
-            "filled": features.filled,
-        },
+        features=feature_facts(features),
         notes=(filled,) if features.filled else (),
     )
     save_run(run, arrays, inputs={"store": store.fingerprint})

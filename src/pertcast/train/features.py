@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from pertcast.data.store import Store
 from pertcast.files.season_lists import read_targets
 from pertcast.progress import Progress
 
-__all__ = ["FEATURES", "needs_features", "run_features", "show_coverage"]
+__all__ = ["FEATURES", "feature_facts", "needs_features", "run_features", "show_coverage"]
 
 FEATURES = "features"
 
@@ -38,6 +39,11 @@ def run_features(experiment: Experiment, store: Store, out: Path) -> PertFeature
     names = tuple(dict.fromkeys((store.control, *store.perts, *targets)))
     nothing = np.zeros((len(names), 0), dtype=np.float32)
     return PertFeatures(names, nothing, kind="none", control=store.control, source="no features are looked at")
+
+
+def feature_facts(features: PertFeatures) -> dict[str, Any]:
+    """Return what a run tells of its features: kind, source, width, and what was filled in."""
+    return {"kind": features.kind, "source": features.source, "dim": features.dim, "filled": features.filled}
 
 
 def show_coverage(features: PertFeatures, store: Store, experiment: Experiment, progress: Progress) -> None:

@@ -13,6 +13,7 @@ from pertcast.data.features import PertFeatures
 from pertcast.data.store import Store
 from pertcast.models.checkpoint import Run, save_run
 from pertcast.train.batches import SetReader
+from pertcast.train.features import feature_facts
 from pertcast.train.loop import Loop
 
 __all__ = ["Facts", "finish_run", "learn_facts"]
@@ -101,12 +102,7 @@ def finish_run(
             "stopped_early": position.step < experiment.train.steps,
             "batch_effects": facts.batches._asdict() if facts.batches else None,
         },
-        features={
-            "kind": features.kind,
-            "source": features.source,
-            "dim": features.dim,
-            "filled": features.filled,
-        },
+        features=feature_facts(features),
         notes=facts.notes,
     )
     save_run(run, weights, inputs={"store": store.fingerprint})
