@@ -83,6 +83,8 @@ def _prepare(experiment: Experiment, out: Path, progress: Progress) -> Path:
             writer.settle_scale()
             with progress.task("fit", int((flags & Split.TRAIN > 0).sum()), "cells") as advance:
                 fitted = writer.fit(advance)
+            with progress.task("copy HVGs", len(flags), "cells") as advance:
+                writer.copy_hvgs(fitted, advance)
         notes = (*cells.notes, *gene_notes, *_unused_notes(cells, flags), *writer.notes)
         manifest = Manifest(
             kind="store", inputs=inputs, config=experiment.as_json(), facts=writer.facts(fitted), notes=notes

@@ -16,10 +16,10 @@ from scipy import sparse
 
 from pertcast.data.build import prepare
 from pertcast.data.split import Split
+from pertcast.data.values import HVG_PREFIX, StoredValues
 from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.artefacts import read_manifest
 from pertcast.files.expression import Scale, normalise_log1p
-from pertcast.files.ranges import RangeFile
 
 __all__ = ["ALIGNMENT_BYTES", "Split", "Store", "prepare"]
 
@@ -37,12 +37,11 @@ def _load(folder: Path, name: str, *, mapped: bool = False) -> np.ndarray:
     return np.asarray(array)
 
 
-def _ranges(folder: Path, name: str) -> RangeFile:
-    path = folder / f"{name}.npy"
+def _values(folder: Path, num_genes: int, *, prefix: str = "") -> StoredValues:
     try:
-        return RangeFile(path)
+        return StoredValues(folder, num_genes=num_genes, prefix=prefix)
     except (OSError, ValueError, EOFError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(folder / f"{prefix}data.npy", error) from error
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
@@ -117,9 +116,8 @@ class Store:
     embedding_keys: tuple[str, ...]
     config: dict[str, Any] = field(repr=False)
     notes: tuple[str, ...] = field(repr=False)
-    _indptr: np.ndarray = field(repr=False)
-    _indices: RangeFile = field(repr=False)
-    _data: RangeFile = field(repr=False)
+    _values: StoredValues = field(repr=False)
+    _hvg_values: StoredValues | None = field(repr=False)
     _embeddings: dict[str, np.ndarray] = field(repr=False)
 
     @classmethod
@@ -132,7 +130,7 @@ class Store:
             If the folder is no store, or a file of it is missing or damaged.
         """
         manifest = read_manifest(path, kind="store")
-        facts = manifest.facts
+        facts, hvg = manifest.facts, _load(path, "hvg")
         content = json.dumps([manifest.files, facts], sort_keys=True)
         store = cls(
             path=path,
@@ -152,18 +150,20 @@ class Store:
             batch_codes=_load(path, "batch_codes"),
             split=_load(path, "split"),
             totals=_load(path, "totals"),
-            hvg=_load(path, "hvg"),
+            hvg=hvg,
             control_mean_log1p=_load(path, "control_mean_log1p"),
             embedding_keys=tuple(facts["embedding_keys"]),
             config=manifest.config,
             notes=manifest.notes,
-            _indptr=_load(path, "indptr"),
-            _indices=_ranges(path, "indices"),
-            _data=_ranges(path, "data"),
+            _values=_values(path, len(facts["genes"])),
+            # a store of many HVGs, or of an older pertcast, has no copy of theirs
+            _hvg_values=_values(path, len(hvg), prefix=HVG_PREFIX)
+            if f"{HVG_PREFIX}data.npy" in manifest.files
+            else None,
             _embeddings={key: _load(path, f"embedding_{key}", mapped=True) for key in facts["embedding_keys"]},
         )
-        lengths = {len(store._indices), len(store._data), int(store._indptr[-1]), facts["num_values"]}
-        if len(lengths) != 1 or len(store._indptr) != store.num_cells + 1:
+        cells = {store.num_cells, len(store._values), *([len(store._hvg_values)] if store._hvg_values else [])}
+        if len(cells) != 1 or store._values.num_values != facts["num_values"]:
             problem = Problem(str(path), "its arrays do not fit each other", "run `pertcast prepare` again")
             raise CheckpointError(problems=[problem])
         return store
@@ -194,16 +194,13 @@ class Store:
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_cells):
             raise IndexError(f"rows from {rows.min()} to {rows.max()} of a store of {self.num_cells} cells")
-        starts, stops = self._indptr[rows], self._indptr[rows + 1]
+        copied = self._hvg_values if genes is not None and np.array_equal(genes, self.hvg) else None
         try:
-            indices = self._indices.gather(starts, stops).astype(np.int32)
-            values = self._data.gather(starts, stops)
+            block = (self._values if copied is None else copied).read(rows)
         except OSError as error:
             problem = Problem(str(self.path), f"its values cannot be read ({error})", "run `pertcast prepare` again")
             raise CheckpointError(problems=[problem]) from error
-        indptr = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64)
-        block = sparse.csr_matrix((values, indices, indptr), shape=(len(rows), len(self.genes)), copy=False)
-        return block if genes is None else block[:, genes]
+        return block if genes is None or copied is not None else block[:, genes]
 
     def _gather(self, rows: np.ndarray, genes: np.ndarray | None = None) -> sparse.csr_matrix:
         block = self._stored(rows, genes)

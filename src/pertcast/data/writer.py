@@ -1,4 +1,4 @@
-"""Writes the arrays of a store: one pass over the input, then one over the store for what is fitted on TRAIN cells.
+"""Writes the arrays of a store in three passes: over the input, over its TRAIN cells to fit, and to copy the HVGs.
 
 Invariants: memory is bounded by the block size and a few numbers a cell; nothing is fitted on a cell outside TRAIN.
 """
@@ -20,6 +20,7 @@ from pertcast.data.experiment import CellTable
 from pertcast.data.genes import GeneMap
 from pertcast.data.hvg import Moments, choose_hvgs
 from pertcast.data.split import Split
+from pertcast.data.values import worth_a_copy, write_hvg_values
 from pertcast.errors import DataError, Problem
 from pertcast.files.csc import row_bands
 from pertcast.files.expression import Scale, ScaleEvidence, common_scale, normalise_log1p
@@ -165,6 +166,11 @@ class StoreWriter:
         np.save(self._folder / "hvg.npy", fitted.hvg)
         np.save(self._folder / "control_mean_log1p.npy", fitted.control_mean_log1p)
         return fitted
+
+    def copy_hvgs(self, fitted: Fitted, advance: Advance) -> None:
+        """Write the highly variable genes of each cell together, too, where they are few."""
+        if worth_a_copy(len(fitted.hvg), len(self._genes)):
+            write_hvg_values(self._folder, fitted.hvg, num_genes=len(self._genes), advance=advance)
 
     def _control_code(self) -> int:
         return self._cells.keys.perts.index(self._experiment.columns.control)

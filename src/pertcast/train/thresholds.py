@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from pertcast.data.split import Split
 from pertcast.data.store import Store
@@ -59,7 +59,7 @@ def call_thresholds(store: Store, called: Called, genes: NDArray[np.int64]) -> N
     """
     threshold_NG = np.zeros((len(called.contexts), len(genes)), dtype=np.float32)
     share_N = FDR * np.maximum(called.num_significant, 1) / len(store.genes)
-    quantile_N = stats.norm.isf(np.minimum(share_N, 1) / 2)
+    quantile_N = -special.ndtri(np.minimum(share_N, 1) / 2)
     for context in np.unique(called.contexts).tolist():
         mine = np.flatnonzero(called.contexts == context)
         controls = store.rows(split=Split.TRAIN, context=context, pert=store.control_code)
