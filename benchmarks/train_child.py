@@ -49,7 +49,7 @@ def main() -> None:
     from pertcast.data.store import prepare
 
     # both as the command line does
-    import_ahead("pertcast.train")
+    import_ahead("pertcast.train.stage")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     out, experiment_path, store, run, *overrides = sys.argv[1:]
     clock = Clock()

@@ -73,7 +73,7 @@ def run_experiment(path: Path, out: Path, *, overrides: Sequence[str] = (), prog
 
     from pertcast.data.store import prepare
 
-    import_ahead("lightning_fabric")
+    import_ahead("pertcast.train.stage")
     season, genes, targets = submission.resolve(), submission.genes, submission.targets
     store = prepare(experiment, out / "store", progress=progress)
 

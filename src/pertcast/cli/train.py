@@ -64,7 +64,7 @@ def train(
             raise ConfigError(
                 "under torchrun or srun the store must be there: run `pertcast prepare`, and give --store"
             )
-        import_ahead("pertcast.train")
+        import_ahead("pertcast.train.stage")
         store = prepare(resolved, out.parent / "store", progress=progress)
     from pertcast.train import train as fit
 
