@@ -1,116 +1,52 @@
 """How cells are made decides what is called differentially expressed: every way to make them, beside real cells.
 
-Three tables, each over several seeds:
+Four tables, each over several seeds:
 
 null       counts made with no effect of one half of real controls (their mean, from a sample of them) against the other
            half: DE calls, variance, zeros, depth, beside real cells of the first half. H1 and simulated 18,080 genes.
+           Kept: at most 1.5 times the DE calls of real cells and 2 more, a median variance ratio of .9 to 1.1, a median
+           gene's zeros within 2 points, the median UMI within 2 % of the asked one.
 k562       the true mean effect of one half of each target's cells on control cells, against the other half: DES and
-           DE calls.
+           DE calls, at the control cells' depth and at that of the target's half.
 simulated  the same with the true mean of many cells, against real cells of the same number.
+head       cells of a trained counts head beside others of the same run, held-out targets (benchmarks/cells_head.py).
 
-    python -m benchmarks.cells --tables null k562 simulated --seeds 3
+    python -m benchmarks.cells --tables null k562 simulated head --seeds 3
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
+from benchmarks.makers import (
+    MAKERS,
+    OF_COUNTS,
+    Controls,
+    Csr,
+    make_cells,
+    make_counts,
+    mean_of,
+    to_log1p,
+    totals_of,
+)
 from benchmarks.predictions import find_shared
 from benchmarks.screen import ScreenConfig, draw_cells, draw_screen, made_up_features
 from numpy.typing import NDArray
 from scipy import sparse
 
-from pertcast.files.expression import normalise_log1p
-from pertcast.generate.cells import (
-    Donors,
-    dense_to_csr,
-    draw_counts,
-    reweight,
-    round_to_counts,
-    shift,
-    shift_sparing_zeros,
-)
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN
-from pertcast.stats.counts import fit_counts
 from pertcast.stats.de import differential_expression
 from pertcast.stats.draws import generator
 from pertcast.stats.groups import group_cells
 from pertcast.stats.metrics import de_overlap, effect_correlation, is_significant, mean_absolute_error
 from pertcast.stats.realism import Likeness, Reference, compare_cells
-from pertcast.stats.uniforms import uniform_key
 
-__all__ = ["MAKERS", "Controls", "make_cells"]
-
-MAKERS = ("donors", "negative_binomial", "nb_head", "sparse", "shift", "shift counts", "shift mean only")
-Csr = sparse.csr_matrix
-# a fold of a gene that hardly anyone shows is not told from none
-_HALF_SEEN = 1e-3
-
-
-class Controls(NamedTuple):
-    """Control cells of one context: counts, and what they are normalised to."""
-
-    counts: Csr
-    target_sum: float
-
-    @property
-    def log1p(self) -> Csr:
-        """Normalised values."""
-        return to_log1p(self.counts, self.target_sum)
-
-
-def totals_of(counts: Csr) -> NDArray[np.float64]:
-    """Return the counts of each cell."""
-    return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-
-
-def to_log1p(counts: Csr, target_sum: float) -> Csr:
-    """Return normalised values."""
-    return normalise_log1p(counts, totals_of(counts), target_sum)
-
-
-def mean_of(log1p: Csr) -> NDArray[np.float64]:
-    """Return the pseudobulk."""
-    return np.asarray(log1p.mean(axis=0, dtype=np.float64)).ravel()
-
-
-def make_cells(
-    controls: Controls, mean: NDArray[np.float64], how: str, *, number: int, seed: int, umi: float | None = None
-) -> Csr:
-    """Return log1p cells (number, G) that carry a mean, made of a sample of control cells.
-
-    For "nb_head" the mean is turned into folds of a counts head: rates are as many times those of control cells as
-    expm1 of the mean is, at the control cells' dispersion. Of shallow cells that is a rough stand-in.
-    """
-    random = generator(seed, "donors")
-    laps = [random.permutation(controls.counts.shape[0]) for _ in range(-(-number // controls.counts.shape[0]))]
-    rows = np.concatenate(laps)[:number]
-    donors, key = controls.counts[rows], uniform_key(seed, "cells", how)
-    if how in ("donors", "negative_binomial"):
-        fit = fit_counts([(controls.counts, np.zeros(controls.counts.shape[0], dtype=np.int64))], num_batches=1)
-        given = Donors(donors, np.zeros(number, dtype=np.int64), controls.target_sum)
-        made = reweight(given, mean, fit, key=key, median_umi=umi, from_fit=how == "negative_binomial")
-        return to_log1p(made, controls.target_sum)
-    if how == "nb_head":
-        fit = fit_counts([(controls.counts, np.zeros(controls.counts.shape[0], dtype=np.int64))], num_batches=1)
-        sizes = totals_of(donors) * (1.0 if umi is None else umi / float(np.median(totals_of(donors))))
-        fold = np.log((np.expm1(mean) + _HALF_SEEN) / (np.expm1(mean_of(controls.log1p)) + _HALF_SEEN))
-        batch = np.zeros(number, dtype=np.int64)
-        return to_log1p(draw_counts(fit.share, fold, fit.shape, batch=batch, sizes=sizes, key=key), controls.target_sum)
-    log1p = to_log1p(donors, controls.target_sum).toarray()
-    if how == "sparse":
-        return dense_to_csr(shift_sparing_zeros(log1p, mean))
-    spread = 0.0 if how == "shift mean only" else 1.0
-    moved = dense_to_csr(shift(log1p, mean, spread=spread))
-    if how == "shift counts":
-        return to_log1p(round_to_counts(moved, totals_of(donors), key=key), controls.target_sum)
-    return moved
+__all__ = ["Effects", "effect_table", "null_table", "score_effects"]
 
 
 def halves(number: int, seed: int, *key: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -121,7 +57,8 @@ def halves(number: int, seed: int, *key: str) -> tuple[NDArray[np.int64], NDArra
 
 def null_table(counts: Csr, name: str, seeds: int, *, sample: float) -> None:
     """Print the null test; `sample` is the share of the first half that cells are made of."""
-    found: dict[str, list[tuple[Likeness, float]]] = {}
+    found: dict[str, list[Likeness]] = {}
+    depths: dict[str, list[float]] = {}
     for seed in range(seeds):
         ours, theirs = (counts[np.sort(half)] for half in halves(counts.shape[0], seed, name))
         target_sum = float(np.median(totals_of(ours)))
@@ -129,27 +66,43 @@ def null_table(counts: Csr, name: str, seeds: int, *, sample: float) -> None:
         controls = Controls(ours, target_sum)
         number = int(sample * ours.shape[0])
         real = ours[generator(seed, "donors").permutation(ours.shape[0])[:number]]
-        found.setdefault("real cells", []).append((compare_cells(to_log1p(real, target_sum), reference), 0.0))
+        found.setdefault("real cells", []).append(compare_cells(to_log1p(real, target_sum), reference))
         mean = mean_of(controls.log1p)
         for how in MAKERS:
-            start = time.perf_counter()
-            made = make_cells(controls, mean, how, number=number, seed=seed, umi=target_sum)
-            found.setdefault(how, []).append((compare_cells(made, reference), time.perf_counter() - start))
+            if how in OF_COUNTS:
+                cells = make_counts(controls, mean, how, number=number, seed=seed, umi=target_sum)
+                depths.setdefault(how, []).append(100 * (float(np.median(totals_of(cells))) / target_sum - 1))
+                made = to_log1p(cells, target_sum)
+            else:
+                made = make_cells(controls, mean, how, number=number, seed=seed)
+            found.setdefault(how, []).append(compare_cells(made, reference))
     print(f"\nNull, {name}: {counts.shape[0]:,} controls in halves, {counts.shape[1]:,} genes, {seeds} seeds\n")
-    print("| cells | DE calls | variance ratio .1 / .5 / .9 | zeros, points: median, .05, .95 | gene-gene r |")
-    print("|---|---|---|---|---|")
+    print(
+        "| cells | DE calls | variance ratio .1 / .5 / .9 | zeros, points: median, .05, .95 | gene r | UMI, % | kept |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for how, rows in found.items():
-        calls = ", ".join(str(like.de_calls) for like, _ in rows)
-        ratio = " / ".join(f"{value:.2f}" for value in np.mean([like.variance_ratio for like, _ in rows], axis=0))
-        few, middle, many, _ = 100 * np.mean([like.zero_difference for like, _ in rows], axis=0)
-        pairs = np.mean([like.correlation for like, _ in rows])
-        print(f"| {how} | {calls} | {ratio} | {middle:+.1f}, {few:+.1f}, {many:+.1f} | {pairs:.2f} |")
+        calls = ", ".join(str(like.de_calls) for like in rows)
+        ratio = " / ".join(f"{value:.2f}" for value in np.mean([like.variance_ratio for like in rows], axis=0))
+        few, middle, many, _ = 100 * np.mean([like.zero_difference for like in rows], axis=0)
+        pairs, depth = np.mean([like.correlation for like in rows]), depths.get(how, [])
+        umi = f"{max(depth, key=abs):+.1f}" if depth else ""
+        kept = sum(
+            like.de_calls <= 1.5 * real.de_calls + 2
+            and 0.9 <= like.variance_ratio[1] <= 1.1
+            and abs(like.zero_difference[1]) <= 0.02
+            and (not depth or abs(depth[seed]) <= 2)
+            for seed, (like, real) in enumerate(zip(rows, found["real cells"], strict=True))
+        )
+        zeros = f"{middle:+.1f}, {few:+.1f}, {many:+.1f}"
+        print(f"| {how} | {calls} | {ratio} | {zeros} | {pairs:.2f} | {umi} | {kept} of {seeds} |")
 
 
 class Effects(NamedTuple):
-    """DE calls, DES, MAE of the pseudobulk and effect correlation, means over targets."""
+    """DE calls, those of the truth, DES, MAE of the pseudobulk and effect correlation, means over targets."""
 
     calls: float
+    real_calls: float
     des: float
     mae: float
     correlation: float
@@ -171,6 +124,7 @@ def score_effects(made: list[Csr], real: list[Csr], control: Csr) -> Effects:
     base = mean_of(control)
     return Effects(
         float(overlap.num_predicted.mean()),
+        float(overlap.num_real.mean()),
         float(overlap.score.mean()),
         float(mean_absolute_error(real_means, means).mean()),
         float(np.nanmean(effect_correlation(real_means - base, means - base))),
@@ -183,15 +137,23 @@ def effect_table(name: str, seeds: int, run: Callable[[int], Iterator[tuple[str,
     for seed in range(seeds):
         for how, effects in run(seed):
             found.setdefault(how, []).append(effects)
-    print(f"\nTrue mean effect, {name}, {seeds} seeds (± standard error over seeds)\n")
-    print("| cells | DE calls | DES | MAE of the pseudobulk | effect correlation |")
-    print("|---|---|---|---|---|")
+    real = np.mean(next(iter(found.values())), axis=0)
+    print(f"\nTrue mean effect, {name}, {seeds} seeds (± standard error over seeds, or over paired differences)")
+    print(f"DE calls of the truth: {real[1]:.2f}\n")
+    print("| cells | DE calls | DES | minus real cells | minus donors | MAE of the pseudobulk | effect correlation |")
+    print("|---|---|---|---|---|---|---|")
     for how, rows in found.items():
-        middle, error = np.mean(rows, axis=0), np.std(rows, axis=0) / np.sqrt(max(len(rows) - 1, 1))
+        middle = np.mean(rows, axis=0)
+        des = [[effects.des for effects in found[each]] for each in (how, next(iter(found)), "donors")]
+        apart = " | ".join(f"{np.mean(less):+.3f} ± {_error(less):.3f}" for less in np.subtract(des[0], des[1:]))
         print(
-            f"| {how} | {middle[0]:.2f} | {middle[1]:.3f} ± {error[1]:.3f} "
-            f"| {middle[2]:.4f} | {middle[3]:.2f} ± {error[3]:.2f} |"
+            f"| {how} | {middle[0]:.2f} | {middle[2]:.3f} ± {_error(des[0]):.3f} | {apart} "
+            f"| {middle[3]:.4f} | {middle[4]:.2f} ± {_error([effects.correlation for effects in rows]):.3f} |"
         )
+
+
+def _error(values: Sequence[float] | NDArray[np.float64]) -> float:
+    return float(np.std(values) / np.sqrt(max(len(values) - 1, 1)))
 
 
 def k562_effects(seed: int) -> Iterator[tuple[str, Effects]]:
@@ -201,19 +163,20 @@ def k562_effects(seed: int) -> Iterator[tuple[str, Effects]]:
     labels = cells.obs["perturbation"].astype(str).to_numpy()
     counts = sparse.csr_matrix(cells.X)
     controls = Controls(counts[labels == "control"], float(np.median(totals_of(counts))))
-    one, other = [], []
+    one, other, depths = [], [], []
     for target in sorted(set(labels) - {"control"}):
         rows = np.flatnonzero(labels == target)
         mine, theirs = halves(len(rows), seed, target)
         one.append(to_log1p(counts[rows[mine]], controls.target_sum))
+        depths.append(float(np.median(totals_of(counts[rows[mine]]))))
         other.append(to_log1p(counts[rows[theirs]], controls.target_sum))
     yield "real cells, the other half", score_effects(one, other, controls.log1p)
-    for how in MAKERS:
+    for how, asked in [*((how, False) for how in MAKERS), ("donors", True), ("negative_binomial", True)]:
         made = [
-            make_cells(controls, mean_of(part), how, number=part.shape[0], seed=1000 * seed + place)
-            for place, part in enumerate(one)
+            make_cells(controls, mean_of(part), how, number=part.shape[0], seed=1000 * seed + place, umi=umi)
+            for place, (part, umi) in enumerate(zip(one, depths if asked else [None] * len(one), strict=True))
         ]
-        yield how, score_effects(made, other, controls.log1p)
+        yield f"{how}, at the target's depth" if asked else how, score_effects(made, other, controls.log1p)
 
 
 def simulated_effects(seed: int) -> Iterator[tuple[str, Effects]]:

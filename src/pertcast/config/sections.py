@@ -130,9 +130,10 @@ class GenerateConfig(Section):
     - ``shift``: the predicted mean plus `spread` times each control cell's residual; ``sparse``: the same, but zeros
       of rarely seen genes stay.
 
-    Where the target list gives ``median_umi_per_cell``, counts that are drawn have that median. With `calibrated`
-    effects and spread are scaled as `pertcast calibrate` chose for the run. `centred` predicts each control cell too,
-    as the control condition, and takes of the model only what a target adds to that; it takes twice the time.
+    Where the target list gives ``median_umi_per_cell``, counts that are drawn have that median, and the predicted mean
+    is met by cells of that depth. With `calibrated` effects and spread are scaled as `pertcast calibrate` chose for the
+    run. `centred` predicts each control cell too, as the control condition, and takes of the model only what a target
+    adds to that; it takes twice the time.
 
     `other_genes` says where genes come from that the model does not predict (``output = "hvg"``); "control" copies
     them from the control cell that each cell is made from, and is counted in every report.

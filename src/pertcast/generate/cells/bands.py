@@ -92,11 +92,10 @@ def mean_unit(norm: Any) -> float:
 
 
 @compiled
-def make(band: Any, cells: Any, factors: Any, slopes: Any, scale: float, enough: float) -> tuple[Any, Any, Any]:
+def make(band: Any, cells: Any, factors: Any, slopes: Any, enough: float) -> tuple[Any, Any, Any]:
     """Return the new counts of a band (starts, rows, values), rows ascending within a gene.
 
-    Where `enough` is above 0, factors are solved for so near, beginning with `factors`, which change in place; where it
-    is 0 they are taken as they are, times `scale`.
+    Factors are solved for, as near as `enough` says, beginning with `factors`, which change in place.
     """
     norm = cells.norm
     num_genes, num_cells, unit = len(band.starts) - 1, len(norm), mean_unit(norm)
@@ -115,14 +114,12 @@ def make(band: Any, cells: Any, factors: Any, slopes: Any, scale: float, enough:
         law = Law(band.shape[number], band.inflation[number], band.real)
         _fill(band, number, cells, u, mean)
         gene = Gene(rows, count, u, mean, norm)
-        is_drawn = False
-        if enough > 0.0:
-            now = sum_of(rows, counts, norm) if band.real else 0.0
-            aim, start = aim_at(band, number, num_cells, unit), (factors[number], slopes[number])
-            factors[number], is_drawn = solve(law, gene, search, now, aim, unit, start, enough)
+        now = sum_of(rows, counts, norm) if band.real else 0.0
+        aim, start = aim_at(band, number, num_cells, unit), (factors[number], slopes[number])
+        factors[number], is_drawn = solve(law, gene, search, now, aim, unit, start, enough)
         if used + num_cells > len(out_rows):
             out_rows, out_values = _grown(out_rows, out_values, used, num_cells)
-        used = _emit(law, gene, search, factors[number] * scale, is_drawn, (out_rows, out_values), used)
+        used = _emit(law, gene, search, factors[number], is_drawn, (out_rows, out_values), used)
         out_starts[number + 1] = used
         for entry in range(len(rows)):
             count[rows[entry]] = 0

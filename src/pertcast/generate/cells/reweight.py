@@ -11,6 +11,8 @@ Legend of shapes: n cells, B batches, G genes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +37,11 @@ _ENOUGH = 0.05
 # the spread of the logarithm of drawn totals about the expected ones from which on cells are drawn again
 _UNLIKE = 0.05
 _BAND_GENES = 512
+# how near the logarithm of the depth must come to the asked one's, in how many rounds; how slowly it may follow the
+# totals at which the mean is met
+_NEAR_DEPTH = 0.005
+_MOST_ROUNDS = 6
+_LEAST_RISE = 0.2
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def reweight(
     donors
         Control cells, one for each new cell.
     mean_log1p
-        (G,) the pseudobulk to meet: the mean over cells of log1p(count * target_sum / total), at the donors' depth.
+        (G,) the pseudobulk to meet: the mean over cells of log1p(count * target_sum / total).
     fit
         How counts of such cells vary.
     key
@@ -86,8 +93,8 @@ def reweight(
     first_cell
         How many cells of this key were made before these.
     median_umi
-        The median total that the new cells should have: all rates are scaled by one number, after the effect, so that
-        zeros and noise are those of cells of that depth. ``None`` keeps the donors' depth.
+        The median total that the new cells should have, at which the mean is met; it holds also where no cells of that
+        depth have the mean. ``None`` keeps the donors' depth, as far as the effect leaves it.
     from_fit
         Draw counts from the fit alone, with the donors' totals and batches; their own counts are not used then, and
         genes do not vary together.
@@ -101,8 +108,9 @@ def reweight(
     wanted = np.asarray(mean_log1p, dtype=np.float64)
     if wanted.shape != (counts.shape[1],) or not (np.isfinite(wanted).all() and (wanted >= 0).all()):
         raise ValueError(f"expected {counts.shape[1]} means of 0 or more, got {wanted.shape}")
-    norm = _norm(donors.target_sum, sizes)
-    typical = typical_cell(sizes, donors.target_sum, real=not from_fit)
+    depth = 1.0 if median_umi is None else median_umi / max(float(np.median(sizes)), 1.0)
+    norm = _norm(donors.target_sum, depth * sizes)
+    typical = typical_cell(sizes, donors.target_sum / depth, real=not from_fit)
     factors, slopes = np.ones(counts.shape[1]), np.zeros(counts.shape[1])
     genes = [slice(start, start + _BAND_GENES) for start in range(0, counts.shape[1], _BAND_GENES)]
     by_gene = counts.tocsc()
@@ -113,26 +121,49 @@ def reweight(
         expect_totals(bands[number], Cells(donors.batch, sizes, norm), typical, factors[part], slopes[part], totals)
         return totals
 
-    def made(totals: Float, scale: float, enough: float) -> sparse.csr_matrix:
+    def made(totals: Float) -> sparse.csr_matrix:
         cells = Cells(donors.batch, sizes, _norm(donors.target_sum, totals))
         parts = zip(bands, genes, strict=True)
-        jobs = [pool.submit(make, band, cells, factors[part], slopes[part], scale, enough) for band, part in parts]
+        jobs = [pool.submit(make, band, cells, factors[part], slopes[part], _ENOUGH) for band, part in parts]
         return _to_csr([job.result() for job in jobs], counts.shape)
 
     with ThreadPoolExecutor(available_cpus(), thread_name_prefix="pertcast-reweight") as pool:
-        # cells have the totals that the effect leads to; in the order of the bands, whichever was done first
+        # cells have the totals that the effect leads to, about the depth that is asked for; in the order of the bands,
+        # whichever was done first
         totals = np.sum(list(pool.map(expected, range(len(bands)))), axis=0)
-        factors *= totals.sum() / max(sizes.sum(), 1.0)
-        cells = made(totals, 1.0, _ENOUGH)
+        if median_umi is not None:
+            totals *= median_umi / max(float(np.median(totals)), 1e-9)
+        factors *= totals.sum() / max(depth * sizes.sum(), 1.0)
+        cells = made(totals)
         if from_fit and _are_unlike(drawn := _sizes(cells), totals):
             # totals of shallow cells are mostly chance: the mean is met at those that were drawn
             factors *= drawn.sum() / totals.sum()
             totals = np.where(drawn > 0, drawn, totals)
-            cells = made(totals, 1.0, _ENOUGH)
-        depth = float(np.median(_sizes(cells)))
-        if median_umi is None or not depth > 0:
-            return cells
-        return made(totals, median_umi / depth, 0.0)
+            cells = made(totals)
+        return cells if median_umi is None else _deepened(made, cells, totals, factors, median_umi)
+
+
+def _deepened(
+    made: Callable[[Float], sparse.csr_matrix],
+    cells: sparse.csr_matrix,
+    totals: Float,
+    factors: Float,
+    median_umi: float,
+) -> sparse.csr_matrix:
+    """Return cells of this median depth: the mean is met at smaller or larger totals until they have it."""
+    enough = max(_NEAR_DEPTH, 0.5 / median_umi)
+    moved, rise, found_before = 0.0, 1.0, 0.0
+    for _ in range(_MOST_ROUNDS):
+        found = math.log(max(float(np.median(_sizes(cells))), 0.5) / median_umi)
+        if abs(found) <= enough:
+            break
+        if moved != 0.0:
+            rise = min(max((found - found_before) / moved, _LEAST_RISE), 1.0)
+        moved, found_before = -found / rise, found
+        factors *= math.exp(moved)
+        totals = totals * math.exp(moved)
+        cells = made(totals)
+    return cells
 
 
 def _sizes(counts: sparse.csr_matrix) -> Float:
