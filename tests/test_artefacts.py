@@ -1,5 +1,6 @@
 """Artefacts are whole or not there, and their manifests tell what changed."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from pertcast.files.artefacts import (
     atomic_dir,
     atomic_file,
     hash_file,
+    hash_files,
     manifest_path,
     read_manifest,
     remove_leftovers,
@@ -105,3 +107,16 @@ def test_another_kind_of_artefact_is_refused(tmp_path: Path) -> None:
     write_manifest(tmp_path, Manifest("store"))
     with pytest.raises(CheckpointError, match="expected a run, got a store"):
         read_manifest(tmp_path, kind="run")
+
+
+def test_files_are_hashed_in_order_whatever_ends_first(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}" for number in range(20)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]) * ((20 - number) * 100_000))
+    expected = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    assert list(hash_files(paths)) == expected
+
+
+def test_a_file_that_cannot_be_hashed_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        list(hash_files([tmp_path / "none"]))

@@ -21,7 +21,7 @@ from pertcast.files.artefacts import (
     MANIFEST,
     Manifest,
     atomic_dir,
-    hash_file,
+    hash_files,
     read_manifest,
     write_manifest,
 )
@@ -101,8 +101,8 @@ def _hash_inputs(experiment: Experiment, cells: CellTable, progress: Progress) -
         paths.append(experiment.submission.genes)
     inputs = {}
     with progress.task("hash inputs", sum(path.stat().st_size for path in paths), "B") as advance:
-        for path in paths:
-            inputs[str(path)] = hash_file(path)
+        for path, found in zip(paths, hash_files(paths), strict=True):
+            inputs[str(path)] = found
             advance(path.stat().st_size, path.name)
     return inputs
 

@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pertcast.errors import CheckpointError, DataError, Problem
+from pertcast.files.cpus import available_cpus
 
 __all__ = [
     "MANIFEST",
@@ -28,6 +30,7 @@ __all__ = [
     "atomic_dir",
     "atomic_file",
     "hash_file",
+    "hash_files",
     "manifest_path",
     "read_json",
     "read_manifest",
@@ -40,6 +43,7 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial-"
+_MOST_AT_ONCE = 8
 _PACKAGES = ("pertcast", "numpy", "scipy", "anndata", "h5py", "torch")
 
 
@@ -95,6 +99,18 @@ def hash_file(path: Path, *, chunk_bytes: int = 1 << 22) -> str:
         while chunk := stream.read(chunk_bytes):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def hash_files(paths: Sequence[Path]) -> Iterator[str]:
+    """Yield the sha256 of each file, in order; as many are read at once as there are processors.
+
+    Examples
+    --------
+    >>> list(hash_files([]))
+    []
+    """
+    with ThreadPoolExecutor(min(available_cpus(), _MOST_AT_ONCE), thread_name_prefix="pertcast-hash") as pool:
+        yield from pool.map(hash_file, paths)
 
 
 def _sync(path: Path) -> None:
@@ -207,12 +223,16 @@ def manifest_path(artefact: Path) -> Path:
 
 def write_manifest(artefact: Path, manifest: Manifest) -> None:
     """Write the manifest, with the hashes of all files of the artefact unless it lists them already."""
-    files = manifest.files or {
-        str(path.relative_to(artefact if artefact.is_dir() else artefact.parent)): hash_file(path)
-        for path in (sorted(artefact.rglob("*")) if artefact.is_dir() else [artefact])
-        if path.is_file() and path.name != MANIFEST
-    }
+    files = manifest.files or _hashes(artefact)
     write_json(manifest_path(artefact), {**asdict(manifest), "files": files})
+
+
+def _hashes(artefact: Path) -> dict[str, str]:
+    """Return the hash of every file of an artefact but its manifest, by its path within it."""
+    base = artefact if artefact.is_dir() else artefact.parent
+    within = sorted(artefact.rglob("*")) if artefact.is_dir() else [artefact]
+    paths = [path for path in within if path.is_file() and path.name != MANIFEST]
+    return {str(path.relative_to(base)): found for path, found in zip(paths, hash_files(paths), strict=True)}
 
 
 def read_manifest(artefact: Path, *, kind: str | None = None) -> Manifest:
@@ -238,11 +258,14 @@ def verify_artefact(artefact: Path) -> list[Problem]:
     """Return every file of an artefact that is missing or differs from its manifest."""
     manifest = read_manifest(artefact)
     base = artefact if artefact.is_dir() else artefact.parent
+    there = [name for name in manifest.files if (base / name).is_file()]
+    found = dict(zip(there, hash_files([base / name for name in there]), strict=True))
     problems = []
     for name, expected in manifest.files.items():
-        path = base / name
-        if not path.is_file():
-            problems.append(Problem(str(path), "listed in the manifest, but not there", "make the artefact again"))
-        elif hash_file(path) != expected:
-            problems.append(Problem(str(path), "its content is not what the manifest says", "make the artefact again"))
+        if name not in found:
+            message = "listed in the manifest, but not there"
+            problems.append(Problem(str(base / name), message, "make the artefact again"))
+        elif found[name] != expected:
+            message = "its content is not what the manifest says"
+            problems.append(Problem(str(base / name), message, "make the artefact again"))
     return problems

@@ -20,6 +20,7 @@ from pertcast.files.artefacts import (
     Manifest,
     atomic_file,
     hash_file,
+    hash_files,
     read_json,
     read_manifest,
     write_manifest,
@@ -96,7 +97,8 @@ def assemble(parts: Path, out: Path, *, progress: Progress = SILENT) -> Path:
 
 
 def _assemble(parts: Path, out: Path, plan: _Plan, genes: Sequence[str], progress: Progress) -> None:
-    inputs = {name: hash_file(parts / name) for name in (PLAN, GENES, *(part.file for part in plan.parts))}
+    names = (PLAN, GENES, *(part.file for part in plan.parts))
+    inputs = dict(zip(names, hash_files([parts / name for name in names]), strict=True))
     config = {"season": plan.season, "rules": plan.rules}
     if is_current(out, kind="prediction", inputs=inputs, config=config):
         progress.note(f"{out} is there and still true")
