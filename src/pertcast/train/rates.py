@@ -11,16 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pertcast.data.counts_fit import fit_rows
 from pertcast.data.split import Split
 from pertcast.data.store import Store
 from pertcast.errors import ConfigError
-from pertcast.stats.counts import fit_counts
 from pertcast.stats.draws import generator
 
 __all__ = ["ControlRates", "control_rates"]
-
-_MOST_CELLS = 4096
-_CELLS_AT_ONCE = 512
 
 
 class ControlRates(NamedTuple):
@@ -55,12 +52,9 @@ def control_rates(store: Store, output_genes: NDArray[np.int64]) -> ControlRates
     fits = {}
     for code, context in enumerate(store.contexts):
         rows = store.rows(split=Split.TRAIN, context=code, pert=store.control_code)
-        if len(rows) > _MOST_CELLS:
-            rows = np.sort(generator(0, "rates", context).choice(rows, _MOST_CELLS, replace=False))
         if len(rows):
-            pieces = (rows[start : start + _CELLS_AT_ONCE] for start in range(0, len(rows), _CELLS_AT_ONCE))
-            blocks = ((store.counts(piece), np.zeros(len(piece), dtype=np.int64)) for piece in pieces)
-            fits[code] = fit_counts(blocks, num_batches=1)
+            batch, random = np.zeros(len(rows), dtype=np.int64), generator(0, "rates", context)
+            fits[code] = fit_rows(store, rows, batch, num_batches=1, random=random)
     if not fits:
         raise ConfigError(f"[loss] nb: the store {store.path} has no training control cell; mend [training]")
     log_rates = {code: np.log(fit.share[0, output_genes] * store.target_sum) for code, fit in fits.items()}

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pertcast.config import GenerateConfig
+from pertcast.data.counts_fit import fit_rows
 from pertcast.data.store import Store
 from pertcast.files.expression import normalise_log1p
 from pertcast.generate.cells.from_head import draw_counts
 from pertcast.generate.cells.reweight import Donors, reweight
 from pertcast.generate.cells.rounding import cap_totals, round_to_counts
 from pertcast.generate.cells.shift import shift, shift_sparing_zeros
-from pertcast.stats.counts import CountsFit, fit_counts
+from pertcast.stats.counts import CountsFit
 from pertcast.stats.draws import generator
 from pertcast.stats.uniforms import uniform_key
 
@@ -31,8 +32,6 @@ __all__ = ["CellMaker", "Wanted", "dense_to_csr"]
 
 _BLOCK_CELLS = 1024
 _STORED_CELLS = 256
-_FIT_CELLS = 4096
-_FIT_BLOCK = 512
 _MOST_BATCHES = 64
 
 
@@ -211,15 +210,8 @@ class CellMaker:
 
     def _fit(self, context: str, pool: NDArray[np.int64]) -> CountsFit:
         if context not in self._fits:
-            rows = pool
-            if len(pool) > _FIT_CELLS:
-                random = generator(self._config.seed, "fit of counts", context)
-                rows = np.sort(random.choice(pool, _FIT_CELLS, replace=False))
-            batches = self._batches(pool, rows)
-            blocks = (slice(first, first + _FIT_BLOCK) for first in range(0, len(rows), _FIT_BLOCK))
-            pairs = ((self._store.counts(rows[block]), batches[block]) for block in blocks)
-            number = int(self._batches(pool, pool).max()) + 1
-            self._fits[context] = fit_counts(pairs, num_batches=number)
+            batch, random = self._batches(pool, pool), generator(self._config.seed, "fit of counts", context)
+            self._fits[context] = fit_rows(self._store, pool, batch, num_batches=int(batch.max()) + 1, random=random)
         return self._fits[context]
 
 
