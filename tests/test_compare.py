@@ -93,9 +93,8 @@ def test_rungs_and_seeds_are_compared_once_and_for_all(
     assert not list((tmp_path / "out").rglob("prediction*.h5ad"))
 
 
-def test_a_trial_scores_what_pertcast_score_scores(
-    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def keep_what_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy every file of cells that a comparison scores, predicted or real, into a folder of the test."""
     monkeypatch.setenv("PERTCAST_CACHE", str(tmp_path / "cache"))
 
     def read_and_keep(path: Path, *rest: Any, **options: Any) -> Any:
@@ -103,6 +102,12 @@ def test_a_trial_scores_what_pertcast_score_scores(
         return read_side(path, *rest, **options)
 
     monkeypatch.setattr(pertcast.ladder.trial, "read_side", read_and_keep)
+
+
+def test_a_trial_scores_what_pertcast_score_scores(
+    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_what_is_scored(tmp_path, monkeypatch)
     found = compare(candidates_of([experiment], rungs=["c1"], models=[]), tmp_path / "out", seeds=1, overrides=TINY)
     scored = score(tmp_path / "prediction-0.h5ad", tmp_path / "truth-0.h5ad")
     for column, (context, target, _) in enumerate(found.units):
@@ -229,13 +234,7 @@ def test_strata_are_thirds_by_the_size_of_the_real_effect_and_the_chart_shows_al
 def test_counts_are_compared_as_pertcast_score_compares_files_of_counts(
     experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PERTCAST_CACHE", str(tmp_path / "cache"))
-
-    def read_and_keep(path: Path, *rest: Any, **options: Any) -> Any:
-        shutil.copy(path, tmp_path / path.name)
-        return read_side(path, *rest, **options)
-
-    monkeypatch.setattr(pertcast.ladder.trial, "read_side", read_and_keep)
+    keep_what_is_scored(tmp_path, monkeypatch)
     in_counts = (*TINY, "generate.scale=counts", "generate.cells=donors")
     candidates = candidates_of([experiment], rungs=[], models=["mean"])
     found = compare(candidates, tmp_path / "out", seeds=1, overrides=in_counts)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -34,7 +33,7 @@ from pertcast.models.dropout import SetDropout, dropout_keys, key_dropout
 from pertcast.train import train
 from pertcast.train.batches import Place, SetReader, SetStream, read_ahead
 from pertcast.train.fabric import open_fabric
-from workspace import Workspace, make_workspace
+from workspace import Workspace, assert_same_metrics, make_workspace, metrics
 
 EVERY_TERM = (
     *rung_overrides("c4"),
@@ -88,19 +87,6 @@ def alone(workspace: Workspace) -> Path:
     return train(experiment_of(workspace), workspace.folder / "store", workspace.folder / "alone")
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_losses(run: Path, other: Path) -> None:
-    ours, theirs = metrics(run), metrics(other)
-    assert [(entry["kind"], entry["step"]) for entry in ours] == [(entry["kind"], entry["step"]) for entry in theirs]
-    for one, two in zip(ours, theirs, strict=True):
-        assert one.keys() == two.keys()
-        for name in one.keys() - {"kind"}:
-            assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-6), (one["step"], name)
-
-
 def test_two_processes_have_the_losses_of_one_and_stop_together_and_one_goes_on(
     workspace: Workspace, alone: Path, tmp_path: Path
 ) -> None:
@@ -115,7 +101,7 @@ def test_two_processes_have_the_losses_of_one_and_stop_together_and_one_goes_on(
     watcher = Interrupter(at_step=-1)
     assert train(experiment_of(workspace), store, out, progress=watcher) == out
     assert watcher.begun_at == stopped
-    assert_same_losses(out, alone)
+    assert_same_metrics(out, alone)
     assert verify_artefact(out) == []
     assert not list(tmp_path.glob(".*"))
     weights, others = (open_run(path).model().state_dict() for path in (out, alone))
@@ -139,7 +125,7 @@ def test_a_run_of_one_process_goes_on_with_two_under_torchrun(
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(out)]
     assert done.stderr.count("train: 12 steps, 8 steps done already") == 1
-    assert_same_losses(out, alone)
+    assert_same_metrics(out, alone)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -260,7 +246,7 @@ def test_a_compiled_training_has_the_same_losses(
         train(experiment_of(workspace, *overrides, *more), workspace.folder / "store", tmp_path / name)
         for name, more in (("plain", ()), ("compiled", ("train.compile=true", "train.precision=tf32")))
     ]
-    assert_same_losses(runs[1], runs[0])
+    assert_same_metrics(runs[1], runs[0])
     assert torch.get_float32_matmul_precision() == "highest"
 
 

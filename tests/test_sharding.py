@@ -28,7 +28,7 @@ from pertcast.processes import run_processes
 from pertcast.progress import SILENT
 from pertcast.train import train
 from pertcast.train.adapt import adapt
-from workspace import Workspace, make_workspace
+from workspace import Workspace, assert_same_metrics, make_workspace, metrics
 
 # Every term, every kind of parameter (embeddings, a token of one row, heads), dropout, and gradients that are clipped.
 EVERYTHING = (
@@ -81,19 +81,6 @@ def experiment_of(workspace: Workspace, *overrides: str) -> Experiment:
 @pytest.fixture(scope="module")
 def alone(workspace: Workspace) -> Path:
     return train(experiment_of(workspace), workspace.folder / "store", workspace.folder / "alone")
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_metrics(run: Path, other: Path, *, rtol: float = 1e-4) -> None:
-    ours, theirs = metrics(run), metrics(other)
-    assert [(entry["kind"], entry["step"]) for entry in ours] == [(entry["kind"], entry["step"]) for entry in theirs]
-    for one, two in zip(ours, theirs, strict=True):
-        assert one.keys() == two.keys()
-        for name in one.keys() - {"kind"}:
-            assert one[name] == pytest.approx(two[name], rel=rtol, abs=1e-6), (one["step"], name)
 
 
 def assert_same_tensors(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> None:

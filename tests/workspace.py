@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from conftest import SMALL_GENES, write_small_h5ad
 
@@ -85,3 +89,18 @@ def make_workspace(folder: Path) -> Workspace:
     workspace.genes.write_text("".join(f"{gene}\n" for gene in SMALL_GENES))
     workspace.targets.write_text(TARGETS)
     return workspace
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the entries of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_metrics(run: Path, other: Path, *, rtol: float = 1e-4) -> None:
+    """Compare two runs step by step."""
+    ours, theirs = metrics(run), metrics(other)
+    assert [(entry["kind"], entry["step"]) for entry in ours] == [(entry["kind"], entry["step"]) for entry in theirs]
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - {"kind"}:
+            assert one[name] == pytest.approx(two[name], rel=rtol, abs=1e-6), (one["step"], name)

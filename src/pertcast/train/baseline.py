@@ -29,11 +29,12 @@ from pertcast.models.baselines import (
     predict_effects,
 )
 from pertcast.models.baselines.files import arrays_of
-from pertcast.models.checkpoint import Run, save_run
+from pertcast.models.checkpoint import save_run
 from pertcast.models.spec import set_size_of
 from pertcast.progress import Progress
 from pertcast.train.effects import TrainingEffects, training_effects
-from pertcast.train.features import FEATURES, feature_facts, needs_features, run_features, show_coverage
+from pertcast.train.features import FEATURES, needs_features, run_features, show_coverage
+from pertcast.train.record import run_of
 from pertcast.train.resume import IDENTITY, identity_of, identity_problems, with_defaults
 
 __all__ = ["TrainingBase", "fit_base", "refit_base", "train_baseline"]
@@ -227,21 +228,13 @@ def train_baseline(experiment: Experiment, store: Store, out: Path, *, progress:
     save_features(features, out / FEATURES)
     arrays = {name: torch.from_numpy(value) for name, value in arrays_of(fitted.baseline).items()}
     filled = f"{len(features.filled):,} perturbations have a feature that was filled in"
-    run = Run(
-        path=out,
-        spec=fitted.baseline.spec,
-        experiment=experiment.as_json(),
-        genes=store.genes,
+    run = run_of(
+        out,
+        fitted.baseline.spec,
+        experiment,
+        store,
+        features,
         output_genes=output_genes,
-        hvg=store.hvg,
-        perts=store.perts,
-        contexts=store.contexts,
-        batches=store.batches,
-        control=store.control,
-        target_sum=store.target_sum,
-        scale=store.scale,
-        store_path=store.path,
-        store_fingerprint=store.fingerprint,
         step=0,
         metrics={
             "last_step": 0,
@@ -249,7 +242,6 @@ def train_baseline(experiment: Experiment, store: Store, out: Path, *, progress:
             "num_parameters": sum(value.size for value in arrays_of(fitted.baseline).values()),
             "stopped_early": False,
         },
-        features=feature_facts(features),
         notes=(filled,) if features.filled else (),
     )
     save_run(run, arrays, inputs={"store": store.fingerprint})

@@ -11,10 +11,10 @@ from pertcast.config import Experiment
 from pertcast.data.batch_effects import BatchEffects, batch_effects
 from pertcast.data.features import PertFeatures
 from pertcast.data.store import Store
-from pertcast.models.checkpoint import Run, save_run
+from pertcast.models.checkpoint import save_run
 from pertcast.train.batches import SetReader
-from pertcast.train.features import feature_facts
 from pertcast.train.loop import Loop
+from pertcast.train.record import run_of
 
 __all__ = ["Facts", "finish_run", "learn_facts"]
 
@@ -78,21 +78,13 @@ def finish_run(
         rows = weights["batch_encoder.weight"].clone()
         rows[loop.reader.untrained_batches] = rows[-1].clone()
         weights = {**weights, "batch_encoder.weight": rows}
-    run = Run(
-        path=out,
-        spec=loop.reader.spec,
-        experiment=experiment.as_json(),
-        genes=store.genes,
+    run = run_of(
+        out,
+        loop.reader.spec,
+        experiment,
+        store,
+        features,
         output_genes=loop.reader.output_genes,
-        hvg=store.hvg,
-        perts=store.perts,
-        contexts=store.contexts,
-        batches=store.batches,
-        control=store.control,
-        target_sum=store.target_sum,
-        scale=store.scale,
-        store_path=store.path,
-        store_fingerprint=store.fingerprint,
         step=position.best_step if has_best else position.step,
         metrics={
             "last_step": position.step,
@@ -102,7 +94,6 @@ def finish_run(
             "stopped_early": position.step < experiment.train.steps,
             "batch_effects": facts.batches._asdict() if facts.batches else None,
         },
-        features=feature_facts(features),
         notes=facts.notes,
     )
     save_run(run, weights, inputs={"store": store.fingerprint})
