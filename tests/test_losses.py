@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pertcast.models.losses import call_logits, de_loss, energy_distance, pseudobulk_mae, ranking_loss
+from pertcast.models.de_losses import call_logits, de_loss, order_loss
+from pertcast.models.losses import energy_distance, pseudobulk_mae, ranking_loss
 
 
 def sets(shape: tuple[int, ...], seed: int, *, shift: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -256,3 +257,57 @@ def test_a_call_has_a_gradient_where_nothing_is_predicted_yet() -> None:
     yes = torch.ones(1, 2, dtype=torch.bool)
     (gradient,) = torch.autograd.grad(de_loss(logits, yes, yes).sum(), effect)
     assert gradient[0, 0] < 0 < gradient[0, 1]
+
+
+def slow_order(effect: Tensor, direction: Tensor, scale: float) -> float:
+    sizes = [float(x) * int(d) if d else abs(float(x)) for x, d in zip(effect, direction, strict=True)]
+    found = [size for size, d in zip(sizes, direction, strict=True) if d]
+    others = [size for size, d in zip(sizes, direction, strict=True) if not d]
+    missed = [math.log(1 + sum(math.exp((other - size) / scale) for other in others)) for size in found]
+    return sum(missed) / len(missed) if missed else 0.0
+
+
+def test_the_order_loss_is_the_loop_over_genes() -> None:
+    effect = sets((4, 6), 0, dtype=torch.float64) - 1.5
+    direction = torch.tensor([[1, -1, 0, 1, -1, 0], [0, 0, 0, 0, 0, 1], [0] * 6, [1, -1] * 3])
+    scale = torch.tensor([0.3, 1.0, 2.0, 1.0], dtype=torch.float64)
+    expected = [slow_order(*one) for one in zip(effect, direction, scale.tolist(), strict=True)]
+    found = order_loss(effect, direction, scale)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    # no differential gene, and no other one
+    assert found[2] == found[3] == 0
+    effect.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: order_loss(x, direction, scale), (effect,))
+
+
+def test_the_order_asks_for_differential_genes_above_others_and_not_for_how_many() -> None:
+    direction = torch.tensor([[1, -1, 0, 0]]).repeat(4, 1)
+    # above all others; one of them below another gene; on the wrong side; none predicted
+    effect = torch.tensor([[2.0, -2.0, 1.0, -1.0], [2.0, -0.5, 1.0, -1.0], [-2.0, 2.0, 1.0, -1.0], [0.0] * 4])
+    first, second, third, nothing = order_loss(effect, direction, torch.ones(4)).tolist()
+    assert first < second < third
+    assert first < nothing < third
+    assert nothing == pytest.approx(math.log(3))
+    # a gene that is far above the others takes nothing from the next one
+    alone, beside = torch.tensor([[0.0, -1.0, 0.5, 0.5]]), torch.tensor([[9.0, -1.0, 0.5, 0.5]])
+    assert order_loss(beside, direction[:1], torch.ones(1)) < order_loss(alone, direction[:1], torch.ones(1))
+    # all of a perturbation's genes together are pushed about as hard where they are few as where they are many
+    pushed = []
+    for number in (1, 30):
+        pred = torch.zeros(1, 1000, requires_grad=True)
+        some = (torch.arange(1000) < number).long()[None]
+        (gradient,) = torch.autograd.grad(order_loss(pred, some, torch.ones(1)).sum(), pred)
+        pushed.append(float(gradient[some == 1].sum()))
+    assert pushed[1] == pytest.approx(pushed[0], rel=1e-3)
+
+
+def test_the_order_loss_is_finite_at_any_effect_and_not_reached_by_autocast() -> None:
+    direction = torch.tensor([[1, -1, 0]])
+    for size in (1e4, -1e4):
+        effect = torch.tensor([[size, -size, 0.0]], requires_grad=True)
+        loss = order_loss(effect, direction, torch.ones(1))
+        (gradient,) = torch.autograd.grad(loss.sum(), effect)
+        assert torch.isfinite(loss).all()
+        assert torch.isfinite(gradient).all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert order_loss(torch.zeros(1, 3).bfloat16(), direction, torch.ones(1)).dtype == torch.float32

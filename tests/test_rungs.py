@@ -16,6 +16,7 @@ from pertcast.data.split import Split
 from pertcast.data.store import Store, prepare
 from pertcast.errors import ConfigError
 from pertcast.models.checkpoint import open_run
+from pertcast.models.de_losses import order_loss
 from pertcast.models.state import Prediction
 from pertcast.progress import SILENT
 from pertcast.stats.de import differential_expression
@@ -204,9 +205,10 @@ def test_the_mae_of_the_effect_is_of_all_training_cells_and_of_the_set_where_the
     torch.testing.assert_close(found, (pred.mean(1) - real.mean(1)).abs().mean(-1))
 
 
-def test_the_test_head_rewards_the_true_effect_over_none_its_half_and_its_opposite(store: Store) -> None:
+@pytest.mark.parametrize("head", ["order", "test"])
+def test_the_head_rewards_the_true_effect_over_none_its_half_and_its_opposite(store: Store, head: Any) -> None:
     known = make_known(store, beside_BG=torch.zeros(3, len(store.genes)))
-    config = LossConfig(energy=0, de=1)
+    config = LossConfig(energy=0, de=1, de_head=head)
 
     def value(share: float) -> float:
         pred = (known.effect_BG * share)[:, None].expand(-1, 2, -1)
@@ -221,6 +223,28 @@ def test_the_test_head_rewards_the_true_effect_over_none_its_half_and_its_opposi
         return float(terms["de"][0])
 
     assert value(1.0) < value(0.5) < value(0.0) < value(-1.0)
+
+
+def test_the_order_is_of_effects_in_two_thresholds_each_set_in_its_own(store: Store) -> None:
+    known = make_known(store, beside_BG=torch.zeros(3, len(store.genes)))
+    assert known.labels_BG is not None
+    assert known.threshold_BG is not None
+    pred = (known.effect_BG / 2)[:, None].expand(-1, 2, -1)
+    found = loss_terms(Prediction(pred, None), make_batch(pred), LossConfig(energy=0, de=1), known=known)["de"]
+    direction = known.effect_BG.sign() * known.labels_BG
+    expected = order_loss(known.effect_BG / 2, direction, 2 * known.threshold_BG.mean(-1))
+    torch.testing.assert_close(found, expected)
+    assert (found > 0).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("setting", ["de_form=focal", "de_positive_weight=3"])
+def test_what_is_of_single_genes_is_refused_for_the_order(tmp_path: Path, setting: str) -> None:
+    workspace = make_workspace(tmp_path / "w")
+    with pytest.raises(ConfigError, match="asks nothing"):
+        load_experiment(workspace.experiment, ["loss.de=0.2", f"loss.{setting}"])
+    load_experiment(workspace.experiment, ["loss.de=0.2", f"loss.{setting}", "loss.de_head=test"])
+    # a run that has no such term keeps what it was begun with
+    load_experiment(workspace.experiment, [f"loss.{setting}"])
 
 
 def test_noise_on_features_leaves_control_sets_alone(store: Store) -> None:

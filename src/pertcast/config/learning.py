@@ -85,11 +85,13 @@ class LossConfig(Section):
 
     `mae_of` says what the predicted pseudobulk is compared with: the mean ``effect`` of all training cells of the
     perturbation, or the mean of the ``set`` of real cells alone, whose sampling noise is larger than most effects.
-    `de_head` is a soft version of the official ``test`` on the predicted effect, without parameters of its own; or
-    ``learned``, a logit from the set's pooled state and the size of the effect. It learns by cross-entropy, ``bce``
-    with a weight for differentially expressed genes ("balanced": as many times as they are rarer), or ``focal`` with
-    `de_gamma`. Ranking measures ``cosine`` or ``l1`` (whose margins are about a hundredth) and compares with the other
-    sets of the batch and with `rank_negatives` effects of other training perturbations.
+    `de_head` asks that a perturbation's differentially expressed genes come first in the ``order`` of its predicted
+    effects; or of each gene by itself whether it is one: a soft version of the official ``test`` on the predicted
+    effect, without parameters of its own; or ``learned``, a logit from the set's pooled state and the size of the
+    effect. These two learn by cross-entropy, ``bce`` with a weight for differentially expressed genes ("balanced": as
+    many times as they are rarer), or ``focal`` with `de_gamma`. Ranking measures ``cosine`` or ``l1`` (whose margins
+    are about a hundredth) and compares with the other sets of the batch and with `rank_negatives` effects of other
+    training perturbations.
     """
 
     energy: Weight = 1.0
@@ -100,13 +102,22 @@ class LossConfig(Section):
     nb: Weight = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 500
     mae_of: Literal["effect", "set"] = "effect"
-    de_head: Literal["test", "learned"] = "test"
+    de_head: Literal["order", "test", "learned"] = "order"
     de_form: Literal["bce", "focal"] = "bce"
     de_positive_weight: PositiveFloat | Literal["balanced"] = "balanced"
     de_gamma: Weight = 2.0
     rank_distance: Literal["cosine", "l1"] = "cosine"
     rank_margin: Weight = 0.2
     rank_negatives: Annotated[int, Field(ge=0)] = 16
+
+    @model_validator(mode="after")
+    def _each_gene_by_itself(self) -> LossConfig:
+        if self.de and self.de_head == "order" and (self.de_form, self.de_positive_weight) != ("bce", "balanced"):
+            raise ValueError(
+                "`de_form` and `de_positive_weight` are of single genes, of which the order of all of a perturbation's "
+                'asks nothing; leave them away, or set `de_head = "test"` or "learned"'
+            )
+        return self
 
 
 class TrainConfig(Section):

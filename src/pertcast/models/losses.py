@@ -11,18 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from pertcast.models.linear import times_transposed
 
-__all__ = ["call_logits", "de_loss", "energy_distance", "pseudobulk_mae", "ranking_loss", "working_dtype"]
+__all__ = ["energy_distance", "pseudobulk_mae", "ranking_loss", "working_dtype"]
 
 # geomloss floors squared distances here; the same floor makes small sets agree with it and stops the gradient at 0.
 _SQUARED_FLOOR = 1e-8
 # The direction of an effect as short as this is noise; the floor also keeps the gradient finite at effect 0.
 _NORM_FLOOR = 0.1
-# How steeply a call follows from the size of an effect; at effect 0 it has 5 %.
-_SHARPNESS = 3.0
 
 
 def energy_distance(pred_BSG: Tensor, real_BSG: Tensor) -> Tensor:
@@ -156,82 +153,6 @@ def pseudobulk_mae(pred_BSG: Tensor, real_BSG: Tensor) -> Tensor:
     with torch.autocast(device_type=pred_BSG.device.type, enabled=False):
         dtype = working_dtype(pred_BSG)
         return (pred_BSG.to(dtype).mean(1) - real_BSG.to(dtype).mean(1)).abs().mean(-1)
-
-
-def de_loss(
-    logits_BG: Tensor, labels_BG: Tensor, valid_BG: Tensor, *, positive_weight: float = 1.0, gamma: float = 0.0
-) -> Tensor:
-    """Return the cross-entropy of "is this gene differentially expressed?", a mean over the valid genes of each set.
-
-    Parameters
-    ----------
-    logits_BG
-        The head's output, ``(B, G)``.
-    labels_BG
-        Whether the gene is differentially expressed, bool ``(B, G)``.
-    valid_BG
-        Where there is a label, bool ``(B, G)``; a set without any gets 0.
-    positive_weight
-        What a differentially expressed gene weighs; the others weigh 1.
-    gamma
-        Above 0, the focal loss: a gene counts ``(1 - probability of its label) ** gamma``.
-
-    Returns
-    -------
-    Tensor
-        ``(B,)``, float32 or float64.
-
-    References
-    ----------
-    Lin et al., "Focal loss for dense object detection", 2017.
-
-    Examples
-    --------
-    >>> yes = torch.ones(1, 4, dtype=torch.bool)
-    >>> round(de_loss(torch.zeros(1, 4), yes, yes).item(), 4)
-    0.6931
-    """
-    with torch.autocast(device_type=logits_BG.device.type, enabled=False):
-        logits_BG = logits_BG.to(working_dtype(logits_BG))
-        # How far the logit is on the side of its label.
-        margin_BG = torch.where(labels_BG, logits_BG, -logits_BG)
-        loss_BG = functional.softplus(-margin_BG)
-        if gamma:
-            # (1 - p) ** gamma through its logarithm, whose gradient stays finite where p is 1.
-            loss_BG = loss_BG * torch.exp(gamma * functional.logsigmoid(-margin_BG))
-        weight_BG = torch.where(labels_BG, positive_weight, 1.0).to(loss_BG.dtype) * valid_BG
-        return (loss_BG * weight_BG).sum(-1) / valid_BG.sum(-1).clamp_min(1)
-
-
-def call_logits(effect_BG: Tensor, direction_BG: Tensor, threshold_BG: Tensor) -> Tensor:
-    """Return logits of "the official test would call this gene", a soft version of the test on predicted effects.
-
-    ``3 (x / threshold - 1)`` where x is the effect in the gene's real direction, or its size where the gene has none: a
-    differentially expressed gene must be predicted large enough and on the right side, the others small enough.
-
-    Parameters
-    ----------
-    effect_BG
-        Predicted effects, ``(B, G)``, in log1p units.
-    direction_BG
-        1 or -1 for genes that are differentially expressed, up or down; 0 for the others.
-    threshold_BG
-        The size from which on the test calls a gene, above 0.
-
-    Returns
-    -------
-    Tensor
-        ``(B, G)``, float32 or float64.
-
-    Examples
-    --------
-    >>> call_logits(torch.tensor([[0.5, -0.5]]), torch.tensor([[1, 1]]), torch.tensor([[0.5, 0.5]]))
-    tensor([[ 0., -6.]])
-    """
-    with torch.autocast(device_type=effect_BG.device.type, enabled=False):
-        effect_BG = effect_BG.to(working_dtype(effect_BG))
-        sided_BG = torch.where(direction_BG == 0, effect_BG.abs(), effect_BG * direction_BG)
-        return _SHARPNESS * (sided_BG / threshold_BG - 1)
 
 
 def ranking_loss(

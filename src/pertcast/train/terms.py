@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pertcast.config import LossConfig
 from pertcast.models.counts_loss import negative_binomial_loss
+from pertcast.models.de_losses import call_logits, de_loss, order_loss
 from pertcast.models.heads import CountsPrediction
-from pertcast.models.losses import call_logits, de_loss, energy_distance, pseudobulk_mae, ranking_loss
+from pertcast.models.losses import energy_distance, pseudobulk_mae, ranking_loss
 from pertcast.models.state import Prediction
 from pertcast.train.batches import Batch
 from pertcast.train.truth import Known
@@ -22,6 +23,8 @@ from pertcast.train.truth import Known
 __all__ = ["Others", "loss_terms", "needs_truth", "total_loss"]
 
 _SMALLEST_DEPTH = 1e-9
+# What effects are measured in where they are put into order, in mean sizes from which on the test calls a gene.
+_SCALE = 2.0
 _AUXILIARY = ("mae", "de", "rank", "nb")
 
 
@@ -79,15 +82,8 @@ def loss_terms(
             # held-out perturbations and control cells have no training effect, and are compared set by set
             of_effect_B = (_effects(prediction, known) - known.effect_BG).abs().mean(-1)
             terms["mae"] = torch.where(known.has_effect_B, of_effect_B, terms["mae"])
-    if config.de and known is not None and known.labels_BG is not None and known.valid_BG is not None:
-        focal = config.de_form == "focal"
-        terms["de"] = de_loss(
-            _de_logits(prediction, known, config),
-            known.labels_BG,
-            known.valid_BG,
-            positive_weight=1.0 if focal else positive_weight,
-            gamma=config.de_gamma if focal else 0.0,
-        )
+    if config.de and known is not None and known.labels_BG is not None:
+        terms["de"] = _de_term(prediction, known, config, positive_weight)
     if config.nb and known is not None and known.log_rate_BG is not None:
         if prediction.counts is None or batch.depth_BS is None:
             raise ValueError("the term nb needs a network with a counts head, and cells of a store of counts")
@@ -113,15 +109,28 @@ def _effects(prediction: Prediction, known: Known) -> Tensor:
     return prediction.log1p_BSG.float().mean(1) - known.beside_BG
 
 
-def _de_logits(prediction: Prediction, known: Known, config: LossConfig) -> Tensor:
-    if config.de_head == "learned":
-        if prediction.de_BG is None:
-            raise ValueError("a learned DE head is part of the network, and this one has none")
-        return prediction.de_BG
+def _de_term(prediction: Prediction, known: Known, config: LossConfig, positive_weight: float) -> Tensor:
+    """Return the DE head's loss; a set without a training effect has no labels, and 0."""
     assert known.labels_BG is not None
+    assert known.valid_BG is not None
     assert known.threshold_BG is not None
     direction_BG = known.effect_BG.sign() * known.labels_BG
-    return call_logits(_effects(prediction, known), direction_BG, known.threshold_BG)
+    if config.de_head == "order":
+        return order_loss(_effects(prediction, known), direction_BG, _SCALE * known.threshold_BG.mean(-1))
+    if config.de_head == "test":
+        logits_BG = call_logits(_effects(prediction, known), direction_BG, known.threshold_BG)
+    elif prediction.de_BG is not None:
+        logits_BG = prediction.de_BG
+    else:
+        raise ValueError("a learned DE head is part of the network, and this one has none")
+    focal = config.de_form == "focal"
+    return de_loss(
+        logits_BG,
+        known.labels_BG,
+        known.valid_BG,
+        positive_weight=1.0 if focal else positive_weight,
+        gamma=config.de_gamma if focal else 0.0,
+    )
 
 
 def _rank(
