@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anndata as ad
@@ -78,11 +78,15 @@ RUNGS = {
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained, by overrides of the experiment, and how cells are made: ``add`` or ``sparse``."""
+    """What is trained, by overrides of the experiment, and how cells are made: ``add`` or ``sparse``.
+
+    `num_val` of the training targets of each context validate.
+    """
 
     name: str
     overrides: tuple[str, ...]
     cells: str = "sparse"
+    num_val: int = 0
 
 
 def methods(group: str) -> list[Method]:
@@ -108,12 +112,12 @@ def methods(group: str) -> list[Method]:
     ]
 
 
-def with_overrides(method: Method, overrides: Sequence[str]) -> Method:
-    """Return a method with further overrides, which its name tells."""
-    if not overrides:
-        return method
-    words = ", ".join(item.rpartition(".")[2].replace("=", " ") for item in overrides)
-    return Method(f"{method.name}; {words}", (*method.overrides, *overrides), method.cells)
+def altered(method: Method, overrides: Sequence[str], num_val: int) -> Method:
+    """Return a method with further overrides and with targets that validate, which its name tells."""
+    words = [item.rpartition(".")[2].replace("=", " ") for item in overrides]
+    words += [f"{num_val} validate"] if num_val else []
+    name = f"{method.name}; {', '.join(words)}" if words else method.name
+    return replace(method, name=name, overrides=(*method.overrides, *overrides), num_val=num_val)
 
 
 def write_data(out: Path) -> dict[str, Path]:
@@ -162,13 +166,18 @@ def folds(setting: str, path: Path, seed: int) -> Iterator[dict[str, list[str]]]
 
 def experiment_for(folder: Path, path: Path, held_out: dict[str, list[str]], method: Method, seed: int) -> Experiment:
     """Return the experiment of one fold."""
+    val = _validating(path, held_out, method.num_val, seed)
     lines = [
         "[datasets]",
         f'cells = "{path}"',
         '[training]\ncells = "train"',
         '[columns]\ncell_type = "cell_type"',
         "[prepare]\nval_controls = 0.0\ntest_controls = 0.0",
-        *(f'[fewshot."cells.{context}"]\ntest = {json.dumps(names)}' for context, names in held_out.items() if names),
+        *(
+            f'[fewshot."cells.{context}"]\ntest = {json.dumps(names)}\nval = {json.dumps(val[context])}'
+            for context, names in held_out.items()
+            if names
+        ),
     ]
     file = folder / "experiment.toml"
     file.write_text("\n".join(lines) + "\n")
@@ -178,6 +187,19 @@ def experiment_for(folder: Path, path: Path, held_out: dict[str, list[str]], met
     if len(held_out) > 1 and "model.residual=shift" in overrides:
         overrides.append("model.context_embedding=true")
     return load_experiment(file, overrides)
+
+
+def _validating(path: Path, held_out: dict[str, list[str]], num: int, seed: int) -> dict[str, list[str]]:
+    """Draw who validates: of each context's training targets, in `contexts` of those that are seen in every context."""
+    obs = ad.read_h5ad(path, backed="r").obs
+    everywhere = json.loads((path.parent / "everywhere.json").read_text())
+    found: dict[str, list[str]] = {}
+    for context, names in held_out.items():
+        here = sorted(set(obs["target_gene"][obs["cell_type"] == context]) - {CONTROL_LABEL, *names})
+        others = [name for name in here if len(held_out) == 1 or name in everywhere]
+        drawn = generator(seed, "validate", context, *names).permutation(len(others))[:num]
+        found[context] = sorted(others[place] for place in drawn)
+    return found
 
 
 def predict_fold(
@@ -281,6 +303,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], help="overrides of the experiment, which become part of the name"
     )
+    parser.add_argument("--validate", type=int, default=0, help="training targets of each context that validate")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(NUM_SEEDS)))
     parser.add_argument("--table", action="store_true", help="print the tables of all that was scored")
     given = parser.parse_args(arguments)
@@ -290,7 +313,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
         for setting in given.settings:
             for method in methods(given.methods):
                 if given.only in method.name:
-                    score_method(out, setting, with_overrides(method, given.set), seed)
+                    score_method(out, setting, altered(method, given.set, given.validate), seed)
             score_ceiling(out, setting, seed)
     if given.table:
         for setting in given.settings:

@@ -1,4 +1,4 @@
-"""What a DE head minimises, as pure functions: does a prediction tell which genes are differentially expressed?
+"""What a DE head minimises, as pure functions of what is predicted of each gene and of which are differential.
 
 Shapes: B sets of a step, G genes. Computed in float32 (float64 stays float64), whatever the autocast around it.
 """
@@ -96,10 +96,10 @@ def call_logits(effect_BG: Tensor, direction_BG: Tensor, threshold_BG: Tensor) -
 def order_loss(effect_BG: Tensor, direction_BG: Tensor, scale_B: Tensor) -> Tensor:
     """Return how badly the size of a predicted effect tells a perturbation's differentially expressed genes from others.
 
-    ``log(1 + sum over others h of exp((x_h - x_g) / scale))``, a mean over the differentially expressed genes g, where x
-    is the effect in the gene's real direction, or its size where the gene has none. Every perturbation weighs the
-    same however many genes it changes, as in the official score, which is a mean over perturbations of the share of
-    their genes that is found; and how many there are is not asked for, which features hardly tell.
+    ``log(1 + sum over others h of exp((x_h - x_g) / scale))``, a mean over the differentially expressed genes g, where
+    x is the effect in the gene's real direction, or its size where the gene has none. Every perturbation weighs the
+    same however many genes it changes, as in the official score, a mean over perturbations of the share of their genes
+    that is found; and how many there are, which features hardly tell, is not asked for.
 
     Parameters
     ----------
