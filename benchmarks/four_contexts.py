@@ -172,7 +172,8 @@ def experiment_for(folder: Path, path: Path, held_out: dict[str, list[str]], met
         f'cells = "{path}"',
         '[training]\ncells = "train"',
         '[columns]\ncell_type = "cell_type"',
-        "[prepare]\nval_controls = 0.0\ntest_controls = 0.0",
+        # cells that validate need a few controls beside them; the official metrics of `train.select_by` take the others
+        f"[prepare]\nval_controls = {0.05 if method.num_val else 0.0}\ntest_controls = 0.0",
         *(
             f'[fewshot."cells.{context}"]\ntest = {json.dumps(names)}\nval = {json.dumps(val[context])}'
             for context, names in held_out.items()

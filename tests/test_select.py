@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pytest
 from benchmarks.screen import ScreenConfig, draw_screen, made_up_features
@@ -73,6 +74,19 @@ def test_without_validation_perturbations_only_the_loss_selects(tmp_path: Path) 
     path = write_screen(tmp_path / "screen", screen, SMALL, num_test=2)
     with pytest.raises(ConfigError, match="list some as val"):
         trained(path, tmp_path / "run", "train.select_by=pds")
+
+
+def test_an_effect_of_another_context_may_take_more_than_there_is(tmp_path: Path) -> None:
+    screen = draw_screen(GENES, made_up_features(GENES), SMALL)
+    path = write_screen(tmp_path / "screen", screen, SMALL, num_val=SMALL.num_targets, held_out_in=["B"])
+    cells = ad.read_h5ad(path.parent / "screen.h5ad")
+    is_seen = ((cells.obs["cell_type"] == "A") & (cells.obs["target_gene"] == "non-targeting")).to_numpy()
+    counts = cells.X.toarray()
+    # a gene that all targets silence in one context, and that the other context never shows
+    counts[:, 0] = is_seen
+    ad.AnnData(sparse.csr_matrix(counts), obs=cells.obs, var=cells.var).write_h5ad(path.parent / "screen.h5ad")
+    _, validations = trained(path, tmp_path / "run", "train.select_by=mae")
+    assert all(np.isfinite(line["held_out_mae"]) for line in validations)
 
 
 def side_of(store: Store, rows: list[np.ndarray], controls: np.ndarray) -> Side:

@@ -357,7 +357,14 @@ def test_training_stops_when_validation_no_longer_improves(bench: Bench, tmp_pat
         ("train.precision=bf16", "features.kind=coexpression", "features.num_loadings=3"),
         ("model.residual=shift",),
         (*ALL_TERMS, "train.accumulate=2"),
-        (*ALL_TERMS, "loss.de_form=focal", "loss.rank_distance=cosine", "model.input=hvg", "model.output=hvg"),
+        (
+            *ALL_TERMS,
+            "loss.de_head=test",
+            "loss.de_form=focal",
+            "loss.rank_distance=cosine",
+            "model.input=hvg",
+            "model.output=hvg",
+        ),
     ],
     ids=["hvg", "hvg-to-genes", "embeddings", "no-residual", "bf16", "shift", "all-terms", "all-terms-hvg"],
 )

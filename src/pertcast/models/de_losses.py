@@ -94,7 +94,7 @@ def call_logits(effect_BG: Tensor, direction_BG: Tensor, threshold_BG: Tensor) -
 
 
 def order_loss(effect_BG: Tensor, direction_BG: Tensor, scale_B: Tensor) -> Tensor:
-    """Return how badly the size of a predicted effect tells a perturbation's differentially expressed genes from others.
+    """Return how badly the sizes of a predicted effect tell differentially expressed genes from others.
 
     ``log(1 + sum over others h of exp((x_h - x_g) / scale))``, a mean over the differentially expressed genes g, where
     x is the effect in the gene's real direction, or its size where the gene has none. Every perturbation weighs the

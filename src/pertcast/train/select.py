@@ -94,7 +94,9 @@ class OfficialMetrics:
                 controls = store.rows(split=Split.TRAIN, context=context, pert=store.control_code)
                 if len(controls):
                     mine = effects.effects_NG[effects.contexts == context]
-                    mean_G = effects.control_mean_CG[context] + (mine if len(mine) else effects.effects_NG).mean(axis=0)
+                    effect_G = (mine if len(mine) else effects.effects_NG).mean(axis=0)
+                    # another context's effect, and rounding, may take more than there is
+                    mean_G = np.maximum(effects.control_mean_CG[context] + effect_G, np.float32(0))
                     cells = rows[store.context_codes[rows] == context]
                     self._contexts.append(_context(store, reader, cells, controls, mean_G=mean_G, seed=train.seed))
                 advance(1)
