@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
+from benchmarks.cells_head import head_table
 from benchmarks.makers import (
     MAKERS,
     OF_COUNTS,
@@ -226,6 +227,7 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tables", nargs="+", default=["null", "k562", "simulated"])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", nargs="*", default=[], help="of the networks of the table head: a.b=value")
     given = parser.parse_args()
     if "null" in given.tables:
         h1: Path = find_shared() / "H1-VCC-2025-training.h5ad"
@@ -240,6 +242,8 @@ def _main() -> None:
         null_table(simulated_controls(0, number=1200, umi=20_000), "simulated", given.seeds, sample=0.7)
     if "k562" in given.tables:
         effect_table("K562", given.seeds, k562_effects)
+    if "head" in given.tables:
+        head_table(range(given.seeds), 1.0, more=given.set)
     if "simulated" in given.tables:
         effect_table("simulated", given.seeds, simulated_effects)
 
