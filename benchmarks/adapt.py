@@ -6,10 +6,12 @@ the mean effect of these K put onto the line's control cells ("mean"), where the
 official metrics on the same held-out targets of the line, with the line's controls on both sides; the overall is
 relative to copies of controls. What is done is kept in OUT/results.jsonl, and not done again.
 
+"few" is the default, the offset; it takes no steps, so that all cells of the K targets are learnt from, as of "gain".
+"steps" are of the context row and the last bias.
+
 A network "on mean" adds its shift to the mean effect (model.base), which `adapt` refits with the line's targets; "zero"
 stands on the mean effect of the other lines. There every method's cells are made as "donors", "mean" and "copy" are
-runs of these baselines, and a fifth of the cells of the K targets says when to stop; "gain", which takes no steps,
-needs none.
+runs of these baselines, and a fifth of the cells of the K targets says when to stop where steps are taken.
 
     python -m benchmarks.adapt --data sim --seed 0 --out bench      # a seed at a time
     python -m benchmarks.adapt --out bench                          # the tables
@@ -49,7 +51,8 @@ from pertcast.train.line import adapted_experiment
 __all__: list[str] = []
 
 CURVE = (1, 2, 4, 8)
-LEARN = {"few": "context,bias", "gain": "gain", "lora": "context,bias,lora:4"}
+LEARN = {"few": "offset", "steps": "context,bias", "gain": "gain", "lora": "context,bias,lora:4"}
+WITHOUT_STEPS = ("few", "gain")
 ON_MEAN = "on mean"
 METRICS = ("mae", "effect_correlation", "pds", "des", "overall")
 _EXPERIMENT = """
@@ -176,7 +179,7 @@ class Bench:
         """Return the run adapted with so many targets; with none it keeps its weights."""
         # with no target: a step that is too small to change a weight
         speed = "steps = 1\nlearning_rate = 1e-30\n" if num == 0 else ""
-        validates = learn != "gain"  # which takes no steps
+        validates = learn not in [LEARN[name] for name in WITHOUT_STEPS]
         path = self._written(num, f"[adapt]\n{speed}", validates=validates)
         overrides = ["prepare.test_controls=0.0", f"adapt.learn={learn!r}"]
         experiment = adapted_experiment(self.run, load_experiment(path, overrides))
@@ -337,7 +340,7 @@ def _main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", choices=["sim", "k562", "three"])
     parser.add_argument("--residual", choices=["state", "shift", ON_MEAN], default="state")
-    parser.add_argument("--learn", choices=list(LEARN), nargs="+", default=["few", "lora"])
+    parser.add_argument("--learn", choices=list(LEARN), nargs="+", default=["few"])
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import pertcast.train.gain
 from conftest import SMALL_GENES, write_small_h5ad
-from pertcast.config import ModelConfig, load_experiment
+from pertcast.config import Experiment, ModelConfig, load_experiment
 from pertcast.data.features import open_features
 from pertcast.data.split import Split
 from pertcast.data.store import Store, prepare
@@ -25,8 +25,9 @@ from pertcast.models.checkpoint import Run, open_run
 from pertcast.models.state import StateTransition, spec_for
 from pertcast.train import train
 from pertcast.train.adapt import adapt
-from pertcast.train.gain import least_squares_gain, offset_of
+from pertcast.train.gain import least_squares_gain
 from pertcast.train.line import adapted_experiment
+from pertcast.train.offset import offset_of
 from test_train import EXPERIMENT, Watcher, interrupt, lines
 
 LINE = """
@@ -67,8 +68,11 @@ class Bench:
         experiment = load_experiment(self.folder / "experiment.toml", ["train.steps=4", *overrides])
         return train(experiment, prepare(experiment, self.folder / f"{name}_store"), self.folder / name)
 
+    def experiment(self, *overrides: str) -> Experiment:
+        return load_experiment(self.folder / "line.toml", overrides)
+
     def adapt(self, run: Path, out: str, *overrides: str, progress: Watcher | None = None) -> Path:
-        experiment = adapted_experiment(run, load_experiment(self.folder / "line.toml", overrides))
+        experiment = adapted_experiment(run, self.experiment(*overrides))
         store = prepare(experiment, self.folder / f"{run.name}_line_store")
         return adapt(run, experiment, store, self.folder / out, progress=progress or Watcher())
 
@@ -291,7 +295,7 @@ def test_what_does_not_fit_is_refused_with_every_problem(bench: Bench, plain: Pa
 
 @pytest.mark.parametrize("text", ["", "contexts", "lora", "lora:0", "bias,lora:x"])
 def test_words_that_mean_nothing_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected context, batch, bias, last, gain or lora:R"):
+    with pytest.raises(ConfigError, match="expected offset, context, batch, bias, last, gain or lora:R"):
         parse_learn(text)
 
 

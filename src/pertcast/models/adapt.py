@@ -36,6 +36,9 @@ class Learn:
     gain
         One number that the last layer of a network that predicts a shift is multiplied by, and its bias, both by least
         squares before anything else learns.
+    offset
+        The same bias, moved by the error on the line's controls and by what its targets have in common beside it;
+        found before anything else learns.
     rank
         R of the low-rank changes of the backbone's attention matrices; 0 for none.
     """
@@ -45,6 +48,7 @@ class Learn:
     bias: bool = False
     last: bool = False
     gain: bool = False
+    offset: bool = False
     rank: int = 0
 
 
@@ -54,26 +58,31 @@ def parse_learn(text: str) -> Learn:
     Raises
     ------
     ConfigError
-        Naming every word that is not known, or if there is none.
+        Naming every word that is not known, or if there is none, or two that do not go together.
 
     Examples
     --------
     >>> parse_learn("context,lora:4")
-    Learn(context=True, batch=False, bias=False, last=False, gain=False, rank=4)
+    Learn(context=True, batch=False, bias=False, last=False, gain=False, offset=False, rank=4)
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
     rank, flags, unknown = 0, {}, []
     for word in words:
         if match := re.fullmatch(r"lora:([1-9]\d*)", word):
             rank = int(match[1])
-        elif word in ("context", "batch", "bias", "last", "gain"):
+        elif word in ("context", "batch", "bias", "last", "gain", "offset"):
             flags[word] = True
         else:
             unknown.append(word)
     if unknown or not words:
         raise ConfigError(
-            f"[adapt] learn: expected context, batch, bias, last, gain or lora:R (R a rank, as lora:4), with commas "
-            f"between them, got {', '.join(map(repr, unknown)) or 'nothing'}; mend adapt.learn or --learn"
+            f"[adapt] learn: expected offset, context, batch, bias, last, gain or lora:R (R a rank, as lora:4), with "
+            f"commas between them, got {', '.join(map(repr, unknown)) or 'nothing'}; mend adapt.learn or --learn"
+        )
+    if "gain" in flags and "offset" in flags:
+        raise ConfigError(
+            "[adapt] learn: gain and offset both find the last bias, each in its own way; take one of them out of "
+            "adapt.learn or --learn"
         )
     return Learn(**flags, rank=rank)
 
@@ -154,7 +163,7 @@ def choose(
     number += int(learn.gain)
     if learn.bias or learn.last:
         number += _learn_whole(last.bias)
-    elif learn.gain:
+    elif learn.gain or learn.offset:
         number += last.bias.numel()
     if learn.last:
         number += _learn_whole(last.weight)

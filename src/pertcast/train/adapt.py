@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,11 +30,12 @@ from pertcast.progress import SILENT, Progress
 from pertcast.stats.draws import key_hash
 from pertcast.train.baseline import refit_base
 from pertcast.train.batches import SetReader
-from pertcast.train.effects import training_effects
+from pertcast.train.effects import TrainingEffects, training_effects
 from pertcast.train.fabric import open_fabric
 from pertcast.train.gain import fit_shift
 from pertcast.train.line import Line, adapted_experiment, bring_into_run, line_features, require_fitting
 from pertcast.train.loop import Loop, make_optimizer
+from pertcast.train.offset import fit_offset
 from pertcast.train.precision import resolve_precision
 from pertcast.train.rates import control_rates
 from pertcast.train.resume import MetricsLog, Position, load_newest, restore
@@ -43,6 +44,13 @@ from pertcast.train.terms import needs_truth
 from pertcast.train.truth import learn_truth
 
 __all__ = ["adapt"]
+
+
+class _Fitted(NamedTuple):
+    """What was found without steps: the gain, and the share of the targets' common error; ``None`` if not asked for."""
+
+    gain: float | None
+    offset_share: float | None
 
 
 def adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, *, progress: Progress = SILENT) -> Path:
@@ -101,7 +109,7 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
     if known is not None:
         reader.base = refit_base(known, line.store, features, effects, progress=progress)
     network, num_learning = _network(run, experiment, line, reader)
-    gain = fit_shift(network, reader, effects) if parse_learn(experiment.adapt.learn).gain else None
+    fitted = _fit(network, experiment, reader, effects)
     fabric = open_fabric(experiment.train, out)
     if not fabric.is_global_zero:
         progress = SILENT
@@ -135,7 +143,7 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
             line.store, reader.output_genes, labels=bool(experiment.loss.de), rates=rates, progress=progress
         )
         loop.truth = truth.to(fabric.device)
-    for note in (*precision_notes, *notes, *_notes(line, num_learning, loop, gain)):
+    for note in (*precision_notes, *notes, *_notes(line, num_learning, loop, fitted)):
         progress.note(note)
     try:
         if _takes_steps(network):
@@ -148,7 +156,7 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
         if loop.log is not None:
             loop.log.close()
     if fabric.is_global_zero:
-        _finish(run, experiment, line, features, loop, num_learning, gain)
+        _finish(run, experiment, line, features, loop, num_learning, fitted)
         for note in _outcome(loop):
             progress.note(note)
     fabric.barrier()
@@ -190,6 +198,15 @@ def _network(run: Run, experiment: Experiment, line: Line, reader: SetReader) ->
     return network, number
 
 
+def _fit(network: StateTransition, experiment: Experiment, reader: SetReader, effects: TrainingEffects) -> _Fitted:
+    """Find what takes no steps, before anything else learns."""
+    learn = parse_learn(experiment.adapt.learn)
+    return _Fitted(
+        gain=fit_shift(network, reader, effects) if learn.gain else None,
+        offset_share=fit_offset(network, reader, effects) if learn.offset else None,
+    )
+
+
 def _identity(run_path: Path, experiment: Experiment, store: Store) -> dict[str, Any]:
     """Return what an adaptation must keep to go on."""
     config = experiment.as_json()
@@ -203,22 +220,29 @@ def _identity(run_path: Path, experiment: Experiment, store: Store) -> dict[str,
     }
 
 
-def _notes(line: Line, num_learning: int, loop: Loop, gain: float | None) -> tuple[str, ...]:
+def _notes(line: Line, num_learning: int, loop: Loop, fitted: _Fitted) -> tuple[str, ...]:
     """Return what a user should know, the same at every resumption."""
     total = sum(parameter.numel() for parameter in loop.network.parameters())
     names = ", ".join(line.store.contexts[row] for row in line.contexts)
     notes = [f"{num_learning:,} of {total:,} parameters learn ({num_learning / total:.3%}), for {names}"]
-    if gain is not None:
+    if fitted.gain is not None:
         notes.append(
-            f"what the network adds to control cells is multiplied by {gain:.3f}, beside the line's mean effect"
+            f"what the network adds to control cells is multiplied by {fitted.gain:.3f}, beside the line's mean effect"
         )
+    if fitted.offset_share is not None:
+        notes.append(
+            "the last bias makes good the error on the line's control cells, and of the mean error on its training "
+            f"targets beside that, {fitted.offset_share:.3f}"
+        )
+    if len(loop.val_sets) and not _takes_steps(loop.network):
+        notes.append("nothing learns by steps: validation cells are not looked at, and may train as well")
     if not len(loop.val_sets) and _takes_steps(loop.network):
         notes.append("there are no validation cells of the line: nothing says when to stop, the last weights count")
     return tuple(notes)
 
 
 def _takes_steps(network: torch.nn.Module) -> bool:
-    """Return whether anything learns by steps; a gain alone is found without any."""
+    """Return whether anything learns by steps; a gain or an offset alone is found without any."""
     return any(parameter.requires_grad for parameter in network.parameters())
 
 
@@ -238,7 +262,7 @@ def _finish(
     features: PertFeatures,
     loop: Loop,
     num_learning: int,
-    gain: float | None,
+    fitted: _Fitted,
 ) -> None:
     position, store = loop.position, line.store
     weights: dict[str, Tensor] = merge(loop.best if loop.best is not None else loop.network.state_dict())
@@ -261,10 +285,11 @@ def _finish(
             "num_parameters": total,
             "num_learning": num_learning,
             "share_learning": num_learning / total,
-            "gain": gain,
+            "gain": fitted.gain,
+            "offset_share": fitted.offset_share,
             "stopped_early": position.step < experiment.train.steps,
         },
         features={**run.features, "filled": features.filled},
-        notes=(*run.notes, *_notes(line, num_learning, loop, gain), *_outcome(loop)),
+        notes=(*run.notes, *_notes(line, num_learning, loop, fitted), *_outcome(loop)),
     )
     save_run(adapted, weights, inputs={"run": hash_file(run.path / WEIGHTS), "store": store.fingerprint})

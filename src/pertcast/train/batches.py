@@ -184,9 +184,10 @@ class SetReader:
         """The code of the control label among perturbations."""
         return self._store.control_code
 
-    def training(self, epoch: int) -> CellSets:
-        """Return the training sets of an epoch."""
-        return self._sets(epoch, Split.TRAIN, control_sets=self._experiment.train.control_sets)
+    def training(self, epoch: int, *, control_sets: bool | None = None) -> CellSets:
+        """Return the training sets of an epoch; whether control cells have sets, the experiment says or the caller."""
+        asked = self._experiment.train.control_sets if control_sets is None else control_sets
+        return self._sets(epoch, Split.TRAIN, control_sets=asked)
 
     def validation(self) -> CellSets:
         """Return the sets that validate, always the same; those of perturbations alone."""

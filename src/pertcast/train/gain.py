@@ -10,17 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pertcast.data.sets import CellSets
 from pertcast.models.adapt import last_layer
 from pertcast.models.state import StateTransition
 from pertcast.train.batches import SetReader
 from pertcast.train.effects import TrainingEffects
+from pertcast.train.offset import offset_of, predict_sets
 
-__all__ = ["fit_shift", "least_squares_gain", "offset_of"]
+__all__ = ["fit_shift", "least_squares_gain"]
 
 _MOST_CELLS = 2048
-_SETS_AT_ONCE = 8
-_HALVINGS = 40
 
 
 def least_squares_gain(shift_PO: Tensor, asked_PO: Tensor) -> float:
@@ -47,31 +45,6 @@ def least_squares_gain(shift_PO: Tensor, asked_PO: Tensor) -> float:
     return min(max(float((shift_PO * asked_PO).sum()) / square, 0.0), 1.0) if square else 1.0
 
 
-def offset_of(cells_NO: Tensor, weight_N: Tensor, wanted_O: Tensor) -> Tensor:
-    """Return what to add to each gene so that the mean over cells, cut off at 0, is the wanted one, (O,).
-
-    Parameters
-    ----------
-    cells_NO
-        Values that may be below 0.
-    weight_N
-        What each cell weighs; they sum to 1.
-    wanted_O
-        Means, 0 or more.
-
-    Examples
-    --------
-    >>> offset_of(torch.tensor([[0.0], [4.0]]), torch.full((2,), 0.5), torch.tensor([1.0])).round(decimals=4)
-    tensor([-2.])
-    """
-    low_O, high_O = -cells_NO.amax(0), wanted_O - cells_NO.amin(0)
-    for _ in range(_HALVINGS):
-        middle_O = (low_O + high_O) / 2
-        is_low_O = weight_N @ (cells_NO + middle_O).clamp_min_(0) < wanted_O
-        low_O, high_O = torch.where(is_low_O, middle_O, low_O), torch.where(is_low_O, high_O, middle_O)
-    return high_O
-
-
 @torch.no_grad()
 def fit_shift(network: StateTransition, reader: SetReader, effects: TrainingEffects) -> float | None:
     """Fit what a network adds to control cells to the line's training targets; return the gain.
@@ -94,7 +67,8 @@ def fit_shift(network: StateTransition, reader: SetReader, effects: TrainingEffe
     sets = sets[np.flatnonzero(sets.pert != reader.control_code)][: max(1, _MOST_CELLS // size)]
     if not len(sets):
         return None
-    control_BSO, shift_BSO = _predict(network, reader, sets)
+    _, controls, shifts = zip(*predict_sets(network, reader, sets), strict=True)
+    control_BSO, shift_BSO = torch.cat(controls), torch.cat(shifts)
     row_of = {
         codes: row for row, codes in enumerate(zip(effects.contexts.tolist(), effects.perts.tolist(), strict=True))
     }
@@ -113,19 +87,3 @@ def fit_shift(network: StateTransition, reader: SetReader, effects: TrainingEffe
     layer.weight.mul_(gain)
     layer.bias.mul_(gain).add_(offset_of(cells_NO, weight_B.repeat_interleave(size) / size, wanted_O))
     return gain
-
-
-def _predict(network: StateTransition, reader: SetReader, sets: CellSets) -> tuple[Tensor, Tensor]:
-    """Return the control cells of the sets, and what the network adds to them, (B, S, O) each."""
-    controls: list[Tensor] = []
-    shifts: list[Tensor] = []
-    hook = last_layer(network).register_forward_hook(lambda _module, _inputs, output: shifts.append(output.float()))
-    was_training = network.training
-    network.eval()
-    for start in range(0, len(sets), _SETS_AT_ONCE):
-        batch = reader.read(sets[start : start + _SETS_AT_ONCE])
-        network(*batch.for_network())
-        controls.append(batch.control_BSI)
-    hook.remove()
-    network.train(was_training)
-    return torch.cat(controls), torch.cat(shifts)

@@ -1,0 +1,208 @@
+"""What a network gets wrong of a new line as a whole, found by least squares, and put into its last bias.
+
+Invariants: only the line's training cells are read, of the network that bias alone changes, nothing is drawn: the same
+cells give the same bias.
+Shapes: K training targets, B sets, S cells in a set, N cells in all, O predicted genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pertcast.data.sets import CellSets
+from pertcast.models.adapt import last_layer
+from pertcast.models.state import StateTransition
+from pertcast.train.batches import SetReader
+from pertcast.train.effects import TrainingEffects
+
+__all__ = ["common_share", "fit_offset", "offset_of", "predict_sets"]
+
+_MOST_CELLS = 2048
+_SETS_AT_ONCE = 8
+_HALVINGS = 40
+
+
+def common_share(errors_KO: Tensor) -> float:
+    """Return how much of the mean of some targets' errors holds for other targets, too, 0 to 1.
+
+    James and Stein's factor, not below 0: 1 minus the part of the mean's square that chance between targets explains.
+    One target alone does not say what others have in common with it: 0.
+
+    References
+    ----------
+    James and Stein, "Estimation with quadratic loss", 1961; the positive part, with the variance estimated.
+
+    Examples
+    --------
+    >>> common_share(torch.tensor([[3.0, 1.0], [1.0, 1.0]]))
+    0.8
+    """
+    errors_KO = errors_KO.double()
+    square = float(errors_KO.mean(0).square().sum())
+    if len(errors_KO) < 2 or not square:
+        return 0.0
+    return max(0.0, 1 - float(errors_KO.var(0).sum()) / len(errors_KO) / square)
+
+
+def offset_of(cells_NO: Tensor, weight_N: Tensor, wanted_O: Tensor) -> Tensor:
+    """Return what to add to each gene so that the mean over cells, cut off at 0, is the wanted one, (O,).
+
+    Where the wanted mean is 0, it is the number nearest to 0 that gives it.
+
+    Parameters
+    ----------
+    cells_NO
+        Values that may be below 0.
+    weight_N
+        What each cell weighs; they sum to 1.
+    wanted_O
+        Means, 0 or more.
+
+    Examples
+    --------
+    >>> offset_of(torch.tensor([[0.0], [4.0]]), torch.full((2,), 0.5), torch.tensor([1.0])).round(decimals=4)
+    tensor([-2.])
+    """
+    low_O, high_O = -cells_NO.amax(0), wanted_O - cells_NO.amin(0)
+    for _ in range(_HALVINGS):
+        middle_O = (low_O + high_O) / 2
+        is_low_O = weight_N @ (cells_NO + middle_O).clamp_min_(0) < wanted_O
+        low_O, high_O = torch.where(is_low_O, middle_O, low_O), torch.where(is_low_O, high_O, middle_O)
+    return torch.where(wanted_O > 0, high_O, high_O.clamp_max(0))
+
+
+class _Errors(NamedTuple):
+    """What has to be added to the mean of each group (context, perturbation), and cells of which that is said.
+
+    Attributes
+    ----------
+    errors
+        (context, perturbation) → (O,).
+    cells_NO, weight_N
+        Predicted cells before values below 0 are cut off, and their weights: each group has the same.
+    """
+
+    errors: dict[tuple[int, int], Tensor]
+    cells_NO: Tensor  # noqa: N815
+    weight_N: Tensor  # noqa: N815
+
+
+@torch.no_grad()
+def fit_offset(network: StateTransition, reader: SetReader, effects: TrainingEffects) -> float | None:
+    """Move the last bias by what the network gets wrong of the line as a whole; return :func:`common_share`.
+
+    That is its error on the line's control cells, of which no target has a part; and of what the errors on training
+    targets have beside it, the share of their mean that they have in common. A network that predicts a shift makes no
+    error on control cells, and its bias is of targets alone. Nothing is done, and ``None`` returned, where there is
+    nothing to learn from.
+
+    Parameters
+    ----------
+    network
+        With its weights, on the CPU.
+    reader
+        Of the line's store; with the baseline that the network will stand on, if it does.
+    effects
+        Of the line's training split.
+    """
+    found = _measure(network, reader, effects)
+    if found is None:
+        return None
+    control = reader.control_code
+    of_controls = {context: error_O for (context, pert), error_O in found.errors.items() if pert == control}
+    contexts = sorted({context for context, _ in found.errors})
+    nothing_O = torch.zeros(found.cells_NO.shape[1])
+    offset_O = torch.stack([of_controls.get(context, nothing_O) for context in contexts]).mean(0)
+    beside = [
+        error_O - of_controls.get(context, nothing_O)
+        for (context, pert), error_O in found.errors.items()
+        if pert != control
+    ]
+    share = common_share(torch.stack(beside)) if beside else 0.0
+    if share:
+        offset_O = offset_O + share * torch.stack(beside).mean(0)
+    if not offset_O.any():
+        return share
+    mean_O = found.weight_N @ found.cells_NO.clamp_min(0)
+    wanted_O = (mean_O + offset_O).clamp_min(0)
+    last_layer(network).bias.add_(offset_of(found.cells_NO, found.weight_N, wanted_O))
+    return share
+
+
+def _measure(network: StateTransition, reader: SetReader, effects: TrainingEffects) -> _Errors | None:
+    is_shift = reader.spec.shift
+    sets = _in_turn(reader.training(0, control_sets=not is_shift))
+    if not len(sets):
+        return None
+    row_of = {
+        codes: row for row, codes in enumerate(zip(effects.contexts.tolist(), effects.perts.tolist(), strict=True))
+    }
+    sums: dict[tuple[int, int], Tensor] = {}
+    kept: list[Tensor] = []
+    groups = list(zip(sets.context.tolist(), sets.pert.tolist(), strict=True))
+    number = {group: groups.count(group) for group in groups}
+    most_sets = max(1, _MOST_CELLS // reader.spec.set_size)
+    for part, control_BSI, output_BSO in predict_sets(network, reader, sets):
+        if is_shift:
+            base_BO = torch.zeros(len(part), 1) if reader.base is None else torch.from_numpy(reader.base.fitted(part))
+            output_BSO = control_BSI + base_BO[:, None] + output_BSO
+        predicted_BO = output_BSO.clamp_min(0).mean(1)
+        for place, group in enumerate(zip(part.context.tolist(), part.pert.tolist(), strict=True)):
+            # beside these control cells, so that what sets their sample apart from all does not count as an error
+            real_O = (
+                control_BSI[place].mean(0)
+                if reader.reads_what_it_predicts
+                else torch.from_numpy(effects.control_mean_CG[group[0]])
+            )
+            if group[1] != reader.control_code:
+                real_O = real_O + torch.from_numpy(effects.effects_NG[row_of[group]])
+            sums[group] = sums.get(group, 0) + (real_O - predicted_BO[place]) / number[group]
+        kept.extend(output_BSO[: max(0, most_sets - len(kept))])
+    kept_groups = groups[: len(kept)]
+    weight_B = torch.tensor([1 / kept_groups.count(group) for group in kept_groups])
+    cells_NO = torch.cat(kept)
+    weight_N = (weight_B / weight_B.sum()).repeat_interleave(reader.spec.set_size) / reader.spec.set_size
+    return _Errors(sums, cells_NO, weight_N)
+
+
+def _in_turn(sets: CellSets) -> CellSets:
+    """Return sets so that each (context, perturbation) has its first before any has its second."""
+    seen: dict[tuple[int, int], int] = {}
+    turn = []
+    for group in zip(sets.context.tolist(), sets.pert.tolist(), strict=True):
+        seen[group] = seen.get(group, 0) + 1
+        turn.append(seen[group])
+    order: NDArray[np.int64] = np.argsort(turn, kind="stable")
+    return sets[order]
+
+
+@torch.no_grad()
+def predict_sets(
+    network: StateTransition, reader: SetReader, sets: CellSets
+) -> Iterator[tuple[CellSets, Tensor, Tensor]]:
+    """Yield some of the sets at a time, their control cells, and what the last layer that gives genes says of them.
+
+    The last two are (B, S, I) and (B, S, O), the output before values below 0 are cut off.
+    """
+    outputs: list[Tensor] = []
+    # a copy, since the network may cut off values below 0 in place
+    hook = last_layer(network).register_forward_hook(
+        lambda _module, _inputs, output: outputs.append(output.float().clone())
+    )
+    was_training = network.training
+    network.eval()
+    try:
+        for start in range(0, len(sets), _SETS_AT_ONCE):
+            part = sets[start : start + _SETS_AT_ONCE]
+            batch = reader.read(part)
+            network(*batch.for_network())
+            yield part, batch.control_BSI, outputs.pop()
+    finally:
+        hook.remove()
+        network.train(was_training)
