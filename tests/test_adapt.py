@@ -44,6 +44,7 @@ batch = "batch"
 val_controls = 0.2
 num_hvgs = 8
 [adapt]
+learn = "context,bias"
 steps = 9
 learning_rate = 0.02
 val_every = 3

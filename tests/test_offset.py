@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import pertcast.train.offset
 from conftest import write_small_h5ad
+from pertcast.config import AdaptConfig
 from pertcast.data.features import open_features
 from pertcast.data.split import Split
 from pertcast.data.store import Store
@@ -149,3 +150,15 @@ def test_a_gene_that_should_stay_silent_moves_as_little_as_it_can() -> None:
 def test_offset_and_gain_do_not_go_together() -> None:
     with pytest.raises(ConfigError, match="both find the last bias"):
         parse_learn("gain,offset")
+
+
+def test_the_default_is_the_offset_and_needs_no_validation_targets(bench: Bench, plain: Path, tmp_path: Path) -> None:
+    assert AdaptConfig().learn == "offset"
+    other = Bench(tmp_path)
+    text = (tmp_path / "line.toml").read_text().replace('learn = "context,bias"', "").replace('val = ["G3"]', "")
+    (tmp_path / "line.toml").write_text(text)
+    watcher = Watcher()
+    adapted = open_run(other.adapt(plain, "default", progress=watcher))
+    assert set(errors_of(adapted)) == {"non-targeting", "G1", "G2", "G3"}
+    assert (adapted.metrics["last_step"], adapted.metrics["offset_share"] is None) == (0, False)
+    assert not any("validation" in note for note in watcher.notes)

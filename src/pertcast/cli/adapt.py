@@ -31,22 +31,22 @@ def adapt(
     The result is an ordinary run of the new line's cells, which `pertcast generate` takes; everything that does not
     learn is the trained run's, to the bit. The same command goes on where an interrupted one stopped.
 
-    Example: `pertcast adapt run new_line.toml --out adapted --learn context,bias`
+    Example: `pertcast adapt run new_line.toml --out adapted --learn offset,context`
 
     Parameters
     ----------
     run
         The folder that `pertcast train` wrote.
     experiment
-        The experiment file of the new line's cells; targets that it holds out as val say when to stop. Model and
+        The experiment file of the new line's cells; targets that it holds out as val say when steps stop. Model and
         features are the run's; so are the loss and [train] where the file has none.
     out
         The folder of the adapted run.
     learn
-        What learns, with commas: context (the line's own row of the context embedding), batch (rows of its new
-        batches), bias (of the last layer), last (all of it), gain (how much of what the network adds to control
-        cells, by least squares, without steps), lora:R (low-rank changes of the backbone's attention, R a rank).
-        Default: context,bias.
+        What learns, with commas: offset (the bias of the last layer, in closed form, without steps), context (the
+        line's own row of the context embedding), batch (rows of its new batches), bias (of the last layer, by steps),
+        last (all of it), gain (how much of what the network adds to control cells, by least squares, without steps),
+        lora:R (low-rank changes of the backbone's attention, R a rank). Default: offset.
     store
         The folder that `pertcast prepare` wrote of the new line; default: OUT_store beside the adapted run, prepared if
         need be.

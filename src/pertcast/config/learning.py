@@ -174,15 +174,16 @@ class TrainConfig(Section):
 class AdaptConfig(Section):
     """Adaptation to a new cell line: which few parameters learn, how fast, and when they stop.
 
-    `learn` names them, with commas: ``context`` (the line's own row of the context embedding), ``batch`` (rows of its
-    new batches), ``bias`` (of the last layer), ``last`` (all of the last layer), ``gain`` (a factor and the bias of
-    what is added to control cells, without steps), ``lora:R`` (low-rank changes of rank R of the backbone's matrices).
-    Adaptation stops after `steps`, or when `patience` validations in turn, one every `val_every` steps, have not
+    `learn` names them, with commas: ``offset`` (the bias of the last layer, in closed form, without steps), ``context``
+    (the line's own row of the context embedding), ``batch`` (rows of its new batches), ``bias`` (of the last layer, by
+    steps), ``last`` (all of the last layer), ``gain`` (a factor and the bias of what is added to control cells, without
+    steps), ``lora:R`` (low-rank changes of rank R of the backbone's matrices).
+    What takes steps stops after `steps`, or when `patience` validations in turn, one every `val_every` steps, have not
     improved; 0 = no end. All else of the training is as in ``[train]``.
     """
 
-    learn: str = "context,bias"
+    learn: str = "offset"
     steps: PositiveInt = 600
-    learning_rate: PositiveFloat = 2e-2
+    learning_rate: PositiveFloat = 3e-3
     val_every: PositiveInt = 20
     patience: Annotated[int, Field(ge=0)] = 10
