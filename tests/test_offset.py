@@ -14,6 +14,7 @@ import pertcast.train.offset
 from conftest import write_small_h5ad
 from pertcast.config import AdaptConfig
 from pertcast.data.features import open_features
+from pertcast.data.sets import CellSets
 from pertcast.data.split import Split
 from pertcast.data.store import Store
 from pertcast.errors import ConfigError
@@ -162,3 +163,10 @@ def test_the_default_is_the_offset_and_needs_no_validation_targets(bench: Bench,
     assert set(errors_of(adapted)) == {"non-targeting", "G1", "G2", "G3"}
     assert (adapted.metrics["last_step"], adapted.metrics["offset_share"] is None) == (0, False)
     assert not any("validation" in note for note in watcher.notes)
+
+
+def test_sets_are_looked_at_in_turn_and_no_target_takes_all() -> None:
+    pert = np.array([0, 0, 0, 1, 0, 2, 2], dtype=np.int32)
+    rows = np.arange(7)[:, None]
+    sets = CellSets(pert=pert, context=np.zeros_like(pert), pert_rows=rows, control_rows=rows)
+    assert pertcast.train.offset._in_turn(sets, 2).pert_rows[:, 0].tolist() == [0, 3, 5, 1, 6]

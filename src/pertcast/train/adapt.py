@@ -2,7 +2,7 @@
 
 A baseline that the network stands on is refitted with the line's training effects.
 Invariants: what does not learn is the trained run's, to the bit; where no step is better on the held-out cells of the
-line than the trained run itself, that is what comes out; a run that was stopped goes on to the same end.
+line than the weights before the first, these come out; a run that was stopped goes on to the same end.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def _outcome(loop: Loop) -> tuple[str, ...]:
     if loop.best is None:
         return ()
     if position.best_step == 0:
-        return ("no step was better on the held-out cells than the run as it was: its weights are kept",)
+        return ("no step was better on the held-out cells than none: the weights before the first are kept",)
     return (f"the weights are of step {position.best_step:,}, the best on the held-out cells of the line",)
 
 

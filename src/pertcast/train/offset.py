@@ -137,7 +137,8 @@ def fit_offset(network: StateTransition, reader: SetReader, effects: TrainingEff
 
 def _measure(network: StateTransition, reader: SetReader, effects: TrainingEffects) -> _Errors | None:
     is_shift = reader.spec.shift
-    sets = _in_turn(reader.training(0, control_sets=not is_shift))
+    most_sets = max(1, _MOST_CELLS // reader.spec.set_size)
+    sets = _in_turn(reader.training(0, control_sets=not is_shift), most_sets)
     if not len(sets):
         return None
     row_of = {
@@ -147,7 +148,6 @@ def _measure(network: StateTransition, reader: SetReader, effects: TrainingEffec
     kept: list[Tensor] = []
     groups = list(zip(sets.context.tolist(), sets.pert.tolist(), strict=True))
     number = {group: groups.count(group) for group in groups}
-    most_sets = max(1, _MOST_CELLS // reader.spec.set_size)
     for part, control_BSI, output_BSO in predict_sets(network, reader, sets):
         if is_shift:
             base_BO = torch.zeros(len(part), 1) if reader.base is None else torch.from_numpy(reader.base.fitted(part))
@@ -171,15 +171,15 @@ def _measure(network: StateTransition, reader: SetReader, effects: TrainingEffec
     return _Errors(sums, cells_NO, weight_N)
 
 
-def _in_turn(sets: CellSets) -> CellSets:
-    """Return sets so that each (context, perturbation) has its first before any has its second."""
+def _in_turn(sets: CellSets, most: int) -> CellSets:
+    """Return at most so many sets of each (context, perturbation), all first ones before any second one."""
     seen: dict[tuple[int, int], int] = {}
     turn = []
     for group in zip(sets.context.tolist(), sets.pert.tolist(), strict=True):
         seen[group] = seen.get(group, 0) + 1
         turn.append(seen[group])
     order: NDArray[np.int64] = np.argsort(turn, kind="stable")
-    return sets[order]
+    return sets[order[: np.count_nonzero(np.array(turn) <= most)]]
 
 
 @torch.no_grad()
