@@ -170,3 +170,28 @@ def test_sets_are_looked_at_in_turn_and_no_target_takes_all() -> None:
     rows = np.arange(7)[:, None]
     sets = CellSets(pert=pert, context=np.zeros_like(pert), pert_rows=rows, control_rows=rows)
     assert pertcast.train.offset._in_turn(sets, 2).pert_rows[:, 0].tolist() == [0, 3, 5, 1, 6]
+
+
+def test_a_baseline_stays_that_of_the_other_lines_and_the_offset_mends_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = bench.train("on_mean", "model.residual='shift'", "model.base='mean'", "train.steps=30")
+    monkeypatch.setattr(pertcast.train.offset, "common_share", lambda _: 1.0)
+    watcher = Watcher()
+    adapted = open_run(bench.adapt(run, "on_mean_adapted", ALONE, progress=watcher))
+    before, after = open_run(run).baseline(), adapted.baseline()
+    assert before is not None
+    assert after is not None
+    np.testing.assert_allclose(after.mean_CG[2], before.mean_CG[-1], atol=1e-6)
+    assert any("mean baseline stays: the offset" in note for note in watcher.notes)
+    store, network = Store.open(adapted.store_path), adapted.model()
+    controls = store.log1p(store.rows(split=Split.TRAIN, pert=store.control_code))
+    left = []
+    for name in ("G1", "G2"):
+        feature = torch.from_numpy(open_features(adapted.path / "features").of([name]))
+        base = torch.from_numpy(after.mean_CG[2:3])
+        with torch.no_grad():
+            cells = network(torch.from_numpy(controls)[None], feature, None, torch.tensor([2]), base).log1p_BSG[0]
+        real = store.log1p(store.rows(split=Split.TRAIN, pert=store.perts.index(name)))
+        left.append(real.mean(0, dtype=np.float64) - cells.mean(0).numpy())
+    np.testing.assert_allclose(np.mean(left, axis=0), 0, atol=0.06)

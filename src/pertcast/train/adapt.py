@@ -1,6 +1,6 @@
 """Few-shot adaptation: a trained run and some cells of a new line in, an ordinary run out; few parameters learn.
 
-A baseline that the network stands on is refitted with the line's training effects.
+A baseline that the network stands on is refitted with the line's training effects, unless an offset is learnt.
 Invariants: what does not learn is the trained run's, to the bit; where no step is better on the held-out cells of the
 line than the weights before the first, these come out; a run that was stopped goes on to the same end.
 """
@@ -107,7 +107,9 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
     effects = training_effects(line.store, reader.output_genes, progress=progress)
     known = run.baseline()
     if known is not None:
-        reader.base = refit_base(known, line.store, features, effects, progress=progress)
+        # the whole mean of few targets is mostly their own; an offset takes what they have in common
+        with_line = not parse_learn(experiment.adapt.learn).offset
+        reader.base = refit_base(known, line.store, features, effects, with_line=with_line, progress=progress)
     network, num_learning = _network(run, experiment, line, reader)
     fitted = _fit(network, experiment, reader, effects)
     fabric = open_fabric(experiment.train, out)

@@ -130,9 +130,15 @@ def fit_base(
 
 
 def refit_base(
-    known: Baseline, store: Store, features: PertFeatures, effects: TrainingEffects, *, progress: Progress
+    known: Baseline,
+    store: Store,
+    features: PertFeatures,
+    effects: TrainingEffects,
+    *,
+    with_line: bool,
+    progress: Progress,
 ) -> TrainingBase:
-    """Fit a baseline anew on what it was fitted on and on the effects of a new line's training cells.
+    """Fit a baseline anew on what it was fitted on and, if asked, on the effects of a new line's training cells.
 
     Examples that it has of the line's own contexts give way to the store's. A perturbation that is alone in its context
     is no example: left out, it would stand on other lines, and a network that learnt the way from there would go it
@@ -146,11 +152,13 @@ def refit_base(
         The line's store in the words of the run, and features of its perturbations.
     effects
         Of the line's training split.
+    with_line
+        Whether these count; otherwise the baseline predicts as before, and of a new line what it knows of the others.
     progress
         Where the number of effects is told.
     """
     feature_PF = features.of(store.perts)
-    used = np.flatnonzero(np.bincount(effects.contexts)[effects.contexts] > 1)
+    used = np.flatnonzero((np.bincount(effects.contexts)[effects.contexts] > 1) & with_line)
     contexts, perts = effects.contexts[used], effects.perts[used]
     before = examples_of(known)
     kept = ~np.isin(before.context_N, contexts)
@@ -163,11 +171,13 @@ def refit_base(
     fit = fit_baseline(known.spec.kind, examples, set_size=known.spec.set_size)
     row_CP = np.full((len(store.contexts), len(store.perts)), -1, dtype=np.int64)
     row_CP[contexts, perts] = np.arange(len(used))
-    progress.note(
-        f"the run's {known.spec.kind} baseline is refitted with {len(used):,} training effects of the line"
-        if len(used)
-        else f"the run's {known.spec.kind} baseline stays: no context of the line has two training targets"
-    )
+    name = f"the run's {known.spec.kind} baseline"
+    if not with_line:
+        progress.note(f"{name} stays: the offset makes good what it gets wrong of the line")
+    elif len(used):
+        progress.note(f"{name} is refitted with {len(used):,} training effects of the line")
+    else:
+        progress.note(f"{name} stays: no context of the line has two training targets")
     return TrainingBase(fit.baseline, row_CP, fit.left_out_NG[: len(used)], feature_PF, store.control_code)
 
 
