@@ -10,8 +10,9 @@ relative to copies of controls. What is done is kept in OUT/results.jsonl, and n
 "steps" are of the context row and the last bias.
 
 A network "on mean" adds its shift to the mean effect (model.base), which `adapt` refits with the line's targets unless
-it learns an offset; "zero" stands on the mean effect of the other lines. There every method's cells are made as "donors", "mean" and "copy" are
-runs of these baselines, and a fifth of the cells of the K targets says when to stop where steps are taken.
+it learns an offset; "zero" stands on the mean effect of the other lines. There every method's cells are made as
+"donors", "mean" and "copy" are runs of these baselines, and a fifth of the cells of the K targets says when to stop
+where steps are taken.
 
     python -m benchmarks.adapt --data sim --seed 0 --out bench      # a seed at a time
     python -m benchmarks.adapt --out bench                          # the tables
