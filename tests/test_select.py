@@ -21,6 +21,7 @@ from pertcast.ladder.score import compare_sides
 from pertcast.models.checkpoint import open_run
 from pertcast.stats.profiles import constant_profile, profile_of, score_profiles
 from pertcast.train import train
+from pertcast.train.select import _profile
 
 GENES = tuple(f"G{number}" for number in range(60))
 SMALL = ScreenConfig(contexts=("A", "B"), num_targets=10, num_genes=50, cells_per_target=16, num_controls=40, umi=300.0)
@@ -87,6 +88,16 @@ def test_an_effect_of_another_context_may_take_more_than_there_is(tmp_path: Path
     ad.AnnData(sparse.csr_matrix(counts), obs=cells.obs, var=cells.var).write_h5ad(path.parent / "screen.h5ad")
     _, validations = trained(path, tmp_path / "run", "train.select_by=mae")
     assert all(np.isfinite(line["held_out_mae"]) for line in validations)
+
+
+def test_the_mean_that_selects_is_the_predicted_one_before_cells_are_cut_off() -> None:
+    cells = np.array([[-1.0, 1.0], [2.0, 0.0], [0.5, -3.0]], dtype=np.float32)
+    controls = sparse.csr_matrix(np.array([[1.0, 1.0], [0.0, 1.0]], dtype=np.float32))
+    found = _profile(cells, np.array([0, 0, 1]), controls)
+    np.testing.assert_allclose(found.means, [[0.5, 0.5], [0.5, 0.0]])
+    np.testing.assert_allclose(found.effects, [[0.0, -0.5], [0.0, -1.0]])
+    # fold changes and calls are those of the cells
+    np.testing.assert_allclose(found.log2_fold_change[0, 0], np.log2(np.expm1(1.0) / np.expm1(0.5)), rtol=1e-6)
 
 
 def side_of(store: Store, rows: list[np.ndarray], controls: np.ndarray) -> Side:

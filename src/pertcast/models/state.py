@@ -213,6 +213,12 @@ class StateTransition(nn.Module):
             Mean log1p expression of control cells; where given, the DE head, if there is one, says what it makes of
             the predicted effect.
 
+        Returns
+        -------
+        Prediction
+            Log1p values are 0 or more, but for a network on a baseline: whoever makes cells cuts those off at 0. Cut off
+            here, values that are 0 already would lose the falls that the baseline predicts.
+
         Raises
         ------
         ValueError
@@ -238,8 +244,10 @@ class StateTransition(nn.Module):
             output_BSO = self.final_down_then_up(output_BSO + control_BSI if self.spec.residual else output_BSO)
         if self.spec.shift:
             is_perturbed_B11 = (pert_BF != self.control_feature).any(-1)[:, None, None]
-            # Unlike relu, clamp_min lets the gradient through at 0, where most values of control cells are.
-            output_BSO = (control_BSI + self._with_base(output_BSO, base_BG) * is_perturbed_B11).clamp_min(0)
+            output_BSO = control_BSI + self._with_base(output_BSO, base_BG) * is_perturbed_B11
+            if not self.spec.on_base:
+                # Unlike relu, clamp_min lets the gradient through at 0, where most values of control cells are.
+                output_BSO = output_BSO.clamp_min(0)
         if self.gene_decoder is None:
             prediction = Prediction(
                 functional.relu(output_BSO, inplace=True) if not self.spec.shift else output_BSO, None, confidence_B

@@ -85,5 +85,7 @@ def fit_shift(network: StateTransition, reader: SetReader, effects: TrainingEffe
     cells_NO = (control_BSO + base_BO[:, None] + gain * shift_BSO).flatten(0, 1)
     layer = last_layer(network)
     layer.weight.mul_(gain)
-    layer.bias.mul_(gain).add_(offset_of(cells_NO, weight_B.repeat_interleave(size) / size, wanted_O))
+    weight_N = weight_B.repeat_interleave(size) / size
+    is_cut = reader.base is None
+    layer.bias.mul_(gain).add_(offset_of(cells_NO, weight_N, wanted_O) if is_cut else wanted_O - weight_N @ cells_NO)
     return gain

@@ -129,9 +129,11 @@ def fit_offset(network: StateTransition, reader: SetReader, effects: TrainingEff
         offset_O = offset_O + share * torch.stack(beside).mean(0)
     if not offset_O.any():
         return share
-    mean_O = found.weight_N @ found.cells_NO.clamp_min(0)
-    wanted_O = (mean_O + offset_O).clamp_min(0)
-    last_layer(network).bias.add_(offset_of(found.cells_NO, found.weight_N, wanted_O))
+    if reader.base is None:
+        mean_O = found.weight_N @ found.cells_NO.clamp_min(0)
+        wanted_O = (mean_O + offset_O).clamp_min(0)
+        offset_O = offset_of(found.cells_NO, found.weight_N, wanted_O)
+    last_layer(network).bias.add_(offset_O)
     return share
 
 
@@ -152,7 +154,8 @@ def _measure(network: StateTransition, reader: SetReader, effects: TrainingEffec
         if is_shift:
             base_BO = torch.zeros(len(part), 1) if reader.base is None else torch.from_numpy(reader.base.fitted(part))
             output_BSO = control_BSI + base_BO[:, None] + output_BSO
-        predicted_BO = output_BSO.clamp_min(0).mean(1)
+        # what stands on a baseline is cut off at 0 when cells are made of it, not before
+        predicted_BO = (output_BSO.clamp_min(0) if reader.base is None else output_BSO).mean(1)
         for place, group in enumerate(zip(part.context.tolist(), part.pert.tolist(), strict=True)):
             # beside these control cells, so that what sets their sample apart from all does not count as an error
             real_O = (

@@ -120,7 +120,7 @@ class OfficialMetrics:
         for context in self._contexts:
             cells = np.concatenate(list(self._predict(context, model, fabric)))
             kept = context.pert_of_cell >= 0
-            predicted = profile_of(cells[kept], context.pert_of_cell[kept], context.controls, threads=available_cpus())
+            predicted = _profile(cells[kept], context.pert_of_cell[kept], context.controls)
             scores.append(score_profiles(predicted, context.real, context.own_gene_P))
         ours = {name: float(np.concatenate([score[name] for score in scores]).mean()) for name in BEST}
         base = {name: float(np.concatenate([part.baseline[name] for part in self._contexts]).mean()) for name in BEST}
@@ -139,6 +139,14 @@ class OfficialMetrics:
         for start in range(0, len(context.sets), self._size):
             batch = fabric.to_device(self._reader.read(context.sets[start : start + self._size]))
             yield model(*batch.for_network()).log1p_BSG.flatten(0, 1).float().cpu().numpy()
+
+
+def _profile(cells: NDArray[np.float32], codes: NDArray[np.int64], controls: sparse.csr_matrix) -> Profile:
+    """Return the profile of cells, cut off at 0; the mean is that of what was predicted, as cells are made for it."""
+    found = profile_of(np.maximum(cells, np.float32(0)), codes, controls, threads=available_cpus())
+    means = np.stack([cells[codes == pert].mean(axis=0, dtype=np.float64) for pert in range(len(found.means))])
+    means = np.maximum(means, 0)
+    return found._replace(means=means, effects=found.effects + (means - found.means))
 
 
 def _context(
