@@ -381,7 +381,7 @@ def test_a_gain_alone_takes_no_steps_and_meets_the_line_s_mean_effect(
         base = torch.from_numpy(baseline.mean_CG[2:3])
         with torch.no_grad():
             cells = network(torch.from_numpy(store.log1p(rows))[None], feature, None, torch.tensor([2]), base)
-        predicted.append(cells.log1p_BSG[0].mean(0).numpy() - store.log1p(rows).mean(0))
+        predicted.append(cells.uncut_BSG[0].mean(0).numpy() - store.log1p(rows).mean(0))
     wanted = np.mean(list(line_effects(store).values()), axis=0)
     np.testing.assert_allclose(np.mean(predicted, axis=0), wanted, atol=0.05)
     start = np.abs(np.mean(predicted, axis=0) - wanted).mean()

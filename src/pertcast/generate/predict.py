@@ -118,7 +118,7 @@ class NetworkPredictor:
     def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
         """Return (B * S, output genes) log1p values; see :class:`Predictor`."""
         prediction = self.prediction(rows_BS, target=target, context=context)
-        output_CO: NDArray[np.float32] = prediction.log1p_BSG.flatten(0, 1).float().cpu().numpy()
+        output_CO: NDArray[np.float32] = prediction.uncut_BSG.flatten(0, 1).float().cpu().numpy()
         return output_CO
 
     @torch.inference_mode()

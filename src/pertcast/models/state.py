@@ -18,7 +18,7 @@ from pertcast.models.linear import Linear
 from pertcast.models.spec import PRESETS, Preset, StateSpec, spec_for
 from pertcast.stats.draws import key_hash
 
-__all__ = ["PRESETS", "Prediction", "Preset", "StateSpec", "StateTransition", "spec_for"]
+__all__ = ["PRESETS", "Prediction", "Preset", "StateSpec", "StateTransition", "cut_of", "spec_for"]
 
 _INIT_STD = 0.02
 _GENE_DECODER_LAYERS = 3
@@ -39,6 +39,8 @@ class Prediction(NamedTuple):
         Logits of the DE head, in training with one.
     counts
         What the counts head says, from networks with one.
+    cut_BG
+        What cells that cannot fall below 0 lost of the effect of the baseline that the network stands on, 0 or less.
     """
 
     latent_BSO: Tensor  # noqa: N815
@@ -46,11 +48,17 @@ class Prediction(NamedTuple):
     confidence_B: Tensor | None = None  # noqa: N815
     de_BG: Tensor | None = None  # noqa: N815
     counts: CountsPrediction | None = None
+    cut_BG: Tensor | None = None  # noqa: N815
 
     @property
     def log1p_BSG(self) -> Tensor:  # noqa: N802
         """Predicted log1p expression, in either space."""
         return self.latent_BSO if self.genes_BSG is None else self.genes_BSG
+
+    @property
+    def uncut_BSG(self) -> Tensor:  # noqa: N802
+        """The same, on a baseline with all of its effect in the mean over cells: values may be below 0."""
+        return self.log1p_BSG if self.cut_BG is None else self.log1p_BSG + self.cut_BG[:, None]
 
 
 class StateTransition(nn.Module):
@@ -213,12 +221,6 @@ class StateTransition(nn.Module):
             Mean log1p expression of control cells; where given, the DE head, if there is one, says what it makes of
             the predicted effect.
 
-        Returns
-        -------
-        Prediction
-            Log1p values are 0 or more, but for a network on a baseline: whoever makes cells cuts those off at 0. Cut off
-            here, values that are 0 already would lose the falls that the baseline predicts.
-
         Raises
         ------
         ValueError
@@ -242,16 +244,16 @@ class StateTransition(nn.Module):
         output_BSO = self.project_out(hidden_BSH)
         if self.final_down_then_up is not None:
             output_BSO = self.final_down_then_up(output_BSO + control_BSI if self.spec.residual else output_BSO)
+        cut_BG = None
         if self.spec.shift:
             is_perturbed_B11 = (pert_BF != self.control_feature).any(-1)[:, None, None]
-            output_BSO = control_BSI + self._with_base(output_BSO, base_BG) * is_perturbed_B11
-            if not self.spec.on_base:
-                # Unlike relu, clamp_min lets the gradient through at 0, where most values of control cells are.
-                output_BSO = output_BSO.clamp_min(0)
+            # Unlike relu, clamp_min lets the gradient through at 0, where most values of control cells are.
+            output_BSO = (control_BSI + self._with_base(output_BSO, base_BG) * is_perturbed_B11).clamp_min(0)
+            if base_BG is not None and self.spec.on_base:
+                cut_BG = cut_of(control_BSI, base_BG * is_perturbed_B11[:, 0])
         if self.gene_decoder is None:
-            prediction = Prediction(
-                functional.relu(output_BSO, inplace=True) if not self.spec.shift else output_BSO, None, confidence_B
-            )
+            cells_BSO = functional.relu(output_BSO, inplace=True) if not self.spec.shift else output_BSO
+            prediction = Prediction(cells_BSO, None, confidence_B, cut_BG=cut_BG)
         else:
             if self.spec.latent_relu:
                 output_BSO = functional.relu(output_BSO)
@@ -282,6 +284,17 @@ class StateTransition(nn.Module):
         hidden_BSH = self.transformer_backbone(hidden_BSH)
         confidence_B = None if self.confidence_token is None else self.confidence_token(hidden_BSH[:, -1:])
         return hidden_BSH[:, num_before : num_before + size], confidence_B
+
+
+def cut_of(control_BSG: Tensor, effect_BG: Tensor) -> Tensor:
+    """Return what sets of control cells that are moved by an effect, and cut off at 0, lose of it in the mean, (B, G).
+
+    Examples
+    --------
+    >>> cut_of(torch.tensor([[[0.0], [2.0]]]), torch.tensor([[-1.0]]))
+    tensor([[-0.5000]])
+    """
+    return effect_BG - ((control_BSG + effect_BG[:, None]).clamp_min(0) - control_BSG).mean(1)
 
 
 def _gene_decoder(spec: StateSpec) -> nn.Sequential:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pertcast.models.adapt import last_layer
-from pertcast.models.state import StateTransition
+from pertcast.models.state import StateTransition, cut_of
 from pertcast.train.batches import SetReader
 from pertcast.train.effects import TrainingEffects
 from pertcast.train.offset import offset_of, predict_sets
@@ -81,11 +81,12 @@ def fit_shift(network: StateTransition, reader: SetReader, effects: TrainingEffe
     gain = least_squares_gain(weight_PB @ shift_BSO.mean(1), effect_PO - weight_PB @ base_BO)
     weight_B = weight_PB.mean(0)
     # beside these control cells, so that what sets their sample apart from all does not count as an effect
-    wanted_O = (weight_B @ control_BSO.mean(1) + effect_PO.mean(0)).clamp_min_(0)
+    wanted_O = weight_B @ control_BSO.mean(1) + effect_PO.mean(0)
+    if reader.base is not None:
+        wanted_O -= weight_B @ cut_of(control_BSO, base_BO)
+    wanted_O.clamp_min_(0)
     cells_NO = (control_BSO + base_BO[:, None] + gain * shift_BSO).flatten(0, 1)
     layer = last_layer(network)
     layer.weight.mul_(gain)
-    weight_N = weight_B.repeat_interleave(size) / size
-    is_cut = reader.base is None
-    layer.bias.mul_(gain).add_(offset_of(cells_NO, weight_N, wanted_O) if is_cut else wanted_O - weight_N @ cells_NO)
+    layer.bias.mul_(gain).add_(offset_of(cells_NO, weight_B.repeat_interleave(size) / size, wanted_O))
     return gain

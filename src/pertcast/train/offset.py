@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pertcast.data.sets import CellSets
 from pertcast.models.adapt import last_layer
-from pertcast.models.state import StateTransition
+from pertcast.models.state import StateTransition, cut_of
 from pertcast.train.batches import SetReader
 from pertcast.train.effects import TrainingEffects
 
@@ -129,11 +129,9 @@ def fit_offset(network: StateTransition, reader: SetReader, effects: TrainingEff
         offset_O = offset_O + share * torch.stack(beside).mean(0)
     if not offset_O.any():
         return share
-    if reader.base is None:
-        mean_O = found.weight_N @ found.cells_NO.clamp_min(0)
-        wanted_O = (mean_O + offset_O).clamp_min(0)
-        offset_O = offset_of(found.cells_NO, found.weight_N, wanted_O)
-    last_layer(network).bias.add_(offset_O)
+    mean_O = found.weight_N @ found.cells_NO.clamp_min(0)
+    wanted_O = (mean_O + offset_O).clamp_min(0)
+    last_layer(network).bias.add_(offset_of(found.cells_NO, found.weight_N, wanted_O))
     return share
 
 
@@ -154,8 +152,9 @@ def _measure(network: StateTransition, reader: SetReader, effects: TrainingEffec
         if is_shift:
             base_BO = torch.zeros(len(part), 1) if reader.base is None else torch.from_numpy(reader.base.fitted(part))
             output_BSO = control_BSI + base_BO[:, None] + output_BSO
-        # what stands on a baseline is cut off at 0 when cells are made of it, not before
-        predicted_BO = (output_BSO.clamp_min(0) if reader.base is None else output_BSO).mean(1)
+        predicted_BO = output_BSO.clamp_min(0).mean(1)
+        if is_shift and reader.base is not None:
+            predicted_BO = predicted_BO + cut_of(control_BSI, base_BO)
         for place, group in enumerate(zip(part.context.tolist(), part.pert.tolist(), strict=True)):
             # beside these control cells, so that what sets their sample apart from all does not count as an error
             real_O = (

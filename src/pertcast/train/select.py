@@ -138,7 +138,7 @@ class OfficialMetrics:
     ) -> Iterator[NDArray[np.float32]]:
         for start in range(0, len(context.sets), self._size):
             batch = fabric.to_device(self._reader.read(context.sets[start : start + self._size]))
-            yield model(*batch.for_network()).log1p_BSG.flatten(0, 1).float().cpu().numpy()
+            yield model(*batch.for_network()).uncut_BSG.flatten(0, 1).float().cpu().numpy()
 
 
 def _profile(cells: NDArray[np.float32], codes: NDArray[np.int64], controls: sparse.csr_matrix) -> Profile:

@@ -106,7 +106,7 @@ def _counts_loss(found: CountsPrediction, real_BSG: Tensor, depth_BS: Tensor, lo
 
 def _effects(prediction: Prediction, known: Known) -> Tensor:
     """Return the effect that each set predicts, (B, G)."""
-    return prediction.log1p_BSG.float().mean(1) - known.beside_BG
+    return prediction.uncut_BSG.float().mean(1) - known.beside_BG
 
 
 def _de_term(prediction: Prediction, known: Known, config: LossConfig, positive_weight: float) -> Tensor:
