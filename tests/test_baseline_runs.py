@@ -218,7 +218,8 @@ def test_what_an_untrained_network_on_a_baseline_hands_over_is_what_the_baseline
         predictor = make_predictor(run, store, open_features(run.path / "features"))
         rows_BS = store.rows(split=Split.TRAIN, pert=store.control_code)[:16].reshape(2, 8)
         predicted.append(predictor.predict(rows_BS, target="G3", context="H1"))
-    np.testing.assert_allclose(*(cells.mean(axis=0) for cells in predicted), atol=1e-5)
+    network, ridge = (cells.mean(axis=0) for cells in predicted)
+    np.testing.assert_allclose(network, ridge, atol=1e-5)
 
 
 def test_the_whole_path_of_a_network_on_a_baseline_and_its_resumption(workspace: Workspace) -> None:
