@@ -16,6 +16,7 @@ from pertcast.data.inputs import read_inputs
 from pertcast.data.store import Store
 from pertcast.data.tensors import as_tensor
 from pertcast.generate.binding import batch_codes, is_imported
+from pertcast.generate.encoded import EncodedControls, FoldedPredictor
 from pertcast.models.baselines import Baseline, BaselineSpec, predict_effects
 from pertcast.models.checkpoint import Run
 from pertcast.models.state import Prediction, StateTransition
@@ -45,10 +46,16 @@ class Predictor(Protocol):
         ...
 
 
-def make_predictor(run: Run, store: Store, features: PertFeatures) -> Predictor:
-    """Return what predicts a run's cells; weights are read when the first cells are wanted."""
+def make_predictor(run: Run, store: Store, features: PertFeatures, *, num_cells: int = 0) -> Predictor:
+    """Return what predicts a run's cells; weights are read when the first cells are wanted.
+
+    Where `num_cells`, how many cells will be asked for in all, make it worth while and the network allows it, control
+    cells are encoded once for all targets; values are the same up to rounding.
+    """
     if isinstance(run.spec, BaselineSpec):
         return BaselinePredictor(run, store, features)
+    if EncodedControls.pays(run.spec, store, num_cells):
+        return FoldedPredictor(NetworkPredictor(run, store, features), store)
     return NetworkPredictor(run, store, features)
 
 
@@ -121,23 +128,38 @@ class NetworkPredictor:
         output_CO: NDArray[np.float32] = prediction.uncut_BSG.flatten(0, 1).float().cpu().numpy()
         return output_CO
 
+    @property
+    def network(self) -> StateTransition:
+        """The network, on its device."""
+        if self._model is None:
+            self._model = self._run.model(counts_head=self._counts_head).to(self._device).eval()
+        return self._model
+
     @torch.inference_mode()
     def prediction(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> Prediction:
         """Return all that the network says of sets of rows of control cells."""
-        run, store = self._run, self._store
-        if self._model is None:
-            self._model = run.model(counts_head=self._counts_head).to(self._device).eval()
-        rows = rows_BS.reshape(-1)
-        control_CI = read_inputs(store, rows, source=self._source, genes=self._input_genes)
-        code = run.contexts.index(context) if context in run.contexts else -1
-        prediction: Prediction = self._model(
-            self._tensor(control_CI.reshape(*rows_BS.shape, -1)),
-            self._tensor(self._features.of([target])).expand(len(rows_BS), -1),
-            self._tensor(self._batch_codes[store.batch_codes[rows]].reshape(rows_BS.shape)),
-            torch.full((len(rows_BS),), code, device=self._device),
+        control_CI = self.read(rows_BS.reshape(-1))
+        prediction: Prediction = self.network(
+            control_CI.reshape(*rows_BS.shape, -1),
+            *self.conditions(rows_BS, target=target, context=context),
             base_BG=self._base_of(target, context, num_sets=len(rows_BS)),
         )
         return prediction
+
+    def read(self, rows: NDArray[np.int64]) -> torch.Tensor:
+        """Return what the network reads of control cells, (cells, I), on its device."""
+        return self._tensor(read_inputs(self._store, rows, source=self._source, genes=self._input_genes))
+
+    def conditions(
+        self, rows_BS: NDArray[np.int64], *, target: str, context: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the feature of each set, the batch code of each cell, and the context code of each set."""
+        code = self._run.contexts.index(context) if context in self._run.contexts else -1
+        return (
+            self._tensor(self._features.of([target])).expand(len(rows_BS), -1),
+            self._tensor(self._batch_codes[self._store.batch_codes[rows_BS.reshape(-1)]].reshape(rows_BS.shape)),
+            torch.full((len(rows_BS),), code, device=self._device),
+        )
 
     def _base_of(self, target: str, context: str, *, num_sets: int) -> torch.Tensor | None:
         return None if self._base is None else self._tensor(self._base.of(target, context)).expand(num_sets, -1)

@@ -227,18 +227,7 @@ class StateTransition(nn.Module):
             If batches, contexts or effects of a baseline are needed and not given.
         """
         basal_BSH = self.basal_encoder(control_BSI)
-        hidden_BSH = basal_BSH + self.pert_encoder(pert_BF)[:, None]
-        if self.batch_encoder is not None:
-            if batch_BS is None:
-                raise ValueError("this network has a batch embedding: expected batch_BS, got None")
-            if self.spec.unknown_batch:
-                batch_BS = torch.where(batch_BS < 0, self.spec.num_batches - 1, batch_BS)
-            hidden_BSH = hidden_BSH + self.batch_encoder(batch_BS)
-        if self.context_encoder is not None:
-            if context_B is None:
-                raise ValueError("this network has a context embedding: expected context_B, got None")
-            hidden_BSH = hidden_BSH + self.context_encoder(context_B)[:, None]
-        hidden_BSH, confidence_B = self._attend(hidden_BSH)
+        hidden_BSH, confidence_B = self.attend(basal_BSH, pert_BF, batch_BS, context_B)
         if self.spec.residual and self.final_down_then_up is None:
             hidden_BSH = hidden_BSH + basal_BSH
         output_BSO = self.project_out(hidden_BSH)
@@ -264,6 +253,26 @@ class StateTransition(nn.Module):
             return prediction
         effect_BG = prediction.log1p_BSG.mean(1) - control_mean_BG
         return prediction._replace(de_BG=self.de_head(hidden_BSH.mean(1), effect_BG))
+
+    def attend(
+        self, basal_BSH: Tensor, pert_BF: Tensor, batch_BS: Tensor | None, context_B: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the backbone's output of encoded control cells, ``(B, S, H)``, and the sets' confidence.
+
+        The other arguments, and what is raised, are as in :meth:`forward`.
+        """
+        hidden_BSH = basal_BSH + self.pert_encoder(pert_BF)[:, None]
+        if self.batch_encoder is not None:
+            if batch_BS is None:
+                raise ValueError("this network has a batch embedding: expected batch_BS, got None")
+            if self.spec.unknown_batch:
+                batch_BS = torch.where(batch_BS < 0, self.spec.num_batches - 1, batch_BS)
+            hidden_BSH = hidden_BSH + self.batch_encoder(batch_BS)
+        if self.context_encoder is not None:
+            if context_B is None:
+                raise ValueError("this network has a context embedding: expected context_B, got None")
+            hidden_BSH = hidden_BSH + self.context_encoder(context_B)[:, None]
+        return self._attend(hidden_BSH)
 
     def _with_base(self, shift_BSO: Tensor, base_BG: Tensor | None) -> Tensor:
         if not self.spec.on_base:
