@@ -92,6 +92,11 @@ class CellSets:
             self.num_unmatched,
         )
 
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """The codes of each set's context and target."""
+        return list(zip(self.context.tolist(), self.pert.tolist(), strict=True))
+
 
 @dataclass(frozen=True)
 class _Groups:

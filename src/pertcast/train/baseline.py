@@ -66,7 +66,7 @@ class TrainingBase(NamedTuple):
     def of(self, sets: CellSets) -> NDArray[np.float32]:
         """Return the base effect of each set, (B, G): left out for training perturbations, 0 for control cells."""
         base_BG = np.zeros((len(sets), self.left_out_NG.shape[1]), dtype=np.float32)
-        for place, (context, pert) in enumerate(zip(sets.context.tolist(), sets.pert.tolist(), strict=True)):
+        for place, (context, pert) in enumerate(sets.groups):
             row = self.row_CP[context, pert]
             if row >= 0:
                 base_BG[place] = self.left_out_NG[row]
@@ -76,7 +76,7 @@ class TrainingBase(NamedTuple):
 
     def fitted(self, sets: CellSets) -> NDArray[np.float32]:
         """Return the base effect of each set of a perturbation as generation will have it, nothing left out, (B, G)."""
-        return np.stack([self._fitted(*codes) for codes in zip(sets.context.tolist(), sets.pert.tolist(), strict=True)])
+        return np.stack([self._fitted(*codes) for codes in sets.groups])
 
     def _fitted(self, context: int, pert: int) -> NDArray[np.float32]:
         effect_G: NDArray[np.float32] = predict_effects(

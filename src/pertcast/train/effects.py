@@ -38,6 +38,11 @@ class TrainingEffects(NamedTuple):
     effects_NG: NDArray[np.float32]  # noqa: N815
     control_mean_CG: NDArray[np.float32]  # noqa: N815
 
+    def row_of(self) -> dict[tuple[int, int], int]:
+        """Return the row of each effect by the codes of its context and perturbation."""
+        groups = zip(self.contexts.tolist(), self.perts.tolist(), strict=True)
+        return {group: row for row, group in enumerate(groups)}
+
 
 def training_effects(store: Store, output_genes: NDArray[np.int64], *, progress: Progress) -> TrainingEffects:
     """Read the TRAIN cells once, group by group, and return their effects.

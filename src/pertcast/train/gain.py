@@ -69,10 +69,8 @@ def fit_shift(network: StateTransition, reader: SetReader, effects: TrainingEffe
         return None
     _, controls, shifts = zip(*predict_sets(network, reader, sets), strict=True)
     control_BSO, shift_BSO = torch.cat(controls), torch.cat(shifts)
-    row_of = {
-        codes: row for row, codes in enumerate(zip(effects.contexts.tolist(), effects.perts.tolist(), strict=True))
-    }
-    row_B = [row_of[codes] for codes in zip(sets.context.tolist(), sets.pert.tolist(), strict=True)]
+    row_of = effects.row_of()
+    row_B = [row_of[group] for group in sets.groups]
     rows, target_B = np.unique(row_B, return_inverse=True)
     weight_PB = torch.from_numpy((target_B == np.arange(len(rows))[:, None]).astype(np.float32))
     weight_PB /= weight_PB.sum(1, keepdim=True)

@@ -7,6 +7,7 @@ Shapes: K training targets, B sets, S cells in a set, N cells in all, O predicte
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -141,13 +142,11 @@ def _measure(network: StateTransition, reader: SetReader, effects: TrainingEffec
     sets = _in_turn(reader.training(0, control_sets=not is_shift), most_sets)
     if not len(sets):
         return None
-    row_of = {
-        codes: row for row, codes in enumerate(zip(effects.contexts.tolist(), effects.perts.tolist(), strict=True))
-    }
+    row_of = effects.row_of()
     sums: dict[tuple[int, int], Tensor] = {}
     kept: list[Tensor] = []
-    groups = list(zip(sets.context.tolist(), sets.pert.tolist(), strict=True))
-    number = {group: groups.count(group) for group in groups}
+    groups = sets.groups
+    number = Counter(groups)
     for part, control_BSI, output_BSO in predict_sets(network, reader, sets):
         if is_shift:
             base_BO = torch.zeros(len(part), 1) if reader.base is None else torch.from_numpy(reader.base.fitted(part))
@@ -155,7 +154,7 @@ def _measure(network: StateTransition, reader: SetReader, effects: TrainingEffec
         predicted_BO = output_BSO.clamp_min(0).mean(1)
         if is_shift and reader.base is not None:
             predicted_BO = predicted_BO + cut_of(control_BSI, base_BO)
-        for place, group in enumerate(zip(part.context.tolist(), part.pert.tolist(), strict=True)):
+        for place, group in enumerate(part.groups):
             # beside these control cells, so that what sets their sample apart from all does not count as an error
             real_O = (
                 control_BSI[place].mean(0)
@@ -166,8 +165,8 @@ def _measure(network: StateTransition, reader: SetReader, effects: TrainingEffec
                 real_O = real_O + torch.from_numpy(effects.effects_NG[row_of[group]])
             sums[group] = sums.get(group, 0) + (real_O - predicted_BO[place]) / number[group]
         kept.extend(output_BSO[: max(0, most_sets - len(kept))])
-    kept_groups = groups[: len(kept)]
-    weight_B = torch.tensor([1 / kept_groups.count(group) for group in kept_groups])
+    number_kept = Counter(groups[: len(kept)])
+    weight_B = torch.tensor([1 / number_kept[group] for group in groups[: len(kept)]])
     cells_NO = torch.cat(kept)
     weight_N = (weight_B / weight_B.sum()).repeat_interleave(reader.spec.set_size) / reader.spec.set_size
     return _Errors(sums, cells_NO, weight_N)
@@ -177,7 +176,7 @@ def _in_turn(sets: CellSets, most: int) -> CellSets:
     """Return at most so many sets of each (context, perturbation), all first ones before any second one."""
     seen: dict[tuple[int, int], int] = {}
     turn = []
-    for group in zip(sets.context.tolist(), sets.pert.tolist(), strict=True):
+    for group in sets.groups:
         seen[group] = seen.get(group, 0) + 1
         turn.append(seen[group])
     order: NDArray[np.int64] = np.argsort(turn, kind="stable")

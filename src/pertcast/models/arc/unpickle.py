@@ -41,7 +41,6 @@ _READ_ERRORS = (
     AttributeError,
     AssertionError,
     MemoryError,
-    NotImplementedError,
     OverflowError,
 )
 _SCALAR_KINDS = frozenset("biufSU")
