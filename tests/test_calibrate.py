@@ -98,7 +98,7 @@ class Fake:
     """Held-out targets whose scores depend on the amplitude alone, best at `best`."""
 
     def __init__(self, best: float, *, steep: float = 0.2) -> None:
-        self.parts = tuple(Part("", "H1", f"G{number}", 8) for number in range(12))
+        self.parts = tuple(Part("", "small", "H1", f"G{number}", 8) for number in range(12))
         self._best, self._steep = best, steep
 
     def sizes(self) -> list[float]:

@@ -108,7 +108,7 @@ def test_without_an_effect_donors_stay_as_they_are(workspace: Workspace, trained
     store = Store.open(trained.store)
     config = load_experiment(workspace.experiment, ["generate.scale=counts", "generate.cells=donors"]).generate
     rows = store.rows(split=Split.TRAIN, pert=store.control_code)
-    part = Part("x", "H1", "G1", len(rows))
+    part = Part("x", "small", "H1", "G1", len(rows))
     blocks = CellMaker(store, config).made(part, rows, iter([store.log1p(rows)]), pool=rows)
     assert (np.vstack([block.toarray() for block in blocks]) == store.counts(rows).toarray()).all()
 
@@ -129,7 +129,7 @@ def test_predicted_cells_are_let_go_of_before_the_next_are_waited_for(
             del cells_CG
             assert held() is None
 
-    blocks = CellMaker(store, config).made(Part("x", "H1", "G1", len(rows)), rows, predicted(), pool=rows)
+    blocks = CellMaker(store, config).made(Part("x", "small", "H1", "G1", len(rows)), rows, predicted(), pool=rows)
     assert sum(block.shape[0] for block in blocks) == len(rows)
 
 

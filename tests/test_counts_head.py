@@ -158,7 +158,7 @@ def test_rates_are_those_of_training_control_cells_alone(trained: Outcome) -> No
     store = Store.open(trained.store)
     found = control_rates(store, np.arange(20))
     cells = store.counts(store.rows(split=Split.TRAIN, pert=store.control_code)).toarray()
-    np.testing.assert_allclose(np.exp(found.log_rate_CG[0]), cells.sum(0) / cells.sum() * store.target_sum, rtol=0.01)
+    np.testing.assert_allclose(np.exp(found.log_rate_SG[0]), cells.sum(0) / cells.sum() * store.target_sum, rtol=0.01)
 
 
 def folds_of(run: Run, target: str) -> np.ndarray:

@@ -157,7 +157,7 @@ def test_two_processes_generate_what_one_does_and_go_on_under_torchrun(
 
 @given(sizes=st.lists(st.integers(1, 1000), max_size=30), size=st.integers(1, 5))
 def test_each_part_has_one_maker_and_makers_have_about_equally_many_cells(sizes: list[int], size: int) -> None:
-    parts = [Part(f"{number}", "H1", f"{number}", cells) for number, cells in enumerate(sizes)]
+    parts = [Part(f"{number}", "small", "H1", f"{number}", cells) for number, cells in enumerate(sizes)]
     shares = [own_share(parts, rank=rank, size=size) for rank in range(size)]
     assert sorted(part.file for share in shares for part in share) == sorted(part.file for part in parts)
     loads = [sum(part.num_cells for part in share) for share in shares]

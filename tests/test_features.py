@@ -48,6 +48,10 @@ class MemoryStore:
     control: str = "non-targeting"
     control_code: int = 0
 
+    @property
+    def screen_codes(self) -> np.ndarray:
+        return np.zeros(len(self.pert_codes), dtype=np.int32)
+
     def log1p(self, rows: np.ndarray, *, genes: np.ndarray | None = None) -> np.ndarray:
         chosen: np.ndarray = self.values[rows] if genes is None else self.values[np.ix_(rows, genes)]
         return chosen

@@ -21,7 +21,7 @@ def _normalised(seed: int = 0, *, cells: int = 120, genes: int = 300) -> np.ndar
 
 def test_moments_in_blocks_are_the_moments() -> None:
     values = _normalised()
-    moments = Moments(values.shape[1])
+    moments = Moments(np.full(values.shape[1], len(values)))
     for part in np.array_split(values, 7):
         block = sparse.csr_matrix(part)
         moments.add(block)

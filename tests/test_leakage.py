@@ -110,7 +110,6 @@ def learnt(store: Store, experiment: Experiment) -> dict[str, np.ndarray]:
         "target sum": np.array(store.target_sum),
         "effects": effects.effects_NG,
         "DE labels": labels.significant,
-        "fold changes": labels.log2_fold_change,
         "features": features.matrix,
         "values of training cells": store.log1p(store.rows(split=Split.TRAIN)),
     }

@@ -168,7 +168,8 @@ def test_the_default_is_the_offset_and_needs_no_validation_targets(bench: Bench,
 def test_sets_are_looked_at_in_turn_and_no_target_takes_all() -> None:
     pert = np.array([0, 0, 0, 1, 0, 2, 2], dtype=np.int32)
     rows = np.arange(7)[:, None]
-    sets = CellSets(pert=pert, context=np.zeros_like(pert), pert_rows=rows, control_rows=rows)
+    one = np.zeros_like(pert)
+    sets = CellSets(pert=pert, context=one, screen=one, pert_rows=rows, control_rows=rows)
     assert pertcast.train.offset._in_turn(sets, 2).pert_rows[:, 0].tolist() == [0, 3, 5, 1, 6]
 
 

@@ -112,7 +112,7 @@ def test_the_truth_is_the_means_and_the_official_statistics_of_training_cells(st
     truth = truth_of(store)
     controls = store.log1p(store.rows(split=Split.TRAIN, pert=store.control_code))
     for pert in range(len(store.perts)):
-        known = truth.of(torch.tensor([0]), torch.tensor([pert]))
+        known = truth.of(torch.tensor([0]), torch.tensor([pert]), torch.tensor([0]))
         assert bool(known.is_control_B) == (pert == store.control_code) != bool(known.has_effect_B)
         np.testing.assert_allclose(known.control_mean_BG[0], controls.mean(0), atol=1e-5)
         if pert == store.control_code:
@@ -135,7 +135,7 @@ def test_others_are_of_the_same_context_and_never_the_perturbation_itself(store:
     keys = [("train", 3, place) for place in range(len(perts))]
     drawn = truth.draw_others(contexts, perts, num=5, seed=0, keys=keys)
     assert drawn.shape == (3, 5)
-    known = truth.of(contexts, perts)
+    known = truth.of(contexts, perts, contexts)
     for place, rows in enumerate(drawn.tolist()):
         assert rows[2:] == [-1, -1, -1]
         assert len({*rows[:2]}) == 2
@@ -166,7 +166,7 @@ def test_a_threshold_is_where_a_test_of_means_passes_benjamini_and_hochberg(stor
     for pert in range(len(store.perts)):
         if pert == store.control_code:
             continue
-        known = truth.of(torch.tensor([0]), torch.tensor([pert]))
+        known = truth.of(torch.tensor([0]), torch.tensor([pert]), torch.tensor([0]))
         assert known.labels_BG is not None
         assert known.threshold_BG is not None
         num_cells = len(store.rows(split=Split.TRAIN, pert=pert))
@@ -180,7 +180,8 @@ def test_a_threshold_is_where_a_test_of_means_passes_benjamini_and_hochberg(stor
 def make_known(store: Store, **changed: Any) -> Known:
     pert = next(code for code in range(len(store.perts)) if code != store.control_code)
     codes = torch.tensor([pert, pert, store.control_code])
-    return truth_of(store).of(torch.zeros(3, dtype=torch.int64), codes)._replace(**changed)
+    nothing = torch.zeros(3, dtype=torch.int64)
+    return truth_of(store).of(nothing, codes, nothing)._replace(**changed)
 
 
 def make_batch(real_BSG: Tensor) -> Batch:

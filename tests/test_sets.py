@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,13 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pertcast.config import Experiment
-from pertcast.data.sets import CellSets, generation_sets, training_sets
+from pertcast.data.sets import CellSets, Match, generation_sets, training_sets
 from pertcast.data.split import Split
 from pertcast.data.store import Store, prepare
 from pertcast.errors import DataError
 
 TRAIN, VAL = Split.TRAIN, Split.VAL
-Match = Literal["batch", "context"]
 
 
 @dataclass(frozen=True)
@@ -32,21 +30,40 @@ class Table:
     split: np.ndarray
     perts: tuple[str, ...]
     contexts: tuple[str, ...]
+    file_codes: np.ndarray
+    files: tuple[str, ...]
+    dataset_of_file: tuple[int, ...]
     control_code: int = 0
+
+    @property
+    def screen_codes(self) -> np.ndarray:
+        datasets = np.array(self.dataset_of_file)[self.file_codes]
+        return (datasets * len(self.contexts) + self.context_codes).astype(np.int32)
 
 
 def make_table(
-    *, num_cells: int, num_perts: int = 3, num_contexts: int = 2, num_batches: int = 3, seed: int = 0
+    *,
+    num_cells: int,
+    num_perts: int = 3,
+    num_contexts: int = 2,
+    num_batches: int = 3,
+    num_files: int = 1,
+    seed: int = 0,
 ) -> Table:
-    """Random codes; every context has control cells of both splits, some cells have no known batch."""
+    """Random codes; every screen has control cells of both splits, some cells have no known batch.
+
+    Two files make a dataset, so that a file may lack controls that its dataset has.
+    """
     rng = np.random.default_rng(seed)
     pert = rng.integers(num_perts, size=num_cells)
     context = rng.integers(num_contexts, size=num_cells)
     split = rng.choice([TRAIN, VAL], size=num_cells)
-    sure = [(c, s) for c in range(num_contexts) for s in (TRAIN, VAL)]
+    file = rng.integers(num_files, size=num_cells)
+    sure = [(c, s, f) for c in range(num_contexts) for s in (TRAIN, VAL) for f in range(0, num_files, 2)]
     pert = np.concatenate([pert, np.zeros(len(sure), dtype=int)])
-    context = np.concatenate([context, [c for c, _ in sure]])
-    split = np.concatenate([split, [s for _, s in sure]])
+    context = np.concatenate([context, [c for c, _, _ in sure]])
+    split = np.concatenate([split, [s for _, s, _ in sure]])
+    file = np.concatenate([file, [f for _, _, f in sure]]).astype(np.int32)
     batch = rng.integers(-1, num_batches, size=len(pert))
     order = rng.permutation(len(pert))
     return Table(
@@ -56,6 +73,9 @@ def make_table(
         split[order].astype(np.uint8),
         tuple(f"P{i}" for i in range(num_perts)),
         tuple(f"C{i}" for i in range(num_contexts)),
+        file[order],
+        tuple(f"F{i}" for i in range(num_files)),
+        tuple(i // 2 for i in range(num_files)),
     )
 
 
@@ -65,6 +85,7 @@ tables = st.builds(
     num_perts=st.integers(1, 5),
     num_contexts=st.integers(1, 3),
     num_batches=st.integers(1, 6),
+    num_files=st.integers(1, 5),
     seed=st.integers(0, 10_000),
 )
 
@@ -73,14 +94,42 @@ def cut(table: Table, *, set_size: int = 4, seed: int = 0, epoch: int = 0, match
     return training_sets(table, set_size=set_size, seed=seed, epoch=epoch, split=TRAIN, match=match, control_sets=True)
 
 
-def groups_of(table: Table, split: int = TRAIN) -> dict[tuple[int, int], set[int]]:
-    """The obvious twin: rows of each (context, pert) of the split, one cell at a time."""
-    groups: dict[tuple[int, int], set[int]] = {}
+Group = tuple[int, int, int]
+
+
+def groups_of(table: Table, split: int = TRAIN) -> dict[Group, set[int]]:
+    """The obvious twin: rows of each (file, context, pert) of the split, one cell at a time."""
+    groups: dict[Group, set[int]] = {}
     for row in range(len(table.split)):
         if table.split[row] & split:
-            key = (int(table.context_codes[row]), int(table.pert_codes[row]))
+            key = (int(table.file_codes[row]), int(table.context_codes[row]), int(table.pert_codes[row]))
             groups.setdefault(key, set()).add(row)
     return groups
+
+
+def allowed_controls(table: Table, row: int, match: Match) -> tuple[str, set[int]]:
+    """The obvious twin: the narrowest pool that has a control for a cell, other than itself, and its name."""
+    file, context = table.file_codes[row], table.context_codes[row]
+    everywhere = {
+        other
+        for other in range(len(table.split))
+        if table.split[other] & TRAIN and table.pert_codes[other] == 0 and table.context_codes[other] == context
+    }
+    in_file = {other for other in everywhere if table.file_codes[other] == file}
+    pools = {
+        "batch": {other for other in in_file if table.batch_codes[other] == table.batch_codes[row] >= 0},
+        "file": in_file,
+        "dataset": {other for other in everywhere if table.screen_codes[other] == table.screen_codes[row]},
+        "anywhere": everywhere,
+    }
+    if match == "context":
+        del pools["batch"]
+    for name, pool in pools.items():
+        if pool - {row}:
+            return name, pool - {row}
+        if name == "dataset" and pool:
+            return name, pool
+    raise AssertionError(row)
 
 
 @settings(deadline=None)
@@ -88,49 +137,55 @@ def groups_of(table: Table, split: int = TRAIN) -> dict[tuple[int, int], set[int
 def test_every_cell_of_a_group_appears_and_none_twice_in_a_set(table: Table, set_size: int, match: Match) -> None:
     sets = cut(table, set_size=set_size, match=match)
     groups = groups_of(table)
-    seen: dict[tuple[int, int], set[int]] = {}
-    num_sets: Counter[tuple[int, int]] = Counter()
-    for pert, context, rows in zip(sets.pert.tolist(), sets.context.tolist(), sets.pert_rows.tolist(), strict=True):
-        group = groups[context, pert]
-        assert set(rows) <= group
-        assert max(Counter(rows).values()) <= -(-set_size // len(group))
-        seen.setdefault((context, pert), set()).update(rows)
-        num_sets[context, pert] += 1
+    seen: dict[Group, set[int]] = {}
+    num_sets: Counter[Group] = Counter()
+    for pert, context, screen, rows in zip(sets.pert, sets.context, sets.screen, sets.pert_rows.tolist(), strict=True):
+        key = (int(table.file_codes[rows[0]]), int(context), int(pert))
+        assert set(rows) <= groups[key]
+        assert {int(table.screen_codes[row]) for row in rows} == {int(screen)}
+        assert max(Counter(rows).values()) <= -(-set_size // len(groups[key]))
+        seen.setdefault(key, set()).update(rows)
+        num_sets[key] += 1
     assert seen == groups
     assert num_sets == {key: -(-len(group) // set_size) for key, group in groups.items()}
     assert sets.num_repeating == sum(len(group) < set_size for group in groups.values())
 
 
 @settings(deadline=None)
-@given(tables, st.integers(1, 12))
-def test_controls_are_of_the_context_split_and_batch(table: Table, set_size: int) -> None:
-    sets = cut(table, set_size=set_size)
-    groups = groups_of(table)
-    unmatched = set()
-    for context, pert, rows, controls in zip(
-        sets.context.tolist(), sets.pert.tolist(), sets.pert_rows.tolist(), sets.control_rows.tolist(), strict=True
-    ):
-        pool = groups[context, 0]
-        for row, control in zip(rows, controls, strict=True):
-            assert control in pool
-            own_batch = {c for c in pool if table.batch_codes[c] == table.batch_codes[row] >= 0}
-            if own_batch - {row}:
-                assert control in own_batch
-            else:
-                unmatched.add(row)
-            if pert == 0:
-                assert control != row or len(pool) == 1
-    assert sets.num_unmatched == len(unmatched)
+@given(tables, st.integers(1, 12), st.sampled_from(["batch", "context", "all_datasets"]))
+def test_a_control_is_of_the_cells_own_batch_file_or_dataset(table: Table, set_size: int, match: Match) -> None:
+    sets = cut(table, set_size=set_size, match=match)
+    used: dict[str, set[int]] = {"batch": set(), "file": set(), "dataset": set(), "anywhere": set()}
+    for row, control in zip(sets.pert_rows.ravel().tolist(), sets.control_rows.ravel().tolist(), strict=True):
+        name, pool = allowed_controls(table, row, match)
+        assert control in pool
+        used[name].add(row)
+    assert sets.num_other_batch == (0 if match == "context" else len(used["file"]))
+    assert (sets.num_other_file, sets.num_other_dataset) == (len(used["dataset"]), 0)
+
+
+def test_controls_of_another_dataset_are_used_only_if_asked_for() -> None:
+    table = make_table(num_cells=300, num_contexts=1, num_files=4)
+    codes = np.where((table.file_codes >= 2) & (table.pert_codes == 0), 1, table.pert_codes)
+    lacking = replace(table, pert_codes=codes)
+    with pytest.raises(DataError, match="no control cell") as caught:
+        cut(lacking)
+    assert [problem.place for problem in caught.value.problems] == ["F2, context 'C0'", "F3, context 'C0'"]
+    assert all('train.match = "all_datasets"' in problem.remedy for problem in caught.value.problems)
+    sets = cut(lacking, match="all_datasets")
+    assert set(lacking.file_codes[sets.control_rows].ravel().tolist()) == {0, 1}
+    assert sets.num_other_dataset == int(((lacking.file_codes >= 2) & (lacking.split == TRAIN)).sum()) > 0
 
 
 @settings(deadline=None)
 @given(tables, st.integers(1, 12))
-def test_controls_of_the_context_do_not_repeat_in_a_set(table: Table, set_size: int) -> None:
+def test_controls_of_the_file_do_not_repeat_in_a_set(table: Table, set_size: int) -> None:
     sets = cut(table, set_size=set_size, match="context")
     groups = groups_of(table)
-    assert sets.num_unmatched == 0
-    for context, controls in zip(sets.context.tolist(), sets.control_rows.tolist(), strict=True):
-        assert max(Counter(controls).values()) <= -(-set_size // len(groups[context, 0]))
+    for rows, controls in zip(sets.pert_rows.tolist(), sets.control_rows.tolist(), strict=True):
+        own = groups.get((int(table.file_codes[rows[0]]), int(table.context_codes[rows[0]]), 0), set())
+        if len(own) > 1:
+            assert max(Counter(controls).values()) <= -(-set_size // len(own))
 
 
 def test_controls_of_a_batch_do_not_repeat_in_a_set_while_it_has_enough() -> None:
@@ -194,7 +249,7 @@ def test_contexts_without_controls_are_all_named() -> None:
     broken = replace(table, pert_codes=codes)
     with pytest.raises(DataError, match=r"no control cell") as caught:
         cut(broken)
-    assert [problem.place for problem in caught.value.problems] == ["context 'C1'", "context 'C2'"]
+    assert [problem.place for problem in caught.value.problems] == ["F0, context 'C1'", "F0, context 'C2'"]
     assert all(problem.remedy for problem in caught.value.problems)
 
 
@@ -203,7 +258,7 @@ def test_slicing_keeps_the_order_and_the_counts() -> None:
     part = sets[2:5]
     assert len(part) == 3
     np.testing.assert_array_equal(part.pert_rows, sets.pert_rows[2:5])
-    assert part.num_unmatched == sets.num_unmatched
+    assert part.num_other_batch == sets.num_other_batch > 0
 
 
 def test_set_order_is_shuffled() -> None:
@@ -234,7 +289,7 @@ def test_a_real_store_is_cut_by_its_codes(small_h5ad: Callable[..., Path], tmp_p
     groups = {(store.contexts[c], store.perts[p]) for c, p in zip(trained.context, trained.pert, strict=True)}
     every = {(c, p) for c in ("H1", "K562") for p in ("non-targeting", "G1", "G2", "G3")}
     assert groups == every - {("K562", "G2")}
-    assert trained.num_unmatched == trained.num_repeating == 0
+    assert trained.num_other_batch == trained.num_other_file == trained.num_repeating == 0
     np.testing.assert_array_equal(store.batch_codes[trained.pert_rows], store.batch_codes[trained.control_rows])
     np.testing.assert_array_equal(store.context_codes[trained.control_rows], trained.context[:, None].repeat(8, 1))
     held = training_sets(store, set_size=8, seed=0, epoch=0, split=Split.VAL, match="batch", control_sets=False)

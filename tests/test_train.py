@@ -468,7 +468,7 @@ def test_tensorboard_is_there_when_asked(bench: Bench, tmp_path: Path) -> None:
 def numbered_epoch(epoch: int, size: int) -> CellSets:
     numbers = np.arange(size, dtype=np.int32) + 1000 * epoch
     rows = numbers.astype(np.int64)[:, None]
-    return CellSets(numbers, numbers, rows, rows)
+    return CellSets(numbers, numbers, numbers, rows, rows)
 
 
 @settings(deadline=None)

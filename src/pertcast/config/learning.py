@@ -126,8 +126,9 @@ class TrainConfig(Section):
     The learning rate rises over `warmup_steps`, and falls linearly to a hundredth of its height over `decay_steps`,
     counted from the first step; 0 = level. It does not hang on `steps`, so that a run can be made longer.
 
-    `match` says which controls a perturbed cell may be paired with: those of its ``batch`` where it is known, or any
-    of its ``context``. The sets of a step are shared out over `devices` on each of `num_nodes` machines; `strategy` is
+    `match` says which controls a perturbed cell is paired with: those of its own ``batch``, or any of its ``context``;
+    in either case of its own file, or, where that has none, of its own dataset. ``all_datasets`` is as ``batch``, and a
+    cell whose dataset has no control of its context is paired with one of another dataset. The sets of a step are shared out over `devices` on each of `num_nodes` machines; `strategy` is
     how: each device has the whole network (``ddp``; ``auto`` with several devices), or a part of each of its parameters
     (``fsdp``). Where the model embeds batches, a share `unknown_batch` of the sets is shown as of no known batch, so
     that cells of new batches have a trained row.
@@ -159,7 +160,7 @@ class TrainConfig(Section):
     devices: PositiveInt = 1
     num_nodes: PositiveInt = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    match: Literal["batch", "context"] = "batch"
+    match: Literal["batch", "context", "all_datasets"] = "batch"
     unknown_batch: Share = 0.1
     feature_noise: Annotated[float, Field(ge=0)] = 0.0
     control_sets: bool = True

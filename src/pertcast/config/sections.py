@@ -172,13 +172,15 @@ class SubmissionConfig(Section):
     """What goes out: the season, its files, the control cells, and rules overridden by name in `rules`.
 
     `controls` are copied from the training cells or predicted by the model; `num_controls` of them, or
-    `control_share` of the cap.
+    `control_share` of the cap. `context` names the cell line to predict, and `dataset` whose control cells are used,
+    where several datasets have that context.
     """
 
     season: str = "vcc2025"
     genes: InputPath | None = None
     targets: InputPath | None = None
     context: str | None = None
+    dataset: str | None = None
     controls: Literal["copied", "predicted"] = "copied"
     num_controls: PositiveInt | None = None
     control_share: Share = 0.05
@@ -247,6 +249,15 @@ class Experiment(Section):
                         f"{place}, [columns.of.{name}]", f"no such dataset; [datasets] has {known}", "use one of these"
                     )
                 )
+        dataset = self.submission.dataset
+        if dataset is not None and dataset not in self.datasets:
+            problems.append(
+                Problem(
+                    f"{place}, [submission] dataset",
+                    f"no such dataset: {dataset!r}; [datasets] has {known}",
+                    "use one of these names",
+                )
+            )
         for table in ("zeroshot", "fewshot"):
             for key in getattr(self, table):
                 if key.partition(".")[0] not in self.datasets or not key.partition(".")[2]:

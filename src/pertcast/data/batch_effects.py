@@ -18,12 +18,12 @@ _SET_SIZE = 32
 
 
 class BatchEffects(NamedTuple):
-    """Shares of the variance of perturbed minus control cells that the batch explains, within a context and target.
+    """Shares of the variance of perturbed minus control cells that the batch explains, within a screen and target.
 
     Attributes
     ----------
     before, after
-        Each cell less a control of its context, of any batch; and less one of its own batch, where there is one.
+        Each cell less a control of any batch of its file; and less one of its own batch, where there is one.
     num_cells
         Cells that were looked at.
     """
@@ -66,7 +66,7 @@ def batch_effects(store: Store, *, seed: int = 0) -> BatchEffects | None:
         known = store.batch_codes[rows] >= 0
         rows, controls = rows[known], controls[known]
         values = store.log1p(rows, genes=store.hvg) - store.log1p(controls, genes=store.hvg)
-        within = store.context_codes[rows].astype(np.int64) * len(store.perts) + store.pert_codes[rows]
+        within = store.screen_codes[rows].astype(np.int64) * len(store.perts) + store.pert_codes[rows]
         shares.append(explained_share(values, store.batch_codes[rows], within))
     before, after = shares
     return None if before != before else BatchEffects(before, after, len(rows))

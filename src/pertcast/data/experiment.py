@@ -113,8 +113,9 @@ class CellTable:
         The genes of each file.
     keys
         Dataset, context, perturbation and name of each cell.
-    batches, batch_codes
-        Batches, and the position of each cell's in them, int32 (num_cells,); -1 where it is unknown.
+    batches, batch_labels, batch_codes
+        Batches, what each is called in its own file, and each cell's position in them, int32 (num_cells,); -1 where
+        it is unknown. Batches of two files are two batches, whatever they are called.
     notes
         What a user should know.
     """
@@ -123,6 +124,7 @@ class CellTable:
     genes_of_file: tuple[tuple[str, ...], ...]
     keys: CellKeys
     batches: tuple[str, ...]
+    batch_labels: tuple[str, ...]
     batch_codes: np.ndarray
     notes: tuple[str, ...]
 
@@ -137,7 +139,20 @@ class _FileObs:
     batches: pd.Categorical
 
 
-def _read_file(experiment: Experiment, dataset: str, path: Path, *, several_datasets: bool) -> _FileObs:
+def _file_names(files: Sequence[tuple[str, Path]]) -> list[str]:
+    """Return a name for each file that no other file has: its own, or as much of its path as it takes."""
+    names = [path.name for _, path in files]
+    return [
+        name
+        if names.count(name) == 1
+        else f"{path.parent.name}/{name}"
+        if len({other.parent.name for _, other in files if other.name == name}) == names.count(name)
+        else str(path)
+        for (_, path), name in zip(files, names, strict=True)
+    ]
+
+
+def _read_file(experiment: Experiment, dataset: str, path: Path) -> _FileObs:
     columns = experiment.columns.in_dataset(dataset)
     with open_h5ad(path) as reader:
         problems: list[Problem] = []
@@ -156,8 +171,6 @@ def _read_file(experiment: Experiment, dataset: str, path: Path, *, several_data
         batches = _constant(reader, None)
         if columns.batch is not None:
             batches = _column(reader, columns.batch, problems, required=False)
-            if several_datasets:
-                batches = batches.rename_categories(lambda label: f"{dataset}.{label}")
         if problems:
             raise DataError(problems=problems)
         return _FileObs(reader.num_cells, reader.genes, reader.obs_names(), perts, contexts, batches)
@@ -219,25 +232,24 @@ def read_cells(experiment: Experiment) -> CellTable:
     if problems:
         raise ConfigError(problems=problems)
     files = experiment_files(experiment)
-    several = len(experiment.datasets) > 1
     parts: list[_FileObs] = []
     for dataset, path in files:
         try:
-            parts.append(_read_file(experiment, dataset, path, several_datasets=several))
+            parts.append(_read_file(experiment, dataset, path))
         except DataError as error:
             problems += error.problems
     if problems:
         raise DataError("the data cannot be read" if len(problems) > 1 else "", problems=problems)
     perts, pert_codes = _joined([part.perts for part in parts])
     contexts, context_codes = _joined([part.contexts for part in parts])
-    batches, batch_codes = _joined([part.batches for part in parts])
+    batches, batch_labels, batch_codes = _joined_batches([part.batches for part in parts], files)
     sizes = [part.num_cells for part in parts]
     dataset_position = {name: code for code, name in enumerate(experiment.datasets)}
     keys = CellKeys(
         datasets=tuple(experiment.datasets),
         contexts=contexts,
         perts=perts,
-        files=tuple(path.name for _, path in files),
+        files=tuple(_file_names(files)),
         dataset_codes=np.repeat([dataset_position[name] for name, _ in files], sizes).astype(np.int32),
         context_codes=context_codes,
         pert_codes=pert_codes,
@@ -251,7 +263,33 @@ def read_cells(experiment: Experiment) -> CellTable:
         else []
     )
     listed = tuple((dataset, path, size) for (dataset, path), size in zip(files, sizes, strict=True))
-    return CellTable(listed, tuple(part.genes for part in parts), keys, batches, batch_codes, tuple(notes))
+    genes_of_file = tuple(part.genes for part in parts)
+    return CellTable(listed, genes_of_file, keys, batches, batch_labels, batch_codes, tuple(notes))
+
+
+def _joined_batches(
+    parts: Sequence[pd.Categorical], files: Sequence[tuple[str, Path]]
+) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
+    """Return the batches of all files, what each is called in its file, and the codes of all cells, int32.
+
+    With several files a batch is called "dataset.label", or "dataset/file.label" where the dataset has several.
+    """
+    datasets = [dataset for dataset, _ in files]
+    prefixes = [
+        "" if len(files) == 1 else f"{dataset}." if datasets.count(dataset) == 1 else f"{dataset}/{name}."
+        for dataset, name in zip(datasets, _file_names(files), strict=True)
+    ]
+    named = [
+        part.rename_categories([f"{prefix}{label}" for label in part.categories])
+        for part, prefix in zip(parts, prefixes, strict=True)
+    ]
+    labels = {
+        f"{prefix}{label}": str(label)
+        for part, prefix in zip(parts, prefixes, strict=True)
+        for label in part.categories
+    }
+    batches, codes = _joined(named)
+    return batches, tuple(labels[batch] for batch in batches), codes
 
 
 def _joined(parts: Sequence[pd.Categorical]) -> tuple[tuple[str, ...], np.ndarray]:

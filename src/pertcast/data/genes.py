@@ -32,11 +32,18 @@ class GeneMap:
         For each column of the file the position in the store's genes, or -1, int32.
     num_genes
         Genes of the store.
+
+    Attributes
+    ----------
+    measured
+        Which of the store's genes the file has, bool (num_genes,).
     """
 
     def __init__(self, position: np.ndarray, num_genes: int) -> None:
         self._position = position
         self._num_genes = num_genes
+        self.measured = np.zeros(num_genes, dtype=bool)
+        self.measured[position[position >= 0]] = True
         self._same = len(position) == num_genes and bool((position == np.arange(num_genes)).all())
         kept = position[position >= 0]
         self._ordered = bool((np.diff(kept) > 0).all())

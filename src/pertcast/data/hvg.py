@@ -15,12 +15,18 @@ _NUM_BINS = 20
 
 
 class Moments:
-    """Sum and sum of squares of each gene, gathered from blocks of cells."""
+    """Mean and variance of each gene over the cells that measured it, gathered from blocks of cells.
 
-    def __init__(self, num_genes: int) -> None:
-        self.num_cells = 0
-        self._sum = np.zeros(num_genes)
-        self._squares = np.zeros(num_genes)
+    Parameters
+    ----------
+    num_cells
+        How many of the cells to come measured each gene, (genes,).
+    """
+
+    def __init__(self, num_cells: np.ndarray) -> None:
+        self._num_cells = num_cells
+        self._sum = np.zeros(len(num_cells))
+        self._squares = np.zeros(len(num_cells))
 
     def add(self, block: sparse.csr_matrix) -> None:
         """Add a block of cells, (n, genes)."""
@@ -29,20 +35,17 @@ class Moments:
         self._sum += np.asarray(as_float64.T @ ones)
         np.multiply(exact, exact, out=as_float64.data)
         self._squares += np.asarray(as_float64.T @ ones)
-        self.num_cells += block.shape[0]
 
     @property
     def mean(self) -> np.ndarray:
         """The mean of each gene, float64 (genes,); 0 without cells."""
-        return self._sum / max(1, self.num_cells)
+        return self._sum / np.maximum(1, self._num_cells)
 
     @property
     def variance(self) -> np.ndarray:
         """The unbiased variance of each gene, float64 (genes,); 0 with fewer than two cells."""
-        if self.num_cells < 2:
-            return np.zeros_like(self._sum)
-        centred = self._squares - self._sum * self._sum / self.num_cells
-        return np.maximum(centred, 0) / (self.num_cells - 1)
+        centred = self._squares - self._sum * self._sum / np.maximum(1, self._num_cells)
+        return np.where(self._num_cells < 2, 0, np.maximum(centred, 0) / np.maximum(1, self._num_cells - 1))
 
 
 def normalised_dispersion(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:

@@ -1,13 +1,13 @@
-"""Cell sets: S perturbed cells of one context and target with S matched controls; pure index arithmetic.
+"""Cell sets: S perturbed cells of one file, context and target, each paired with a control; pure index arithmetic.
 
-Invariants: a set never mixes contexts, targets or splits; every cell of a group appears in an epoch; no cell stands
-twice in a set unless its group is smaller than a set; what one group gets depends on no other target.
+Invariants: a set never mixes files, contexts, targets or splits. Every cell of a group appears in an epoch. No cell
+appears twice in a set unless its group is smaller than a set. The sets of one group depend on no other target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -17,31 +17,25 @@ from pertcast.data.split import Split
 from pertcast.errors import DataError, Problem
 from pertcast.stats.draws import generator
 
-__all__ = ["CellSets", "CellTable", "generation_sets", "training_sets"]
+__all__ = ["CellSets", "CellTable", "Match", "generation_sets", "training_sets"]
+
+Match = Literal["batch", "context", "all_datasets"]
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 
 class CellTable(Protocol):
-    """What sets are cut from: the codes of each cell and their names, as a store has them.
-
-    Attributes
-    ----------
-    pert_codes, context_codes, batch_codes
-        (cells,) int32; batch -1 is unknown.
-    split
-        (cells,) uint8 of ``Split`` flags.
-    perts, contexts
-        Names of the codes.
-    control_code
-        The code of the control label, -1 where the table has no control cell.
-    """
+    """The codes of each cell and their names, as a store has them; batch -1 is unknown."""
 
     @property
     def pert_codes(self) -> Int32: ...  # noqa: D102
     @property
     def context_codes(self) -> Int32: ...  # noqa: D102
+    @property
+    def file_codes(self) -> Int32: ...  # noqa: D102
+    @property
+    def screen_codes(self) -> Int32: ...  # noqa: D102
     @property
     def batch_codes(self) -> Int32: ...  # noqa: D102
     @property
@@ -51,46 +45,46 @@ class CellTable(Protocol):
     @property
     def contexts(self) -> Sequence[str]: ...  # noqa: D102
     @property
+    def files(self) -> Sequence[str]: ...  # noqa: D102
+    @property
     def control_code(self) -> int: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class CellSets:
-    """N sets of S perturbed cells, each cell beside its control.
+    """N sets of S perturbed cells, each cell paired with a control.
 
     Attributes
     ----------
-    pert, context
-        (N,) int32: codes of each set's target and context.
+    pert, context, screen
+        (N,) int32: codes of each set's target, context and screen.
     pert_rows, control_rows
         (N, S) int64: rows of the store.
     num_repeating
-        Groups (context and target) smaller than a set, whose cells repeat within it.
-    num_unmatched
-        Cells whose controls were to be of their own batch, and are of their context since that batch has none.
+        Groups (file, context and target) smaller than a set, whose cells repeat within it.
+    num_other_batch, num_other_file, num_other_dataset
+        Perturbed cells whose control is of another batch of their file, although ``match`` asked for their own; of
+        another file of their dataset; of another dataset.
     """
 
     pert: Int32
     context: Int32
+    screen: Int32
     pert_rows: Int64
     control_rows: Int64
     num_repeating: int = 0
-    num_unmatched: int = 0
+    num_other_batch: int = 0
+    num_other_file: int = 0
+    num_other_dataset: int = 0
 
     def __len__(self) -> int:
         """Return N."""
         return len(self.pert)
 
     def __getitem__(self, item: slice | Int64) -> CellSets:
-        """Return some of the sets, in order; the two counts stay those of the whole epoch."""
-        return CellSets(
-            self.pert[item],
-            self.context[item],
-            self.pert_rows[item],
-            self.control_rows[item],
-            self.num_repeating,
-            self.num_unmatched,
-        )
+        """Return some of the sets, in order; the counts stay those of the whole epoch."""
+        names = ("pert", "context", "screen", "pert_rows", "control_rows")
+        return replace(self, **{name: getattr(self, name)[item] for name in names})
 
     @property
     def groups(self) -> list[tuple[int, int]]:
@@ -139,15 +133,17 @@ def training_sets(
     seed: int,
     epoch: int,
     split: Split,
-    match: Literal["batch", "context"],
+    match: Match,
     control_sets: bool,
 ) -> CellSets:
-    """Cut every group of a split into sets of `set_size` cells, each cell beside a control; new at each epoch.
+    """Cut every group of a split into sets of `set_size` cells, each paired with a control; new at each epoch.
 
-    A group is the cells of one context and target. It is shuffled and cut; its last set is filled with other cells of
-    the group. Controls are taken in turn from the shuffled control cells of the same context and split (of the cell's
-    own batch where `match` is "batch" and that batch has some), so none repeats in a set unless there are too few.
-    A control cell of a control set is never beside itself, unless it is the only one of its context.
+    A group is the cells of one file, context and target. It is shuffled and cut; its last set is filled with other
+    cells of the group. A cell's control is of its own split and context: of its own file and batch where that batch
+    has controls (``match = "batch"``), else of its own file, else of its own screen (dataset and context). Another
+    dataset's controls are used only with ``match = "all_datasets"``, for cells whose screen has none. Controls are
+    taken in turn from a shuffled pool, so none repeats in a set unless there are too few. A control cell is never
+    paired with itself, unless it is the only one of its screen.
 
     Parameters
     ----------
@@ -160,25 +156,27 @@ def training_sets(
     split
         The ``Split`` that cells and controls are of.
     match
-        Which controls a perturbed cell may be beside.
+        Which controls a perturbed cell may be paired with.
     control_sets
         Whether the control label is one more target.
 
     Raises
     ------
     DataError
-        If a context has perturbed cells in the split and no control cell; all such contexts at once.
+        If perturbed cells have no control cell that `match` allows; all such files and contexts at once.
     """
-    num_perts = len(table.perts)
+    num_perts, num_contexts = len(table.perts), len(table.contexts)
     rows = np.flatnonzero((table.split & split) != 0).astype(np.int64)
-    groups = _Groups.of(rows, table.context_codes[rows].astype(np.int64) * num_perts + table.pert_codes[rows])
-    contexts, perts = groups.keys // num_perts, groups.keys % num_perts
-    is_control = perts == table.control_code
-    _require_controls(table, contexts, is_control)
+    file_context = table.file_codes[rows].astype(np.int64) * num_contexts + table.context_codes[rows]
+    groups = _Groups.of(rows, file_context * num_perts + table.pert_codes[rows])
+    is_control = groups.keys % num_perts == table.control_code
 
-    offsets = np.empty(len(perts), dtype=np.int64)
-    for index, (context, pert) in enumerate(zip(contexts.tolist(), perts.tolist(), strict=True)):
-        random = generator(seed, "sets", epoch, table.contexts[context], table.perts[pert])
+    offsets = np.empty(len(groups.keys), dtype=np.int64)
+    for index, key in enumerate(groups.keys.tolist()):
+        source, pert = divmod(key, num_perts)
+        file, context = divmod(source, num_contexts)
+        names = table.files[file], table.contexts[context], table.perts[pert]
+        random = generator(seed, "sets", epoch, *names)
         random.shuffle(groups.rows[groups.starts[index] :][: groups.counts[index]])
         offsets[index] = random.integers(1 << 40)
 
@@ -186,39 +184,27 @@ def training_sets(
     group = np.repeat(kept, -(-groups.counts[kept] // set_size) * set_size)
     turn = _ranks(group)
     pert_rows = groups.take(group, turn)
-    control_rows, has_own_batch = _controls_beside(
+    control_rows, level = _controls_for(
         table,
         pert_rows,
         controls=groups.rows[np.repeat(is_control, groups.counts)],
-        by_batch=match == "batch",
+        match=match,
         slots=_Slots(group, turn, offsets[group], is_control[group]),
     )
-    unmatched = ~has_own_batch & (turn < groups.counts[group]) & (match == "batch")
+    first = turn < groups.counts[group]
     shuffled = generator(seed, "set order", epoch).permutation(len(group) // set_size)
-    group_of_set = group[::set_size][shuffled]
+    pert_rows = pert_rows.reshape(-1, set_size)[shuffled]
     return CellSets(
-        pert=perts[group_of_set].astype(np.int32),
-        context=contexts[group_of_set].astype(np.int32),
-        pert_rows=pert_rows.reshape(-1, set_size)[shuffled],
+        pert=table.pert_codes[pert_rows[:, 0]].astype(np.int32),
+        context=table.context_codes[pert_rows[:, 0]].astype(np.int32),
+        screen=table.screen_codes[pert_rows[:, 0]].astype(np.int32),
+        pert_rows=pert_rows,
         control_rows=control_rows.reshape(-1, set_size)[shuffled],
         num_repeating=int((groups.counts[kept] < set_size).sum()),
-        num_unmatched=int(unmatched.sum()),
+        num_other_batch=int((first & (level == 1)).sum()) if match != "context" else 0,
+        num_other_file=int((first & (level == 2)).sum()),
+        num_other_dataset=int((first & (level == 3)).sum()),
     )
-
-
-def _require_controls(table: CellTable, contexts: Int64, is_control: NDArray[np.bool_]) -> None:
-    lacking = np.setdiff1d(contexts[~is_control], contexts[is_control])
-    if len(lacking):
-        raise DataError(
-            problems=[
-                Problem(
-                    f"context {table.contexts[code]!r}",
-                    "it has perturbed cells in this split, and no control cell",
-                    "mend columns.control, or give the split a share of them (prepare.val_controls, test_controls)",
-                )
-                for code in lacking
-            ]
-        )
 
 
 class _Slots(NamedTuple):
@@ -233,34 +219,54 @@ class _Slots(NamedTuple):
         return _Slots(self.group[mask], self.turn[mask], self.offset[mask], self.own[mask])
 
 
-def _pool_keys(table: CellTable, rows: Int64) -> Int64:
-    """Return one integer for each (context, batch), -1 where the batch is unknown."""
-    batches = table.batch_codes[rows].astype(np.int64)
-    return np.where(batches < 0, -1, (table.context_codes[rows].astype(np.int64) << 32) | batches)
+def _pool_keys(table: CellTable, rows: Int64, level: int) -> Int64:
+    """Return the pool that each row belongs to: 0 its batch (-1 if unknown), 1 its file, 2 its screen, 3 its context."""
+    context = table.context_codes[rows].astype(np.int64)
+    in_file = table.file_codes[rows].astype(np.int64) * len(table.contexts) + context
+    if level == 0:
+        batch = table.batch_codes[rows].astype(np.int64)
+        return np.where(batch < 0, -1, (in_file << 32) | batch)
+    return (in_file, table.screen_codes[rows].astype(np.int64), context)[level - 1]
 
 
-def _controls_beside(
-    table: CellTable, pert_rows: Int64, *, controls: Int64, by_batch: bool, slots: _Slots
-) -> tuple[Int64, NDArray[np.bool_]]:
-    """Return a control for each slot, and whether it is of the slot's own batch.
+def _controls_for(
+    table: CellTable, pert_rows: Int64, *, controls: Int64, match: Match, slots: _Slots
+) -> tuple[Int64, NDArray[np.int64]]:
+    """Return a control for each slot, and the level of the pool that it came from (see :func:`_pool_keys`).
 
     The k-th slot of a group that needs a pool takes its (k + offset)-th cell, cyclically: any run shorter than the pool
-    has no repeat. A control group runs through the pools in their own order, so an offset of at least 1 never meets
-    the cell itself.
+    has no repeat. A control group runs through its batches and its file in their own order, so an offset of at least 1
+    never meets the cell itself.
     """
-    in_context = _Groups.of(controls, table.context_codes[controls].astype(np.int64))
-    pool = in_context.find(table.context_codes[pert_rows].astype(np.int64))
-    result = in_context.take(pool, slots.turn + _start(in_context.counts[pool], slots))
+    result = np.full(len(pert_rows), -1, dtype=np.int64)
+    level_of = np.full(len(pert_rows), -1, dtype=np.int64)
+    for level in {"batch": (0, 1, 2), "context": (1, 2), "all_datasets": (0, 1, 2, 3)}[match]:
+        keys = _pool_keys(table, controls, level)
+        pools = _Groups.of(controls[keys >= 0], keys[keys >= 0])
+        open_slots = np.flatnonzero(result < 0)
+        pool = pools.find(_pool_keys(table, pert_rows[open_slots], level))
+        # a control that is alone in its batch or file would be paired with itself
+        found = np.append(pools.counts, 0)[pool] > (slots.own[open_slots] & (level < 2))
+        taken, pool, some = open_slots[found], pool[found], slots.at(open_slots[found])
+        rank = _ranks(some.group * max(len(pools.keys), 1) + pool)
+        turn = np.where(some.own & (level == 1), some.turn, rank) + _start(pools.counts[pool], some)
+        itself = pools.take(pool, turn) == pert_rows[taken]
+        result[taken] = pools.take(pool, turn + itself)
+        level_of[taken] = level
+    if (result < 0).any():
+        lacking = sorted({_source(table, row) for row in pert_rows[result < 0].tolist()})
+        remedy = (
+            "correct columns.control, or give the split some controls (prepare.val_controls, prepare.test_controls)"
+        )
+        if match != "all_datasets":
+            remedy += ', or borrow controls of other datasets with train.match = "all_datasets"'
+        message = "perturbed cells in this split, and no control cell in their dataset"
+        raise DataError(problems=[Problem(place, message, remedy) for place in lacking])
+    return result, level_of
 
-    known = controls[(table.batch_codes[controls] >= 0) & by_batch]
-    in_batch = _Groups.of(known, _pool_keys(table, known))
-    pool = in_batch.find(_pool_keys(table, pert_rows))
-    # a control that is alone in its batch would be beside itself
-    matched = np.append(in_batch.counts, 0)[pool] > slots.own
-    pool, some = pool[matched], slots.at(matched)
-    turn = _ranks(some.group * len(in_batch.keys) + pool)
-    result[matched] = in_batch.take(pool, turn + _start(in_batch.counts[pool], some))
-    return result, matched
+
+def _source(table: CellTable, row: int) -> str:
+    return f"{table.files[table.file_codes[row]]}, context {table.contexts[table.context_codes[row]]!r}"
 
 
 def _start(size: Int64, slots: _Slots) -> Int64:

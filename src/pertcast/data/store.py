@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -21,7 +22,7 @@ from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.artefacts import read_manifest
 from pertcast.files.expression import Scale, normalise_log1p
 
-__all__ = ["ALIGNMENT_BYTES", "Split", "Store", "prepare"]
+__all__ = ["ALIGNMENT_BYTES", "Screen", "Split", "Store", "prepare"]
 
 ALIGNMENT_BYTES = 64
 """What :meth:`Store.log1p` aligns its arrays to, as torch does."""
@@ -60,6 +61,22 @@ def _dense(block: sparse.csr_matrix) -> np.ndarray:
     return dense
 
 
+class Screen(NamedTuple):
+    """The cells of one dataset and context whose files measured the same genes: what controls are compared with.
+
+    Attributes
+    ----------
+    dataset, context
+        Codes of the store.
+    panel
+        A file of the screen; its row of ``Store.measured_FG`` is that of the screen.
+    """
+
+    dataset: int
+    context: int
+    panel: int
+
+
 @dataclass(frozen=True, eq=False)
 class Store:
     """A training store, opened for reading.
@@ -68,8 +85,10 @@ class Store:
     ----------
     path, fingerprint
         The folder, and a hash of all that is in it.
-    genes, perts, contexts, datasets, batches
-        Names; codes are positions in them.
+    genes, perts, contexts, datasets, files, batches
+        Names; codes are positions in them. A batch is of one file: with several files its name tells which.
+    batch_labels
+        What each batch is called in its own file.
     num_cells
         Cells, in the order of the files.
     scale
@@ -78,8 +97,10 @@ class Store:
         The total that counts are normalised to; of log1p input what it was normalised to, ``None`` where unknown.
     control, control_code
         The control label, and its code among `perts`.
-    pert_codes, context_codes, dataset_codes, batch_codes
+    pert_codes, context_codes, dataset_codes, file_codes, batch_codes
         int32 (num_cells,); a batch of -1 is unknown.
+    measured_FG
+        bool (files, genes): which genes a file has. The others count as 0 in its cells, and have no effect there.
     split
         uint8 (num_cells,), :class:`Split` flags; 0 where a cell is not used.
     totals
@@ -100,7 +121,9 @@ class Store:
     perts: tuple[str, ...] = field(repr=False)
     contexts: tuple[str, ...]
     datasets: tuple[str, ...]
+    files: tuple[str, ...] = field(repr=False)
     batches: tuple[str, ...] = field(repr=False)
+    batch_labels: tuple[str, ...] = field(repr=False)
     num_cells: int
     scale: Scale
     target_sum: float | None
@@ -108,6 +131,8 @@ class Store:
     pert_codes: np.ndarray = field(repr=False)
     context_codes: np.ndarray = field(repr=False)
     dataset_codes: np.ndarray = field(repr=False)
+    file_codes: np.ndarray = field(repr=False)
+    measured_FG: np.ndarray = field(repr=False)
     batch_codes: np.ndarray = field(repr=False)
     split: np.ndarray = field(repr=False)
     totals: np.ndarray = field(repr=False)
@@ -130,6 +155,9 @@ class Store:
             If the folder is no store, or a file of it is missing or damaged.
         """
         manifest = read_manifest(path, kind="store")
+        if "files" not in manifest.facts:
+            message = "it was made by an older version, which did not keep the file of each cell"
+            raise CheckpointError(problems=[Problem(str(path), message, "run `pertcast prepare` again")])
         facts, hvg = manifest.facts, _load(path, "hvg")
         content = json.dumps([manifest.files, facts], sort_keys=True)
         store = cls(
@@ -139,7 +167,9 @@ class Store:
             perts=tuple(facts["perts"]),
             contexts=tuple(facts["contexts"]),
             datasets=tuple(facts["datasets"]),
+            files=tuple(facts["files"]),
             batches=tuple(facts["batches"]),
+            batch_labels=tuple(facts["batch_labels"]),
             num_cells=facts["num_cells"],
             scale=facts["scale"],
             target_sum=facts["target_sum"],
@@ -147,6 +177,8 @@ class Store:
             pert_codes=_load(path, "pert_codes"),
             context_codes=_load(path, "context_codes"),
             dataset_codes=_load(path, "dataset_codes"),
+            file_codes=_load(path, "file_codes"),
+            measured_FG=_load(path, "measured"),
             batch_codes=_load(path, "batch_codes"),
             split=_load(path, "split"),
             totals=_load(path, "totals"),
@@ -177,14 +209,71 @@ class Store:
         """The code of the control label."""
         return self.perts.index(self.control)
 
-    def rows(self, *, split: Split, context: int | None = None, pert: int | None = None) -> np.ndarray:
-        """Return the rows that are in any of the splits, and of a context and perturbation, int64, ascending.
+    @cached_property
+    def _screens(self) -> tuple[tuple[Screen, ...], np.ndarray]:
+        """All screens, sorted, and each cell's place among them."""
+        dataset_of = np.full(len(self.files), -1)
+        dataset_of[self.file_codes] = self.dataset_codes
+        first_with: dict[tuple[int, bytes], int] = {}
+        panel_of = [
+            first_with.setdefault((int(dataset), self.measured_FG[file].tobytes()), file)
+            for file, dataset in enumerate(dataset_of)
+        ]
+        num_contexts = len(self.contexts)
+        sources = self.file_codes.astype(np.int64) * num_contexts + self.context_codes
+        present = np.flatnonzero(np.bincount(sources, minlength=len(self.files) * num_contexts))
+        screen_of = {
+            source: Screen(
+                int(dataset_of[source // num_contexts]), source % num_contexts, panel_of[source // num_contexts]
+            )
+            for source in present.tolist()
+        }
+        screens = tuple(sorted(set(screen_of.values())))
+        place = np.full(len(self.files) * num_contexts, -1, dtype=np.int32)
+        place[present] = [screens.index(screen) for screen in screen_of.values()]
+        return screens, place[sources]
+
+    @property
+    def screens(self) -> tuple[Screen, ...]:
+        """The screens: datasets and contexts that have cells, apart where files measured different genes."""
+        return self._screens[0]
+
+    @property
+    def screen_codes(self) -> np.ndarray:
+        """The position of each cell's screen in `screens`, int32 (num_cells,)."""
+        return self._screens[1]
+
+    @cached_property
+    def measured_SG(self) -> np.ndarray | None:
+        """Which genes each screen measured, bool (screens, genes); ``None`` where all measured all."""
+        measured_SG: np.ndarray = self.measured_FG[[screen.panel for screen in self.screens]]
+        return None if measured_SG.all() else measured_SG
+
+    def screen_name(self, code: int) -> str:
+        """Return "dataset.context" of a screen."""
+        screen = self.screens[code]
+        return f"{self.datasets[screen.dataset]}.{self.contexts[screen.context]}"
+
+    def rows(
+        self,
+        *,
+        split: Split,
+        dataset: int | None = None,
+        context: int | None = None,
+        screen: int | None = None,
+        pert: int | None = None,
+    ) -> np.ndarray:
+        """Return the rows that are in any of the splits and have the given codes, int64, ascending.
 
         ``Split(0)`` asks for the cells that are not used.
         """
         found = (self.split & int(split)) > 0 if split else self.split == 0
+        if dataset is not None:
+            found &= self.dataset_codes == dataset
         if context is not None:
             found &= self.context_codes == context
+        if screen is not None:
+            found &= self.screen_codes == screen
         if pert is not None:
             found &= self.pert_codes == pert
         return np.flatnonzero(found).astype(np.int64)

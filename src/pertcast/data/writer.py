@@ -76,6 +76,8 @@ class StoreWriter:
 
     def read_values(self, maps: list[GeneMap], advance: Advance) -> None:
         """Take X of all files into the store, in blocks; gather what each file's values say about their scale."""
+        self._measured_FG = np.stack([gene_map.measured for gene_map in maps])
+        np.save(self._folder / "measured.npy", self._measured_FG)
         first = 0
         for (_, path, num_cells), gene_map in zip(self._cells.files, maps, strict=True):
             with open_h5ad(path) as reader:
@@ -129,6 +131,7 @@ class StoreWriter:
             ("pert_codes", keys.pert_codes),
             ("context_codes", keys.context_codes),
             ("dataset_codes", keys.dataset_codes),
+            ("file_codes", keys.file_codes),
             ("batch_codes", self._cells.batch_codes),
         ):
             np.save(self._folder / f"{name}.npy", codes.astype(np.int32))
@@ -145,7 +148,7 @@ class StoreWriter:
         trained = (self._flags & Split.TRAIN) > 0
         target_sum = self._target_sum(trained)
         controls = trained & (self._cells.keys.pert_codes == self._control_code())
-        normalised, control_log1p = Moments(len(self._genes)), Moments(len(self._genes))
+        normalised, control_log1p = (Moments(self._cells_measuring(rows)) for rows in (trained, controls))
         indptr = np.load(self._folder / "indptr.npy")
         arrays = [np.load(self._folder / name, mmap_mode="r") for name in ("indices.npy", "data.npy")]
         for start, stop in itertools.pairwise(row_bands(indptr, max_values=_BLOCK_VALUES)):
@@ -171,6 +174,11 @@ class StoreWriter:
         """Write the highly variable genes of each cell together, too, where they are few."""
         if worth_a_copy(len(fitted.hvg), len(self._genes)):
             write_hvg_values(self._folder, fitted.hvg, num_genes=len(self._genes), advance=advance)
+
+    def _cells_measuring(self, rows: np.ndarray) -> np.ndarray:
+        """Return how many of some cells each gene was measured in, int64 (genes,)."""
+        of_file = np.bincount(self._cells.keys.file_codes[rows], minlength=len(self._measured_FG))
+        return of_file @ self._measured_FG
 
     def _control_code(self) -> int:
         return self._cells.keys.perts.index(self._experiment.columns.control)
@@ -209,7 +217,9 @@ class StoreWriter:
             "perts": list(keys.perts),
             "contexts": list(keys.contexts),
             "datasets": list(keys.datasets),
+            "files": list(keys.files),
             "batches": list(self._cells.batches),
+            "batch_labels": list(self._cells.batch_labels),
             "control": self._experiment.columns.control,
             "scale": self._scale,
             "target_sum": fitted.target_sum,

@@ -266,7 +266,13 @@ def _plan_json(plan: Plan, experiment: Experiment) -> dict[str, object]:
         "num_controls": plan.budget.num_controls,
         "notes": list(plan.notes),
         "parts": [
-            {"file": part.file, "target": part.target, "context": part.context, "num_cells": part.num_cells}
+            {
+                "file": part.file,
+                "target": part.target,
+                "dataset": part.dataset,
+                "context": part.context,
+                "num_cells": part.num_cells,
+            }
             for part in plan.parts
         ],
     }

@@ -49,7 +49,12 @@ def bind(run: Run, store: Store) -> Run:
 def batch_codes(run: Run, store: Store) -> NDArray[np.int64]:
     """Return the run's batch code of each of the store's batches, -1 where it has none; the last is the unknown one."""
     known = {name: code for code, name in enumerate(run.batches)}
-    return np.array([*(known.get(name, -1) for name in store.batches), -1], dtype=np.int64)
+    return np.array([*(known.get(name, -1) for name in _batch_names(run, store)), -1], dtype=np.int64)
+
+
+def _batch_names(run: Run, store: Store) -> tuple[str, ...]:
+    """Return what the run calls the store's batches: an imported run knows no files, and so their labels alone."""
+    return store.batch_labels if is_imported(run) else store.batches
 
 
 def _gene_problems(run: Run, store: Store) -> list[Problem]:
@@ -80,7 +85,8 @@ def _batch_problems(run: Run, store: Store) -> list[Problem]:
     if not run.network.num_batches:
         return []
     used = np.unique(store.batch_codes[store.rows(split=_ALL, pert=store.perts.index(store.control))])
-    names = [store.batches[code] if code >= 0 else "(unknown)" for code in used]
+    known = _batch_names(run, store)
+    names = [known[code] if code >= 0 else "(unknown)" for code in used]
     lost = [name for name in names if name not in run.batches]
     if not lost:
         return []

@@ -103,6 +103,7 @@ class PartMaker:
             "controls_from": generate.controls_from,
             "scale": generate.scale,
             "other_genes": generate.other_genes,
+            "dataset": part.dataset,
             "context": part.context,
             "target": part.target,
             "num_cells": part.num_cells,
@@ -156,7 +157,7 @@ class PartMaker:
 
     def _rows(self, part: Part) -> NDArray[np.int64]:
         """Return the rows of the control cells that the part's cells are copied or made from, in order."""
-        pool = control_rows(self._store, self._experiment, part.context)
+        pool = control_rows(self._store, self._experiment, part.dataset, part.context)
         seed = self._experiment.generate.seed
         if part.copied:
             return choose_controls(pool, self._store.batch_codes[pool], num=part.num_cells, seed=seed)
@@ -192,7 +193,7 @@ class PartMaker:
         rows = self._rows(part)[: part.num_cells]
         if part.copied:
             return self._cells.copied(rows)
-        pool = control_rows(self._store, self._experiment, part.context)
+        pool = control_rows(self._store, self._experiment, part.dataset, part.context)
         return self._cells.made(part, rows, self._predicted(part, predicted), pool=pool)
 
     def _predicted(self, part: Part, predicted: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:

@@ -5,6 +5,8 @@ The plan is shown to the user and stored beside the parts; every part is a funct
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -13,13 +15,15 @@ from numpy.typing import NDArray
 
 from pertcast.config import Experiment
 from pertcast.data.store import Split, Store
-from pertcast.errors import ConfigError, DataError
+from pertcast.errors import ConfigError, DataError, Problem
 from pertcast.files.season_lists import read_targets
 from pertcast.seasons import Season
 from pertcast.submission.budget import Budget, plan_budget, room_for_controls
 from pertcast.submission.bundle import contexts_in_force
 
-__all__ = ["Part", "Plan", "control_rows", "plan_parts"]
+__all__ = ["Part", "Plan", "control_rows", "plan_parts", "submission_dataset"]
+
+_USED = Split.TRAIN | Split.VAL | Split.TEST
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Part:
         Path relative to the parts' folder.
     context, target
         The labels; the target of control cells is the season's control label.
+    dataset
+        The dataset whose control cells it is made from.
     num_cells
         Cells in it.
     copied
@@ -41,6 +47,7 @@ class Part:
     """
 
     file: str
+    dataset: str
     context: str
     target: str
     num_cells: int
@@ -60,7 +67,7 @@ class Plan:
 
 
 def _split_of(experiment: Experiment) -> Split:
-    return Split.TRAIN if experiment.generate.controls_from == "train" else Split.TRAIN | Split.VAL | Split.TEST
+    return Split.TRAIN if experiment.generate.controls_from == "train" else _USED
 
 
 def _contexts(store: Store, experiment: Experiment, season: Season) -> tuple[str, ...]:
@@ -91,25 +98,64 @@ def _contexts(store: Store, experiment: Experiment, season: Season) -> tuple[str
     return (store.contexts[0],)
 
 
-def control_rows(store: Store, experiment: Experiment, context: str) -> NDArray[np.int64]:
-    """Return the rows of the control cells that a context's cells may be made from.
+def submission_dataset(datasets: Collection[str], context: str, experiment: Experiment) -> str:
+    """Return the dataset whose control cells a context is predicted from.
+
+    Parameters
+    ----------
+    datasets
+        Those that have control cells of the context.
+    context
+        The context to predict.
+    experiment
+        Its ``submission.dataset`` decides between several.
+
+    Raises
+    ------
+    ConfigError
+        If there are several and none is named, or the one that is named has no such cells.
+    """
+    asked = experiment.submission.dataset
+    if asked is None and len(datasets) == 1:
+        return next(iter(datasets))
+    if asked in datasets:
+        return str(asked)
+    there = ", ".join(map(repr, sorted(datasets)))
+    if asked is None:
+        message = f"{len(datasets)} datasets have control cells of {context!r}: {there}"
+        remedy = f"name the one to predict, for example --set submission.dataset={sorted(datasets)[0]}"
+    else:
+        message = f"{asked!r} has no control cells of {context!r}; they are in {there or 'no dataset'}"
+        remedy = "name one of these"
+    raise ConfigError(problems=[Problem("[submission] dataset", message, remedy)])
+
+
+def control_rows(store: Store, experiment: Experiment, dataset: str, context: str) -> NDArray[np.int64]:
+    """Return the rows of the control cells of a dataset and context that cells may be made from.
 
     Raises
     ------
     DataError
         If there are none in the splits that ``generate.controls_from`` names.
     """
-    rows = store.rows(split=_split_of(experiment), context=store.contexts.index(context), pert=store.control_code)
+    codes = {"dataset": store.datasets.index(dataset), "context": store.contexts.index(context)}
+    rows = store.rows(split=_split_of(experiment), pert=store.control_code, **codes)
     if not len(rows):
         raise DataError(
-            f"{store.path}: no control cells of context {context!r} in the splits of "
+            f"{store.path}: no control cells of {dataset}.{context} in the splits of "
             f"generate.controls_from = {experiment.generate.controls_from!r}; "
             'pass --set generate.controls_from="all"'
         )
     return rows
 
 
-def _num_controls(store: Store, experiment: Experiment, season: Season, context: str) -> tuple[int, list[str]]:
+def _dataset_of(store: Store, experiment: Experiment, context: str) -> str:
+    used = store.rows(split=_USED, context=store.contexts.index(context), pert=store.control_code)
+    datasets = [store.datasets[code] for code in np.unique(store.dataset_codes[used])]
+    return submission_dataset(datasets, context, experiment)
+
+
+def _num_controls(store: Store, experiment: Experiment, season: Season, part: Part) -> tuple[int, list[str]]:
     """Return how many control cells go into the prediction, and what the user should know about the number."""
     submission = experiment.submission
     if season.controls == "forbidden":
@@ -117,7 +163,7 @@ def _num_controls(store: Store, experiment: Experiment, season: Season, context:
     wanted = room_for_controls(season.max_cells, num_controls=submission.num_controls, share=submission.control_share)
     if wanted == 0:
         raise ConfigError("[submission] num_controls: the season wants at least one control cell; ask for some")
-    there = len(control_rows(store, experiment, context))
+    there = len(control_rows(store, experiment, part.dataset, part.context))
     if submission.controls == "predicted" or there >= wanted:
         return wanted, []
     if submission.num_controls is not None:
@@ -164,7 +210,12 @@ def plan_parts(store: Store, experiment: Experiment) -> Plan:
     targets = read_targets(submission.targets, season)
     contexts = _contexts(store, experiment, season)
     notes = [*season.describe_overrides(), *bundle_notes, *targets.notes]
-    num_controls, more = _num_controls(store, experiment, season, contexts[0])
+    datasets = {context: _dataset_of(store, experiment, context) for context in contexts}
+    label = season.control_label
+    controls = Part(
+        _file(contexts[0], label), datasets[contexts[0]], contexts[0], label, 0, submission.controls == "copied"
+    )
+    num_controls, more = _num_controls(store, experiment, season, controls)
     notes += more
     requested = {(context, target): number for context in contexts for target, number in targets.requested().items()}
     names = {key: key[1] if len(contexts) == 1 else f"{key[0]}/{key[1]}" for key in requested}
@@ -172,10 +223,12 @@ def plan_parts(store: Store, experiment: Experiment) -> Plan:
         {names[key]: number for key, number in requested.items()}, cap=season.max_cells, num_controls=num_controls
     )
     umis = dict(zip(targets.targets, targets.median_umi, strict=True)) if targets.median_umi else {}
-    parts = [Part(_file(*key), *key, budget.cells[names[key]], median_umi=umis.get(key[1])) for key in requested]
+    parts = [
+        Part(_file(*key), datasets[key[0]], *key, budget.cells[names[key]], median_umi=umis.get(key[1]))
+        for key in requested
+    ]
     if num_controls:
-        label = season.control_label
-        parts.append(Part(_file(contexts[0], label), contexts[0], label, num_controls, submission.controls == "copied"))
+        parts.append(dataclasses.replace(controls, num_cells=num_controls))
     return Plan(season, budget, contexts, tuple(parts), (*notes, *budget.notes))
 
 

@@ -26,7 +26,7 @@ def own_share(parts: Sequence[Part], *, rank: int, size: int) -> tuple[Part, ...
 
     Examples
     --------
-    >>> parts = [Part(name, "H1", name, num) for name, num in (("A", 5), ("B", 9), ("C", 4), ("D", 1))]
+    >>> parts = [Part(name, "vcc", "H1", name, num) for name, num in (("A", 5), ("B", 9), ("C", 4), ("D", 1))]
     >>> [[part.target for part in own_share(parts, rank=rank, size=2)] for rank in range(2)]
     [['B', 'D'], ['A', 'C']]
     """

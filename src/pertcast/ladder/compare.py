@@ -150,7 +150,7 @@ def _folds(
     ranked: dict[str, set[str]] = {}
     for part in divided:
         for key, fewshot in part.fewshot.items():
-            ranked.setdefault(key.partition(".")[2], set()).update(fewshot.test)
+            ranked.setdefault(key, set()).update(fewshot.test)
     found = []
     for number, part in enumerate(divided):
         folder = out / "folds" / digest / f"fold{number}"
@@ -158,7 +158,7 @@ def _folds(
         opened = Store.open(store)
         truth = folder / f"truth-{opened.fingerprint[:10]}{'-counts' if scale == 'counts' else ''}"
         truth.mkdir(exist_ok=True)
-        labels = {context: sorted(names) for context, names in ranked.items()}
+        labels = {key: sorted(names) for key, names in ranked.items()}
         held = prepare_truth(opened, part, truth, rules=rules, ranked=labels)
         references = reference_scores(opened, held, truth / "references.json", rules=rules, progress=progress)
         found.append(_Fold(number, part.fewshot, store, tuple(held), references))
@@ -173,7 +173,7 @@ def _require_same(divided: list[_Fold], known: Mapping[_Kind, list[_Fold]]) -> N
         message = "some make counts and some log1p values, which the scorer normalises otherwise"
         problems.append(Problem("[generate] scale", message, "compare them with --set generate.scale=counts, or log1p"))
     (first, *_) = known.values()
-    sides = [[(held.context, held.tested) for fold in folds for held in fold.held_out] for folds in (first, divided)]
+    sides = [[(held.name, held.tested) for fold in folds for held in fold.held_out] for folds in (first, divided)]
     if sides[0] != sides[1]:
         message = "they hold out different perturbations, so that their scores say nothing of each other"
         remedy = "give them the same [fewshot] and [zeroshot], or compare them with --folds"

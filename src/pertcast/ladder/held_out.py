@@ -36,19 +36,19 @@ from pertcast.stats.metrics import discrimination
 __all__ = ["HeldOut", "Scores", "against_truth", "prepare_truth", "reference_scores"]
 
 Scores = dict[str, dict[str, dict[str, float]]]
-"""Context → target → metric → value."""
+"""Screen ("dataset.context") → target → metric → value."""
 
 _CELLS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a fold holds out in one context.
+    """What a fold holds out in one dataset and context.
 
     Attributes
     ----------
-    context
-        Its name.
+    dataset, context
+        Their names.
     tested
         The labels that are predicted and scored.
     truth
@@ -62,6 +62,7 @@ class HeldOut:
         it is of log1p values.
     """
 
+    dataset: str
     context: str
     tested: tuple[str, ...]
     truth: Path
@@ -70,11 +71,16 @@ class HeldOut:
     num_cells: int
     target_sum: float | None = None
 
+    @property
+    def name(self) -> str:
+        """What its scores are kept under."""
+        return f"{self.dataset}.{self.context}"
+
 
 def prepare_truth(
     store: Store, experiment: Experiment, folder: Path, *, rules: Season, ranked: Mapping[str, Sequence[str]]
 ) -> list[HeldOut]:
-    """Write the truth of each context that has held-out perturbations, where it is not there already.
+    """Write the truth of each dataset and context that has held-out perturbations, where it is not there already.
 
     The truth is on the scale that ``generate.scale`` asks for. In counts, the target list says the median depth of each
     target's real cells, too, as a season's list does.
@@ -88,7 +94,7 @@ def prepare_truth(
     rules
         Names of the column and the control.
     ranked
-        Context → labels that are held out in any fold.
+        "dataset.context" → labels that are held out in any fold.
 
     Raises
     ------
@@ -97,16 +103,18 @@ def prepare_truth(
     """
     in_counts = experiment.generate.scale == "counts"
     found = []
-    for code, context in enumerate(store.contexts):
-        rows = store.rows(split=Split.TEST, context=code)
+    pairs = sorted({(screen.dataset, screen.context) for screen in store.screens})
+    for code, (dataset, context) in enumerate(pairs):
+        rows = store.rows(split=Split.TEST, dataset=dataset, context=context)
         tested = np.setdiff1d(np.unique(store.pert_codes[rows]), [store.control_code])
         if not len(tested):
             continue
-        labels = sorted({store.perts[pert] for pert in tested} | (set(ranked.get(context, ())) & set(store.perts)))
-        cells = {label: _rows(store, code, label) for label in labels}
-        controls = control_rows(store, experiment, context)
-        truth, targets = folder / f"truth-{code}.h5ad", folder / f"targets-{code}.csv"
         names = tuple(store.perts[pert] for pert in tested)
+        of = store.datasets[dataset], store.contexts[context]
+        labels = sorted({*names} | (set(ranked.get(".".join(of), ())) & set(store.perts)))
+        cells = {label: _rows(store, dataset, context, label) for label in labels}
+        controls = control_rows(store, experiment, *of)
+        truth, targets = folder / f"truth-{code}.h5ad", folder / f"targets-{code}.csv"
         if not truth.is_file():
             groups = [*((label, rows) for label, rows in cells.items()), (rules.control_label, controls)]
             _write_cells(truth, store, groups, rules, in_counts=in_counts)
@@ -114,16 +122,16 @@ def prepare_truth(
         total = len(controls) + sum(len(cells[name]) for name in names)
         of_all = np.concatenate([*cells.values(), controls])
         target_sum = float(np.median(store.totals[of_all])) if in_counts else None
-        found.append(HeldOut(context, names, truth, targets, len(controls), total, target_sum))
+        found.append(HeldOut(*of, names, truth, targets, len(controls), total, target_sum))
     if not found:
         raise DataError(f"{store.path}: no cell of a test perturbation is held out; name some in [fewshot] test")
     return found
 
 
-def _rows(store: Store, context: int, label: str) -> NDArray[np.int64]:
-    pert = store.perts.index(label)
-    held = store.rows(split=Split.TEST, context=context, pert=pert)
-    return held if len(held) else store.rows(split=Split.TRAIN | Split.VAL, context=context, pert=pert)
+def _rows(store: Store, dataset: int, context: int, label: str) -> NDArray[np.int64]:
+    codes = {"dataset": dataset, "context": context, "pert": store.perts.index(label)}
+    held = store.rows(split=Split.TEST, **codes)
+    return held if len(held) else store.rows(split=Split.TRAIN | Split.VAL, **codes)
 
 
 def _write_cells(
@@ -180,25 +188,29 @@ def reference_scores(
         constant = _training_mean(store, part)
         controls = _log1p(
             store,
-            store.rows(split=Split.TRAIN, context=store.contexts.index(part.context), pert=store.control_code),
+            store.rows(split=Split.TRAIN, pert=store.control_code, **_codes(store, part)),
             part.target_sum,
         )
         side = constant_side(constant, controls, select_perts(truth, part.tested), progress=progress)
-        scores["baseline"][part.context] = against_truth(side, truth)
+        scores["baseline"][part.name] = against_truth(side, truth)
         first, second = read_halves(part.truth, rules, progress=progress)
         tested = tuple(name for name in part.tested if name in first.perts)
-        scores["ceiling"][part.context] = against_truth(select_perts(second, tested), first)
+        scores["ceiling"][part.name] = against_truth(select_perts(second, tested), first)
     write_json(kept, scores)
     return scores
 
 
+def _codes(store: Store, held: HeldOut) -> dict[str, int]:
+    return {"dataset": store.datasets.index(held.dataset), "context": store.contexts.index(held.context)}
+
+
 def _training_mean(store: Store, held: HeldOut) -> NDArray[np.float32]:
-    """Return the mean over the training perturbations' means of a context; over those of all where it has none."""
+    """Return the mean over the training perturbations' means of a dataset and context, or of all where it has none."""
+    own = store.rows(split=Split.TRAIN, **_codes(store, held))
+    own = own[store.pert_codes[own] != store.control_code]
     rows = store.rows(split=Split.TRAIN)
-    rows = rows[store.pert_codes[rows] != store.control_code]
-    own = rows[store.context_codes[rows] == store.contexts.index(held.context)]
-    rows = own if len(own) else rows
-    keys = store.context_codes[rows].astype(np.int64) * len(store.perts) + store.pert_codes[rows]
+    rows = own if len(own) else rows[store.pert_codes[rows] != store.control_code]
+    keys = store.screen_codes[rows].astype(np.int64) * len(store.perts) + store.pert_codes[rows]
     means = [_mean(store, rows[keys == key], held.target_sum) for key in np.unique(keys)]
     mean_G: NDArray[np.float32] = np.mean(means, axis=0).astype(np.float32)
     return mean_G

@@ -88,13 +88,13 @@ def run_trial(trial: Trial, *, progress: Progress = SILENT) -> Scores:
     from pertcast.train import train
 
     run = train(trial.experiment, trial.store, trial.out / "run", progress=progress)
-    scores = {held.context: _score(trial, held, run, progress) for held in trial.held_out}
+    scores = {held.name: _score(trial, held, run, progress) for held in trial.held_out}
     write_json(kept, {"key": key, "name": trial.name, "fold": trial.fold, "seed": trial.seed, "scores": scores})
     return scores
 
 
 def _key(trial: Trial) -> str:
-    truths = [[held.context, list(held.tested), held.num_cells] for held in trial.held_out]
+    truths = [[held.name, list(held.tested), held.num_cells] for held in trial.held_out]
     return digest_of(_FORMAT, trial.experiment.as_json(), Store.open(trial.store).fingerprint, truths)
 
 
@@ -126,6 +126,7 @@ def _asking_for(trial: Trial, held: HeldOut) -> Experiment:
         update={
             "season": trial.rules.name,
             "targets": held.targets,
+            "dataset": held.dataset,
             "context": held.context,
             "controls": "copied",
             "num_controls": held.num_controls,

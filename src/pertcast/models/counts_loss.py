@@ -14,7 +14,9 @@ from pertcast.models.losses import working_dtype
 __all__ = ["negative_binomial_loss"]
 
 
-def negative_binomial_loss(counts_BSG: Tensor, log_mean_BSG: Tensor, log_shape_G: Tensor) -> Tensor:
+def negative_binomial_loss(
+    counts_BSG: Tensor, log_mean_BSG: Tensor, log_shape_G: Tensor, *, measured_BG: Tensor | None = None
+) -> Tensor:
     """Return the negative log-likelihood of counts, a mean over the cells and genes of each set.
 
     A count is negative binomial with variance ``mean + mean**2 / shape``. Logarithms of gamma functions are computed of
@@ -28,6 +30,8 @@ def negative_binomial_loss(counts_BSG: Tensor, log_mean_BSG: Tensor, log_shape_G
         Logarithms of their means, ``(B, S, G)``.
     log_shape_G
         Logarithms of 1 / dispersion, ``(G,)``.
+    measured_BG
+        Which genes count, bool ``(B, G)``; the counts of the others must be 0. All where not given.
 
     Returns
     -------
@@ -55,6 +59,8 @@ def negative_binomial_loss(counts_BSG: Tensor, log_mean_BSG: Tensor, log_shape_G
         count_N, shape_N = counts_BSG[set_N, cell_N, gene_N], shape_G[gene_N]
         seen_N = torch.lgamma(count_N + shape_N) - torch.lgamma(shape_N) - torch.lgamma(count_N + 1)
         seen_N = seen_N + count_N * (odds_BSG - cost_BSG)[set_N, cell_N, gene_N]
-        loss_B = cost_BSG.sum(1) @ shape_G
-        loss_B = loss_B.index_add(0, set_N, -seen_N)
-        return loss_B / (counts_BSG.shape[1] * counts_BSG.shape[2])
+        cost_BG, num_genes = cost_BSG.sum(1), counts_BSG.shape[2]
+        if measured_BG is not None:
+            cost_BG, num_genes = cost_BG * measured_BG, measured_BG.sum(1).clamp_min(1)
+        loss_B = (cost_BG @ shape_G).index_add(0, set_N, -seen_N)
+        return loss_B / (counts_BSG.shape[1] * num_genes)

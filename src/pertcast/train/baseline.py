@@ -191,7 +191,7 @@ def _sentence(baseline: Baseline, effects_NG: NDArray[np.float32]) -> str:
         "kernel_ridge": {"penalty": choice.penalty, "bandwidth": choice.bandwidth, "sharing": choice.sharing},
         "knn": {"neighbours": choice.neighbours, "sharing": choice.sharing},
     }[spec.kind]
-    square = float((effects_NG.astype(np.float64) ** 2).mean())
+    square = float(np.nanmean(effects_NG.astype(np.float64) ** 2))
     share = choice.error / square if square else float("nan")
     words = "".join(f", {name} {value:.4g}" for name, value in chosen.items())
     return (

@@ -44,7 +44,8 @@ class Batch(NamedTuple):
     """Some sets as tensors; `real_BSO` is in the network's output space, `genes_BSG` only in latent space.
 
     `base_BG` are the effects of the baseline that the network stands on, if it does. `depth_BS` are the counts of each
-    real cell over the total that cells are normalised to, where the store is of counts.
+    real cell over the total that cells are normalised to, where the store is of counts. `measured_BG` says which of the
+    predicted genes the set's screen measured; ``None`` if all screens measured all genes.
     """
 
     control_BSI: Tensor  # noqa: N815
@@ -55,7 +56,9 @@ class Batch(NamedTuple):
     genes_BSG: Tensor | None  # noqa: N815
     pert_B: Tensor  # noqa: N815
     base_BG: Tensor | None = None  # noqa: N815
-    depth_BS: Tensor | None = None  # noqa: N815
+    depth_BS: Tensor | None = None
+    screen_B: Tensor | None = None
+    measured_BG: Tensor | None = None
 
     def for_network(self) -> tuple[Tensor | None, ...]:
         """Return what the network reads, in the order of its arguments."""
@@ -101,6 +104,7 @@ def _concatenate(pieces: list[CellSets]) -> CellSets:
     return CellSets(
         pert=np.concatenate([piece.pert for piece in pieces]),
         context=np.concatenate([piece.context for piece in pieces]),
+        screen=np.concatenate([piece.screen for piece in pieces]),
         pert_rows=np.concatenate([piece.pert_rows for piece in pieces]),
         control_rows=np.concatenate([piece.control_rows for piece in pieces]),
     )
@@ -150,6 +154,8 @@ class SetReader:
         self._batch_rows = np.append(np.arange(len(store.batches)), -1)
         self._batch_rows[self.untrained_batches] = -1
         self.output_genes = store.hvg if model.output == "hvg" else np.arange(len(store.genes))
+        measured_SG = store.measured_SG
+        self._measured_SG = None if measured_SG is None else torch.from_numpy(measured_SG[:, self.output_genes])
         width = input_dim(store, source=model.input)
         self.spec: StateSpec = spec_for(
             model,
@@ -224,10 +230,16 @@ class SetReader:
             genes_BSG=genes_BSG if self._is_latent else None,
             pert_B=torch.from_numpy(sets.pert.astype(np.int64)),
             base_BG=None if self.base is None else _pinned(torch.from_numpy(self.base.of(sets))),
+            screen_B=torch.from_numpy(sets.screen.astype(np.int64)),
+            measured_BG=self.measured(sets),
             depth_BS=self._tensor(store.totals[perturbed] / np.float32(store.target_sum), shape)
             if store.scale == "counts" and store.target_sum
             else None,
         )
+
+    def measured(self, sets: CellSets) -> Tensor | None:
+        """Return which predicted genes the screen of each set measured, (B, G); ``None`` if all screens have all."""
+        return None if self._measured_SG is None else _pinned(self._measured_SG[torch.from_numpy(sets.screen).long()])
 
     def _inputs(self, rows: NDArray[np.int64], shape: tuple[int, ...]) -> Tensor:
         source = self._experiment.model.input

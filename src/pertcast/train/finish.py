@@ -33,11 +33,15 @@ def learn_facts(reader: SetReader, loop: Loop, features: PertFeatures, store: St
     notes = []
     if sets.num_repeating:
         notes.append(f"{sets.num_repeating:,} training groups have fewer than {size} cells, which repeat in a set")
-    if config.match == "batch" and sets.num_unmatched:
-        notes.append(
-            f"{sets.num_unmatched:,} training cells have no control cell of their own batch, and stand beside one of "
-            "their context"
-        )
+    for number, place, other in (
+        (sets.num_other_batch, "batch", "batch of the same file"),
+        (sets.num_other_file, "file", "file of the same dataset"),
+        (sets.num_other_dataset, "dataset", 'dataset, as train.match = "all_datasets" allows'),
+    ):
+        if number:
+            notes.append(
+                f"{number:,} training cells have no control in their own {place}; each is paired with one of another {other}"
+            )
     if not len(loop.val_sets):
         notes.append("there are no validation cells: the last weights are kept, not the best")
     if reader.spec.unknown_batch and len(reader.untrained_batches):

@@ -75,8 +75,11 @@ def fit_shift(network: StateTransition, reader: SetReader, effects: TrainingEffe
     weight_PB = torch.from_numpy((target_B == np.arange(len(rows))[:, None]).astype(np.float32))
     weight_PB /= weight_PB.sum(1, keepdim=True)
     effect_PO = torch.from_numpy(effects.effects_NG[rows])
+    # a gene that was not measured asks for what the network predicts
+    shift_PO = weight_PB @ shift_BSO.mean(1)
+    effect_PO = torch.where(effect_PO.isnan(), shift_PO, effect_PO)
     base_BO = torch.zeros(len(sets), 1) if reader.base is None else torch.from_numpy(reader.base.fitted(sets))
-    gain = least_squares_gain(weight_PB @ shift_BSO.mean(1), effect_PO - weight_PB @ base_BO)
+    gain = least_squares_gain(shift_PO, effect_PO - weight_PB @ base_BO)
     weight_B = weight_PB.mean(0)
     # beside these control cells, so that what sets their sample apart from all does not count as an effect
     wanted_O = weight_B @ control_BSO.mean(1) + effect_PO.mean(0)

@@ -229,7 +229,8 @@ class Loop:
             keys=keys,
         )
         batch, others_BK = self.fabric.to_device(batch), self.fabric.to_device(others_BK)
-        known = self.truth.of(batch.context_B, batch.pert_B)
+        assert batch.screen_B is not None
+        known = self.truth.of(batch.context_B, batch.pert_B, batch.screen_B, batch.measured_BG)
         if self.reader.reads_what_it_predicts:
             # what a set predicts is the difference from its own controls; others would add their sampling noise
             known = known._replace(beside_BG=batch.control_BSI.float().mean(1))

@@ -148,6 +148,7 @@ def _measure(network: StateTransition, reader: SetReader, effects: TrainingEffec
     groups = sets.groups
     number = Counter(groups)
     for part, control_BSI, output_BSO in predict_sets(network, reader, sets):
+        measured_BO = reader.measured(part)
         if is_shift:
             base_BO = torch.zeros(len(part), 1) if reader.base is None else torch.from_numpy(reader.base.fitted(part))
             output_BSO = control_BSI + base_BO[:, None] + output_BSO
@@ -159,11 +160,15 @@ def _measure(network: StateTransition, reader: SetReader, effects: TrainingEffec
             real_O = (
                 control_BSI[place].mean(0)
                 if reader.reads_what_it_predicts
-                else torch.from_numpy(effects.control_mean_CG[group[0]])
+                else torch.from_numpy(effects.control_mean_SG[part.screen[place]])
             )
             if group[1] != reader.control_code:
                 real_O = real_O + torch.from_numpy(effects.effects_NG[row_of[group]])
-            sums[group] = sums.get(group, 0) + (real_O - predicted_BO[place]) / number[group]
+            # NaN: a gene that was not measured has no error
+            error_O = (real_O - predicted_BO[place]).nan_to_num()
+            if measured_BO is not None:
+                error_O = error_O * measured_BO[place]
+            sums[group] = sums.get(group, 0) + error_O / number[group]
         kept.extend(output_BSO[: max(0, most_sets - len(kept))])
     number_kept = Counter(groups[: len(kept)])
     weight_B = torch.tensor([1 / number_kept[group] for group in groups[: len(kept)]])

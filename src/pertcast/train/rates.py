@@ -1,7 +1,7 @@
 """What the counts head starts from: the rates and dispersions of the training split's control cells.
 
 Invariant: cells that are held out, and control cells of other splits, are never read.
-Shapes: C contexts, G predicted genes.
+Shapes: S screens, G predicted genes.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ class ControlRates(NamedTuple):
 
     Attributes
     ----------
-    log_rate_CG
-        float32, logarithm of the mean count in a cell of the total that the store normalises to; a context without
+    log_rate_SG
+        float32, logarithm of the mean count in a cell of the total that the store normalises to; a screen without
         training control cells has the mean of the others.
     log_shape_G
-        float32, logarithm of 1 / dispersion, a mean over contexts.
+        float32, logarithm of 1 / dispersion, a mean over screens.
     """
 
-    log_rate_CG: NDArray[np.float32]  # noqa: N815
+    log_rate_SG: NDArray[np.float32]  # noqa: N815
     log_shape_G: NDArray[np.float32]  # noqa: N815
 
 
 def control_rates(store: Store, output_genes: NDArray[np.int64]) -> ControlRates:
-    """Fit the counts of each context's training control cells, of at most 4,096 of them.
+    """Fit the counts of each screen's training control cells, of at most 4,096 of them.
 
     Raises
     ------
@@ -50,16 +50,16 @@ def control_rates(store: Store, output_genes: NDArray[np.int64]) -> ControlRates
             "prepare it from raw counts, or set loss.nb to 0"
         )
     fits = {}
-    for code, context in enumerate(store.contexts):
-        rows = store.rows(split=Split.TRAIN, context=code, pert=store.control_code)
+    for screen in range(len(store.screens)):
+        rows = store.rows(split=Split.TRAIN, screen=screen, pert=store.control_code)
         if len(rows):
-            batch, random = np.zeros(len(rows), dtype=np.int64), generator(0, "rates", context)
-            fits[code] = fit_rows(store, rows, batch, num_batches=1, random=random)
+            batch, random = np.zeros(len(rows), dtype=np.int64), generator(0, "rates", store.screen_name(screen))
+            fits[screen] = fit_rows(store, rows, batch, num_batches=1, random=random)
     if not fits:
-        raise ConfigError(f"[loss] nb: the store {store.path} has no training control cell; mend [training]")
+        raise ConfigError(f"[loss] nb: the store {store.path} has no training control cell; correct [training]")
     log_rates = {code: np.log(fit.share[0, output_genes] * store.target_sum) for code, fit in fits.items()}
     common = np.stack(list(log_rates.values())).mean(axis=0)
     return ControlRates(
-        np.stack([log_rates.get(code, common) for code in range(len(store.contexts))]).astype(np.float32),
+        np.stack([log_rates.get(code, common) for code in range(len(store.screens))]).astype(np.float32),
         np.stack([np.log(fit.shape[output_genes]) for fit in fits.values()]).mean(axis=0).astype(np.float32),
     )

@@ -2,7 +2,7 @@
 
 The truth side (real cells, their DE genes, the training-mean baseline) is computed once, when training starts. Cells
 are predicted from TRAIN control cells, by the same draws at every validation, without dropout; metrics are of the
-predicted genes. Each context with validation perturbations and training controls is scored alone; means are over all
+predicted genes. Each screen with validation perturbations and training controls is scored alone; means are over all
 of them.
 """
 
@@ -29,7 +29,7 @@ from pertcast.stats.draws import generator
 from pertcast.stats.metrics import BEST, overall
 from pertcast.stats.profiles import Profile, constant_profile, profile_of, score_profiles
 from pertcast.train.batches import SetReader
-from pertcast.train.effects import training_effects
+from pertcast.train.effects import mean_effect, training_effects
 from pertcast.train.sharding import is_sharded
 
 __all__ = ["OfficialMetrics", "criterion"]
@@ -51,11 +51,9 @@ def criterion(values: Mapping[str, float], select_by: str) -> float:
     return values[_PREFIX + select_by] * (1 if select_by == "mae" else -1)
 
 
-class _Context(NamedTuple):
-    """The validation perturbations of one context: P of them, by code."""
+class _Truth(NamedTuple):
+    """The validation perturbations of one screen, P of them."""
 
-    perts_P: NDArray[np.int64]  # noqa: N815
-    sizes_P: NDArray[np.int64]  # noqa: N815
     sets: CellSets
     pert_of_cell: NDArray[np.int64]
     own_gene_P: NDArray[np.int64]  # noqa: N815
@@ -79,7 +77,7 @@ class OfficialMetrics:
     Raises
     ------
     ConfigError
-        If no perturbation validates in a context with training control cells.
+        If no perturbation validates in a screen with training control cells.
     """
 
     def __init__(self, store: Store, reader: SetReader, train: TrainConfig, *, progress: Progress) -> None:
@@ -87,20 +85,22 @@ class OfficialMetrics:
         rows = store.rows(split=Split.VAL)
         rows = rows[store.pert_codes[rows] != store.control_code]
         effects = training_effects(store, reader.output_genes, progress=progress)
-        self._contexts: list[_Context] = []
-        contexts = np.unique(store.context_codes[rows]).tolist()
-        with progress.task("validation truth", len(contexts), "contexts") as advance:
-            for context in contexts:
-                controls = store.rows(split=Split.TRAIN, context=context, pert=store.control_code)
+        self._screens: list[_Truth] = []
+        screens = np.unique(store.screen_codes[rows]).tolist()
+        with progress.task("validation truth", len(screens), "screens") as advance:
+            for screen in screens:
+                controls = store.rows(split=Split.TRAIN, screen=screen, pert=store.control_code)
                 if len(controls):
-                    mine = effects.effects_NG[effects.contexts == context]
-                    effect_G = (mine if len(mine) else effects.effects_NG).mean(axis=0)
+                    mine = effects.effects_NG[effects.contexts == store.screens[screen].context]
+                    effect_G = mean_effect(mine if len(mine) else effects.effects_NG)
                     # another context's effect, and rounding, may take more than there is
-                    mean_G = np.maximum(effects.control_mean_CG[context] + effect_G, np.float32(0))
-                    cells = rows[store.context_codes[rows] == context]
-                    self._contexts.append(_context(store, reader, cells, controls, mean_G=mean_G, seed=train.seed))
+                    mean_G = np.maximum(effects.control_mean_SG[screen] + effect_G, np.float32(0))
+                    if store.measured_SG is not None:
+                        mean_G *= store.measured_SG[screen, reader.output_genes]
+                    cells = rows[store.screen_codes[rows] == screen]
+                    self._screens.append(_truth(store, reader, cells, controls, mean_G=mean_G, seed=train.seed))
                 advance(1)
-        if not self._contexts:
+        if not self._screens:
             raise ConfigError(
                 f'[train] select_by: "{train.select_by}" is of validation perturbations, and {store.path} has none '
                 'beside training control cells; list some as val in [fewshot], or set train.select_by = "loss"'
@@ -117,28 +117,31 @@ class OfficialMetrics:
     @torch.no_grad()
     def _measure(self, model: Callable[..., Prediction], fabric: Fabric) -> dict[str, float]:
         scores: list[dict[str, NDArray[np.float64]]] = []
-        for context in self._contexts:
-            cells = np.concatenate(list(self._predict(context, model, fabric)))
-            kept = context.pert_of_cell >= 0
-            predicted = _profile(cells[kept], context.pert_of_cell[kept], context.controls)
-            scores.append(score_profiles(predicted, context.real, context.own_gene_P))
+        for truth in self._screens:
+            cells = np.concatenate(list(self._predict(truth, model, fabric)))
+            kept = truth.pert_of_cell >= 0
+            predicted = _profile(cells[kept], truth.pert_of_cell[kept], truth.controls)
+            scores.append(score_profiles(predicted, truth.real, truth.own_gene_P))
         ours = {name: float(np.concatenate([score[name] for score in scores]).mean()) for name in BEST}
-        base = {name: float(np.concatenate([part.baseline[name] for part in self._contexts]).mean()) for name in BEST}
+        base = {name: float(np.concatenate([part.baseline[name] for part in self._screens]).mean()) for name in BEST}
         return {_PREFIX + name: value for name, value in {**ours, "overall": overall(ours, base)}.items()}
 
     @torch.no_grad()
     def _take_part(self, model: Callable[..., Prediction], fabric: Fabric) -> None:
         """Make the first process's calls with it, as a sharded network needs."""
-        for context in self._contexts:
-            for _cells in self._predict(context, model, fabric):
+        for truth in self._screens:
+            for _cells in self._predict(truth, model, fabric):
                 pass
 
     def _predict(
-        self, context: _Context, model: Callable[..., Prediction], fabric: Fabric
+        self, truth: _Truth, model: Callable[..., Prediction], fabric: Fabric
     ) -> Iterator[NDArray[np.float32]]:
-        for start in range(0, len(context.sets), self._size):
-            batch = fabric.to_device(self._reader.read(context.sets[start : start + self._size]))
-            yield model(*batch.for_network()).uncut_BSG.flatten(0, 1).float().cpu().numpy()
+        for start in range(0, len(truth.sets), self._size):
+            batch = fabric.to_device(self._reader.read(truth.sets[start : start + self._size]))
+            cells_BSG = model(*batch.for_network()).uncut_BSG
+            if batch.measured_BG is not None:
+                cells_BSG = cells_BSG * batch.measured_BG[:, None]
+            yield cells_BSG.flatten(0, 1).float().cpu().numpy()
 
 
 def _profile(cells: NDArray[np.float32], codes: NDArray[np.int64], controls: sparse.csr_matrix) -> Profile:
@@ -149,7 +152,7 @@ def _profile(cells: NDArray[np.float32], codes: NDArray[np.int64], controls: spa
     return found._replace(means=means, effects=found.effects + (means - found.means))
 
 
-def _context(
+def _truth(
     store: Store,
     reader: SetReader,
     rows: NDArray[np.int64],
@@ -157,9 +160,9 @@ def _context(
     *,
     mean_G: NDArray[np.float32],
     seed: int,
-) -> _Context:
-    """Return the truth of one context; of its validation cells, `rows`, some are drawn where there are many."""
-    context = int(store.context_codes[rows[0]])
+) -> _Truth:
+    """Return the truth of one screen; of its validation cells, `rows`, some are drawn where there are many."""
+    context, screen = int(store.context_codes[rows[0]]), int(store.screen_codes[rows[0]])
     size = reader.spec.set_size
     perts_P = np.unique(store.pert_codes[rows]).astype(np.int64)
     real, sets, pert_of_cell = [], [], []
@@ -183,15 +186,16 @@ def _context(
     cells_csr = sparse.csr_matrix(store.csr(cells) if genes is None else store.log1p(cells, genes=genes))
     position = {store.genes[gene]: place for place, gene in enumerate(reader.output_genes.tolist())}
     own_gene_P = np.array([position.get(store.perts[pert], -1) for pert in perts_P])
-    truth = profile_of(cells_csr, np.repeat(np.arange(len(perts_P)), sizes_P), controls_csr, threads=available_cpus())
+    real_profile = profile_of(
+        cells_csr, np.repeat(np.arange(len(perts_P)), sizes_P), controls_csr, threads=available_cpus()
+    )
     constant = constant_profile(mean_G, sizes_P, controls_csr, threads=available_cpus())
     of_set = np.repeat(perts_P, [len(drawn) for drawn in sets]).astype(np.int32)
-    return _Context(
-        perts_P,
-        sizes_P,
+    return _Truth(
         CellSets(
             pert=of_set,
             context=np.full(len(of_set), context, dtype=np.int32),
+            screen=np.full(len(of_set), screen, dtype=np.int32),
             # the real cells that a set stands for are not needed; the controls stand in for them
             pert_rows=control_rows,
             control_rows=control_rows,
@@ -199,6 +203,6 @@ def _context(
         np.concatenate(pert_of_cell),
         own_gene_P,
         controls_csr,
-        truth,
-        score_profiles(constant, truth, own_gene_P),
+        real_profile,
+        score_profiles(constant, real_profile, own_gene_P),
     )

@@ -71,6 +71,9 @@ def loss_terms(
         Gives the rows of all devices for those of this one: a set is ranked among all sets of the step.
     """
     terms = {}
+    if batch.measured_BG is not None:
+        # cells show 0 of genes that were not measured; what is predicted of these must not count
+        prediction = _without(prediction, batch.measured_BG)
     if config.energy:
         terms["energy"] = energy_distance(prediction.latent_BSO, batch.real_BSO)
     if config.decoder and prediction.genes_BSG is not None and batch.genes_BSG is not None:
@@ -87,26 +90,39 @@ def loss_terms(
     if config.nb and known is not None and known.log_rate_BG is not None:
         if prediction.counts is None or batch.depth_BS is None:
             raise ValueError("the term nb needs a network with a counts head, and cells of a store of counts")
-        terms["nb"] = _counts_loss(prediction.counts, real_BSG, batch.depth_BS, known.log_rate_BG)
+        terms["nb"] = _counts_loss(prediction.counts, real_BSG, batch, known.log_rate_BG)
     if config.rank and known is not None and others is not None:
         set_effect_BG = real_BSG.float().mean(1) - known.control_mean_BG
+        if known.measured_BG is not None:
+            set_effect_BG = set_effect_BG * known.measured_BG
         # The mean of all training cells is less noisy than that of a set; held-out perturbations have none.
         real_BG = torch.where(known.has_effect_B[:, None], known.effect_BG, set_effect_BG)
         terms["rank"] = _rank(_effects(prediction, known), real_BG, batch, config, known, others, gather)
     return terms
 
 
-def _counts_loss(found: CountsPrediction, real_BSG: Tensor, depth_BS: Tensor, log_rate_BG: Tensor) -> Tensor:
+def _without(prediction: Prediction, measured_BG: Tensor) -> Prediction:
+    """Return the prediction with 0 for genes that were not measured."""
+    cut_BG = None if prediction.cut_BG is None else prediction.cut_BG * measured_BG
+    if prediction.genes_BSG is None:
+        return prediction._replace(latent_BSO=prediction.latent_BSO * measured_BG[:, None], cut_BG=cut_BG)
+    return prediction._replace(genes_BSG=prediction.genes_BSG * measured_BG[:, None], cut_BG=cut_BG)
+
+
+def _counts_loss(found: CountsPrediction, real_BSG: Tensor, batch: Batch, log_rate_BG: Tensor) -> Tensor:
     """Return the counts head's loss; counts come back out of log1p values, exactly, since they are whole."""
-    counts_BSG = (real_BSG.float().expm1() * depth_BS[..., None]).round_()
+    assert batch.depth_BS is not None
+    counts_BSG = (real_BSG.float().expm1() * batch.depth_BS[..., None]).round_()
     log_mean_BG = log_rate_BG + found.log_fold_BG.float()
-    log_depth_BS = depth_BS.clamp_min(_SMALLEST_DEPTH).log()
-    return negative_binomial_loss(counts_BSG, log_mean_BG[:, None] + log_depth_BS[..., None], found.log_shape_G)
+    log_depth_BS = batch.depth_BS.clamp_min(_SMALLEST_DEPTH).log()
+    log_mean_BSG = log_mean_BG[:, None] + log_depth_BS[..., None]
+    return negative_binomial_loss(counts_BSG, log_mean_BSG, found.log_shape_G, measured_BG=batch.measured_BG)
 
 
 def _effects(prediction: Prediction, known: Known) -> Tensor:
-    """Return the effect that each set predicts, (B, G)."""
-    return prediction.uncut_BSG.float().mean(1) - known.beside_BG
+    """Return the effect that each set predicts, (B, G); 0 for genes that were not measured."""
+    effect_BG = prediction.uncut_BSG.float().mean(1) - known.beside_BG
+    return effect_BG if known.measured_BG is None else effect_BG * known.measured_BG
 
 
 def _de_term(prediction: Prediction, known: Known, config: LossConfig, positive_weight: float) -> Tensor:
@@ -155,10 +171,13 @@ def _rank(
         & is_perturbed_B[:, None]
         & codes_A3[:, 2].bool()
     )
+    others_BKG = torch.cat([real_AG.expand(len(real_BG), -1, -1), others.effects_BKG], dim=1)
+    if known.measured_BG is not None:
+        others_BKG = others_BKG * known.measured_BG[:, None]
     return ranking_loss(
         pred_BG,
         real_BG,
-        torch.cat([real_AG.expand(len(real_BG), -1, -1), others.effects_BKG], dim=1),
+        others_BKG,
         valid_BK=torch.cat([comparable_BA, others.exist_BK & is_perturbed_B[:, None]], dim=1),
         own_gene_B=known.own_gene_B,
         distance=config.rank_distance,

@@ -1,7 +1,7 @@
 """What the auxiliary terms of the loss know of the training split: mean effects, and which genes are differential.
 
-Invariant: cells that are held out, and control cells of other splits, are never read.
-Shapes: N training perturbations (each in its context), C contexts, P perturbations, G predicted genes, B sets.
+Invariant: held-out cells and control cells of other splits are never read.
+Shapes: N training perturbations (each in its context), S screens, P perturbations, G predicted genes, B sets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pertcast.progress import Progress
 from pertcast.stats.draws import generator
 from pertcast.train.effects import training_effects
 from pertcast.train.rates import ControlRates
-from pertcast.train.thresholds import Called, call_thresholds
+from pertcast.train.thresholds import call_thresholds
 
 __all__ = ["Known", "Truth", "learn_truth"]
 
@@ -33,23 +33,25 @@ class Known(NamedTuple):
     Attributes
     ----------
     control_mean_BG
-        Mean log1p expression of the training control cells of each set's context.
+        Mean log1p expression of the training control cells of each set's screen.
     beside_BG
         What a predicted pseudobulk is an effect beside: the same, or the mean of the set's own control cells.
     effect_BG
-        The training effect of each set's perturbation; 0 where there is none.
+        The training effect of each set's perturbation; 0 where there is none, and for genes that were not measured.
     has_effect_B
         Where there is one.
     labels_BG, valid_BG
         Whether a gene is differentially expressed, and where that is known.
     log_rate_BG
-        Logarithm of the mean normalised count in control cells of each set's context, where the counts head is trained.
+        Logarithm of the mean normalised count in control cells of each set's screen, where the counts head is trained.
     threshold_BG
         The size of effect from which on the official test calls a gene, about.
     own_gene_B
         The position of the perturbation's own gene among those predicted, -1 where it is not.
     is_control_B
         Whether the set is of control cells.
+    measured_BG
+        Which genes were measured, in the set's screen and where its effect is from; ``None`` if all genes were.
     """
 
     control_mean_BG: Tensor  # noqa: N815
@@ -61,7 +63,8 @@ class Known(NamedTuple):
     threshold_BG: Tensor | None  # noqa: N815
     own_gene_B: Tensor  # noqa: N815
     is_control_B: Tensor  # noqa: N815
-    log_rate_BG: Tensor | None = None  # noqa: N815
+    log_rate_BG: Tensor | None = None
+    measured_BG: Tensor | None = None
 
 
 class Truth:
@@ -74,22 +77,23 @@ class Truth:
     contexts, perts
         (N,) codes of what has an effect.
     effects_NG
-        Mean log1p expression of the training cells, minus that of the control cells of the context.
-    control_mean_CG
-        Of each context's training control cells; of all contexts together where one has none.
+        Mean log1p expression of the training cells, minus that of the control cells of their screens; NaN for genes
+        that were not measured.
+    control_mean_SG
+        Of each screen's training control cells.
     labels_NG
         Which genes are differentially expressed, where the DE head is trained.
     threshold_NG
         From which size of effect on the test calls a gene; beside `labels_NG`.
     output_genes
         Positions of the predicted genes in the store.
-    log_rate_CG
+    log_rate_SG
         As :class:`pertcast.train.rates.ControlRates` has them, where the counts head is trained.
 
     Attributes
     ----------
     effects_NG
-        As given.
+        As given, with 0 for NaN.
     positive_weight
         How many times rarer differentially expressed genes are than the others; between 1 and 100.
     """
@@ -101,11 +105,11 @@ class Truth:
         contexts: NDArray[np.int64],
         perts: NDArray[np.int64],
         effects_NG: NDArray[np.float32],
-        control_mean_CG: NDArray[np.float32],
+        control_mean_SG: NDArray[np.float32],
         labels_NG: NDArray[np.bool_] | None,
         threshold_NG: NDArray[np.float32] | None = None,
         output_genes: NDArray[np.int64],
-        log_rate_CG: NDArray[np.float32] | None = None,
+        log_rate_SG: NDArray[np.float32] | None = None,
     ) -> None:
         self._store, self._contexts, self._perts = store, contexts, perts
         row_CP = np.full((len(store.contexts), len(store.perts)), -1, dtype=np.int64)
@@ -113,9 +117,12 @@ class Truth:
         place = {store.genes[gene]: number for number, gene in enumerate(output_genes.tolist())}
         own_gene = [place.get(name, -1) for name in store.perts]
         self._row_CP, self._own_gene_P = torch.from_numpy(row_CP), torch.tensor(own_gene)
-        self.effects_NG, self._control_mean_CG = torch.from_numpy(effects_NG), torch.from_numpy(control_mean_CG)
+        measured_NG = ~np.isnan(effects_NG)
+        self._measured_NG = None if measured_NG.all() else torch.from_numpy(measured_NG)
+        self.effects_NG = torch.from_numpy(np.nan_to_num(effects_NG))
+        self._control_mean_SG = torch.from_numpy(control_mean_SG)
         self._labels_NG = None if labels_NG is None else torch.from_numpy(labels_NG)
-        self._log_rate_CG = None if log_rate_CG is None else torch.from_numpy(log_rate_CG)
+        self._log_rate_SG = None if log_rate_SG is None else torch.from_numpy(log_rate_SG)
         self._threshold_NG = None if threshold_NG is None else torch.from_numpy(threshold_NG)
         share = 0.0 if labels_NG is None else float(labels_NG.mean())
         self.positive_weight = float(np.clip((1 - share) / share, 1, _LARGEST_WEIGHT)) if share else 1.0
@@ -126,33 +133,42 @@ class Truth:
             "_row_CP",
             "_own_gene_P",
             "effects_NG",
-            "_control_mean_CG",
+            "_control_mean_SG",
             "_labels_NG",
             "_threshold_NG",
-            "_log_rate_CG",
+            "_log_rate_SG",
+            "_measured_NG",
         )
         for name in names:
             value = getattr(self, name)
             setattr(self, name, value if value is None else value.to(device))
         return self
 
-    def of(self, context_B: Tensor, pert_B: Tensor) -> Known:
-        """Return what is known of some sets, by their codes."""
+    def of(self, context_B: Tensor, pert_B: Tensor, screen_B: Tensor, measured_BG: Tensor | None = None) -> Known:
+        """Return what is known of some sets, by their codes; `measured_BG` are the genes that their screens measured."""
         row_B = self._row_CP[context_B, pert_B]
         has_effect_B = row_B >= 0
         found_B = row_B.clamp_min(0)
         labels, threshold = self._labels_NG, self._threshold_NG
+        if self._measured_NG is not None:
+            of_effect_BG = self._measured_NG[found_B] | ~has_effect_B[:, None]
+            measured_BG = of_effect_BG if measured_BG is None else measured_BG & of_effect_BG
+        effect_BG = self.effects_NG[found_B] * has_effect_B[:, None]
+        valid_BG = has_effect_B[:, None].expand_as(effect_BG)
+        if measured_BG is not None:
+            effect_BG, valid_BG = effect_BG * measured_BG, valid_BG & measured_BG
         return Known(
-            control_mean_BG=self._control_mean_CG[context_B],
-            beside_BG=self._control_mean_CG[context_B],
-            effect_BG=self.effects_NG[found_B] * has_effect_B[:, None],
+            control_mean_BG=self._control_mean_SG[screen_B],
+            beside_BG=self._control_mean_SG[screen_B],
+            effect_BG=effect_BG,
             has_effect_B=has_effect_B,
-            labels_BG=None if labels is None else labels[found_B] & has_effect_B[:, None],
-            valid_BG=None if labels is None else has_effect_B[:, None].expand(-1, labels.shape[1]),
+            labels_BG=None if labels is None else labels[found_B] & valid_BG,
+            valid_BG=None if labels is None else valid_BG,
             threshold_BG=None if threshold is None else threshold[found_B],
             own_gene_B=self._own_gene_P[pert_B],
             is_control_B=pert_B == self._store.control_code,
-            log_rate_BG=None if self._log_rate_CG is None else self._log_rate_CG[context_B],
+            log_rate_BG=None if self._log_rate_SG is None else self._log_rate_SG[screen_B],
+            measured_BG=measured_BG,
         )
 
     def draw_others(
@@ -193,24 +209,16 @@ def learn_truth(
         Of the control cells, where the counts head is trained.
     progress
         Where groups are counted.
-
-    Raises
-    ------
-    DataError
-        If labels are wanted and a context has training perturbations but no training control cells.
     """
     effects = training_effects(store, output_genes, progress=progress)
     codes = np.stack([effects.contexts, effects.perts], axis=1)
-    genes = None if len(output_genes) == len(store.genes) else output_genes
     labels_NG, threshold_NG = None, None
     if labels and len(codes):
         found = de_labels(store, progress=progress)
-        rows = found.find(codes[:, 0].astype(np.int32), codes[:, 1].astype(np.int32))
         # They were adjusted over all genes, whichever of them are predicted.
-        whole_NG = found.significant[rows]
-        labels_NG = whole_NG if genes is None else whole_NG[:, genes]
-        called = Called(effects.contexts, found.num_cells[rows], whole_NG.sum(axis=1))
-        threshold_NG = call_thresholds(store, called, output_genes)
+        significant_NG = found.significant[found.find(codes[:, 0], codes[:, 1])]
+        labels_NG = significant_NG[:, output_genes]
+        threshold_NG = call_thresholds(store, codes, significant_NG.sum(axis=1), output_genes)
     elif labels:
         labels_NG = np.zeros((1, len(output_genes)), dtype=bool)
         threshold_NG = np.ones(labels_NG.shape, dtype=np.float32)
@@ -219,9 +227,9 @@ def learn_truth(
         contexts=effects.contexts,
         perts=effects.perts,
         effects_NG=effects.effects_NG if len(codes) else np.zeros((1, len(output_genes)), np.float32),
-        control_mean_CG=effects.control_mean_CG,
+        control_mean_SG=effects.control_mean_SG,
         labels_NG=labels_NG,
         threshold_NG=threshold_NG,
         output_genes=output_genes,
-        log_rate_CG=None if rates is None else rates.log_rate_CG,
+        log_rate_SG=None if rates is None else rates.log_rate_SG,
     )

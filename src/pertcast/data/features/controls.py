@@ -1,4 +1,8 @@
-"""What training control cells say about genes: co-expression loadings, and correlations between genes."""
+"""Co-expression of genes in training control cells: loadings and correlations, within each screen.
+
+Screens differ in their means by technique; cells are centred on the mean of their own screen, so that these differences
+do not count as co-expression.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,8 @@ class FeatureStore(Protocol):
     @property
     def pert_codes(self) -> NDArray[np.int32]: ...  # noqa: D102
     @property
+    def screen_codes(self) -> NDArray[np.int32]: ...  # noqa: D102
+    @property
     def split(self) -> NDArray[np.uint8]: ...  # noqa: D102
     def log1p(  # noqa: D102
         self, rows: NDArray[np.int64], *, genes: NDArray[np.int64] | None = None
@@ -55,9 +61,9 @@ def coexpression_loadings(
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Return each gene's loadings on the leading components of control cells, and which genes vary at all.
 
-    The components are the truncated SVD of the gene-centred log1p matrix, from the eigenvectors of its smaller Gram
-    matrix; loadings are scaled by singular values over the root of cells, so that products of two genes' loadings
-    approximate their covariance. The largest loading of a component is positive.
+    The components are the truncated SVD of the log1p matrix, centred by gene within each screen. They come from the
+    eigenvectors of its smaller Gram matrix. Loadings are scaled by singular values over the root of cells, so that
+    products of two genes' loadings approximate their covariance. The largest loading of a component is positive.
 
     Parameters
     ----------
@@ -87,8 +93,12 @@ def coexpression_loadings(
     centred = np.empty((len(rows), num_genes), dtype=np.float32)
     for start in range(0, len(rows), _CHUNK):
         centred[start : start + _CHUNK] = store.log1p(rows[start : start + _CHUNK])
-    varies = centred.max(axis=0) > centred.min(axis=0)
-    centred -= centred.mean(axis=0, dtype=np.float64).astype(np.float32)
+    varies = np.zeros(num_genes, dtype=bool)
+    screens = store.screen_codes[rows]
+    for screen in np.unique(screens):
+        cells = centred[screens == screen]
+        varies |= cells.max(axis=0) > cells.min(axis=0)
+        centred[screens == screen] = cells - cells.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred /= np.float32(np.sqrt(len(rows)))
     wide = len(rows) <= num_genes
     gram = (centred @ centred.T if wide else centred.T @ centred).astype(np.float64)
@@ -108,15 +118,17 @@ def gene_correlations(
 ) -> NDArray[np.float64]:
     """Return (genes, others) Pearson correlations of log1p values in some cells; NaN where a gene does not vary."""
     both = np.concatenate([genes, others])
-    total = np.zeros(len(both))
-    products = np.zeros((len(both), len(both)))
-    # a shift near the mean keeps the sums of squares from cancelling
-    shift = store.log1p(rows[:_CHUNK], genes=both).mean(axis=0, dtype=np.float64) if len(rows) else total
-    for start in range(0, len(rows), _CHUNK):
-        block = store.log1p(rows[start : start + _CHUNK], genes=both).astype(np.float64) - shift
-        total += block.sum(axis=0)
-        products += block.T @ block
-    covariance = products - np.outer(total, total) / max(len(rows), 1)
+    covariance = np.zeros((len(both), len(both)))
+    for screen in np.unique(store.screen_codes[rows]):
+        mine = rows[store.screen_codes[rows] == screen]
+        total, products = np.zeros(len(both)), np.zeros((len(both), len(both)))
+        # a shift near the mean keeps the sums of squares from cancelling
+        shift = store.log1p(mine[:_CHUNK], genes=both).mean(axis=0, dtype=np.float64)
+        for start in range(0, len(mine), _CHUNK):
+            block = store.log1p(mine[start : start + _CHUNK], genes=both).astype(np.float64) - shift
+            total += block.sum(axis=0)
+            products += block.T @ block
+        covariance += products - np.outer(total, total) / len(mine)
     spread = np.sqrt(np.where(np.diag(covariance) > 1e-9, np.diag(covariance), np.nan))
     result: NDArray[np.float64] = (covariance / spread[:, None] / spread)[: len(genes), len(genes) :]
     return result

@@ -39,6 +39,8 @@ class Wanted(Protocol):
     """Which cells are wanted: a part of the plan."""
 
     @property
+    def dataset(self) -> str: ...  # noqa: D102
+    @property
     def context(self) -> str: ...  # noqa: D102
     @property
     def target(self) -> str: ...  # noqa: D102
@@ -73,7 +75,7 @@ class CellMaker:
     ) -> None:
         self._shapes = shapes
         self._store, self._config, self._cap = store, config, cap
-        self._fits: dict[str, CountsFit] = {}
+        self._fits: dict[tuple[str, str], CountsFit] = {}
 
     @property
     def have_a_depth(self) -> bool:
@@ -167,7 +169,7 @@ class CellMaker:
         pool: NDArray[np.int64],
     ) -> sparse.csr_matrix:
         assert self._shapes is not None
-        fit = self._fit(part.context, pool)
+        fit = self._fit((part.dataset, part.context), pool)
         counts = draw_counts(
             fit.share,
             log_fold,
@@ -193,7 +195,7 @@ class CellMaker:
         counts = reweight(
             Donors(self._store.counts(rows), self._batches(pool, rows), target_sum),
             mean,
-            self._fit(part.context, pool),
+            self._fit((part.dataset, part.context), pool),
             key=self._key(part),
             first_cell=first,
             median_umi=part.median_umi,
@@ -208,11 +210,11 @@ class CellMaker:
             return np.zeros(len(rows), dtype=np.int64)
         return np.searchsorted(names, self._store.batch_codes[rows]).astype(np.int64)
 
-    def _fit(self, context: str, pool: NDArray[np.int64]) -> CountsFit:
-        if context not in self._fits:
-            batch, random = self._batches(pool, pool), generator(self._config.seed, "fit of counts", context)
-            self._fits[context] = fit_rows(self._store, pool, batch, num_batches=int(batch.max()) + 1, random=random)
-        return self._fits[context]
+    def _fit(self, source: tuple[str, str], pool: NDArray[np.int64]) -> CountsFit:
+        if source not in self._fits:
+            batch, random = self._batches(pool, pool), generator(self._config.seed, "fit of counts", source[1])
+            self._fits[source] = fit_rows(self._store, pool, batch, num_batches=int(batch.max()) + 1, random=random)
+        return self._fits[source]
 
 
 def _mean(predicted: Iterator[NDArray[np.float32]], store: Store, *, of_rates: bool = False) -> NDArray[np.float64]:

@@ -1,6 +1,6 @@
 """Held-out targets of a run, predicted once, so that many ways of scaling their effects can be scored.
 
-Invariant: cells that test, and labels that any context holds out for it, are never read.
+Invariant: cells that test, and labels that any screen holds out for it, are never read.
 Legend of shapes: B sets, S cells in a set, O predicted genes, G genes.
 """
 
@@ -40,7 +40,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class UnseenTargets:
-    """The held-out targets of one context of a run.
+    """The held-out targets of one dataset and context of a run.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class UnseenTargets:
     predicted
         (B, S, O) log1p of each, as the network gives them.
     controls
-        Rows of control cells of the context that cells may be made from.
+        Rows of control cells that cells may be made from.
     truth
         The real cells.
     """
@@ -122,7 +122,7 @@ class UnseenTargets:
 
 
 def unseen_targets(run: Run, store: Store, experiment: Experiment, *, progress: Progress) -> list[UnseenTargets]:
-    """Predict the validation targets of a run, context by context: targets that no cell of their context trained.
+    """Predict the validation targets of a run, screen by screen: targets that no cell of their screen trained.
 
     Of very many targets, cells and controls some are drawn, keyed by ``generate.seed``.
 
@@ -137,15 +137,16 @@ def unseen_targets(run: Run, store: Store, experiment: Experiment, *, progress: 
     """
     config = experiment.generate.model_copy(update={"scale": "log1p", "calibrated": False})
     predictor = make_predictor(run, store, open_features(run.path / "features"))
-    chosen = [(context, perts) for context in range(len(store.contexts)) if (perts := _targets(store, context))]
+    chosen = [(screen, perts) for screen in range(len(store.screens)) if (perts := _targets(store, screen))]
     found = []
     with progress.task("predict held-out targets", sum(len(perts) for _, perts in chosen), "targets") as advance:
-        for context, perts in chosen:
+        for screen, perts in chosen:
+            dataset, context = store.screens[screen].dataset, store.screens[screen].context
             name = store.contexts[context]
-            pool = store.rows(split=Split.TRAIN, context=context, pert=store.control_code)
+            pool = store.rows(split=Split.TRAIN, screen=screen, pert=store.control_code)
             if not len(pool):
                 continue
-            real = [_draw(store.rows(split=Split.VAL, context=context, pert=pert), _MOST_CELLS, pert) for pert in perts]
+            real = [_draw(store.rows(split=Split.VAL, screen=screen, pert=pert), _MOST_CELLS, pert) for pert in perts]
             parts, rows, predicted = [], [], []
             for pert, cells in zip(perts, real, strict=True):
                 target = store.perts[pert]
@@ -161,11 +162,11 @@ def unseen_targets(run: Run, store: Store, experiment: Experiment, *, progress: 
                 cells_CO = np.concatenate(
                     [predictor.predict(rows_BS[[place]], target=target, context=name) for place in range(len(rows_BS))]
                 )
-                parts.append(Part("", name, target, len(cells)))
+                parts.append(Part("", store.datasets[dataset], name, target, len(cells)))
                 rows.append(rows_BS)
                 predicted.append(cells_CO.reshape(*rows_BS.shape, -1))
                 advance(1)
-            controls = store.rows(split=Split.TRAIN | Split.VAL, context=context, pert=store.control_code)
+            controls = store.rows(split=Split.TRAIN | Split.VAL, screen=screen, pert=store.control_code)
             controls = controls[(store.split[controls] & Split.TEST) == 0]
             codes = np.repeat(np.arange(len(real)), [len(some) for some in real])
             truth = make_side(
@@ -182,11 +183,14 @@ def unseen_targets(run: Run, store: Store, experiment: Experiment, *, progress: 
     return found
 
 
-def _targets(store: Store, context: int) -> list[int]:
-    """Return codes of the targets of a context that only validate, sorted by name, at most 48."""
-    seen = store.context_codes == context
-    forbidden = np.unique(store.pert_codes[seen & ((store.split & (Split.TRAIN | Split.TEST)) != 0)])
-    validating = np.unique(store.pert_codes[seen & ((store.split & Split.VAL) != 0)])
+def _targets(store: Store, screen: int) -> list[int]:
+    """Return codes of the targets of a screen that only validate, sorted by name, at most 48.
+
+    A target that any dataset of the same context trains or tests on is none.
+    """
+    context = store.screens[screen].context
+    forbidden = np.unique(store.pert_codes[store.rows(split=Split.TRAIN | Split.TEST, context=context)])
+    validating = np.unique(store.pert_codes[store.rows(split=Split.VAL, screen=screen)])
     own = np.setdiff1d(validating, np.append(forbidden, store.control_code))
     return sorted(_draw(own, _MOST_TARGETS, context).tolist(), key=lambda pert: store.perts[pert])
 

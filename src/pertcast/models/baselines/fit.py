@@ -75,6 +75,9 @@ def fit_baseline(kind: BaselineKind, examples: Examples, *, set_size: int = 1) -
     ``(K + penalty)^-1`` gives in closed form. With one context there is nothing to keep apart, so sharing is 1.
     The number of neighbours is chosen likewise. Of equal errors the stronger restraint wins.
 
+    An effect may be NaN for genes that were not measured. Genes measured by the same examples are fitted together, on
+    these examples alone; the choices are made over all genes. A gene that no example measured gets no effect.
+
     Parameters
     ----------
     kind
@@ -106,32 +109,96 @@ def fit_baseline(kind: BaselineKind, examples: Examples, *, set_size: int = 1) -
     count = len(effect_NG)
     if not count or len(feature_NF) != count or len(examples.context_N) != count:
         raise ValueError(f"expected examples of one length above 0, got {count}, {len(feature_NF)}")
-    work = Examples(examples.context_N, feature_NF, effect_NG, examples.num_contexts)
-    if kind in ("control", "mean"):
-        mean_CG = _context_means(work) if kind == "mean" else np.zeros((work.num_contexts + 1, effect_NG.shape[1]))
-        baseline = _pack(kind, work, Choice(), mean_CG, np.zeros((0, effect_NG.shape[1])), set_size)
-        left_out_NG = _left_out_means(work) if kind == "mean" else np.zeros_like(effect_NG)
-        error = float(((effect_NG - left_out_NG) ** 2).mean())
-        baseline = _pack(kind, work, Choice(error=error), mean_CG, baseline.weight_NG, set_size)
-        return Fit(baseline, left_out_NG.astype(np.float32))
-    if kind == "knn":
-        return _fit_neighbours(work, set_size)
-    return _fit_kernel(kind, work, set_size)
-
-
-def _pack(
-    kind: BaselineKind, examples: Examples, choice: Choice, mean_CG: Array, weight_NG: NDArray[np.floating], size: int
-) -> Baseline:
-    kept = slice(len(weight_NG))
-    width = examples.feature_NF.shape[1]
-    spec = BaselineSpec(kind, mean_CG.shape[1], width, examples.num_contexts, len(weight_NG), size, choice)
-    return Baseline(
+    panels = _panels(effect_NG)
+    parts = [
+        Examples(examples.context_N[rows], feature_NF[rows], effect_NG[np.ix_(rows, genes)], examples.num_contexts)
+        for rows, genes in panels
+    ]
+    choice = _choose(kind, parts, Examples(examples.context_N, feature_NF, effect_NG, examples.num_contexts))
+    mean_CG = np.zeros((examples.num_contexts + 1, effect_NG.shape[1]))
+    weight_NG, left_out_NG = np.zeros_like(effect_NG), np.full_like(effect_NG, np.nan)
+    for (rows, genes), part in zip(panels, parts, strict=True):
+        solved = _solve_kind(kind, part, choice)
+        mean_CG[:, genes] = solved.mean_CG
+        weight_NG[np.ix_(rows, genes)] = solved.weight_NG
+        left_out_NG[np.ix_(rows, genes)] = solved.left_out_NG
+    choice = choice._replace(error=float(np.nanmean((effect_NG - left_out_NG) ** 2)))
+    kept = slice(0 if kind in ("control", "mean") else count)
+    spec = BaselineSpec(
+        kind, effect_NG.shape[1], feature_NF.shape[1], examples.num_contexts, len(weight_NG[kept]), set_size, choice
+    )
+    baseline = Baseline(
         spec,
         mean_CG.astype(np.float32),
         examples.context_N[kept].astype(np.int64),
-        examples.feature_NF[kept].astype(np.float32),
-        weight_NG.astype(np.float32),
+        feature_NF[kept].astype(np.float32),
+        weight_NG[kept].astype(np.float32),
     )
+    for row in np.flatnonzero(np.isnan(left_out_NG).any(axis=1)).tolist():
+        # nothing was fitted on what an example did not measure, so nothing has to be left out
+        fitted_G = predict_effects(baseline, feature_NF[row : row + 1], context=int(examples.context_N[row]))[0]
+        left_out_NG[row] = np.where(np.isnan(left_out_NG[row]), fitted_G, left_out_NG[row])
+    return Fit(baseline, left_out_NG.astype(np.float32))
+
+
+def _panels(effect_NG: Array) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return the rows and genes of each set of genes that the same examples measured."""
+    measured_GN = ~np.isnan(effect_NG).T
+    if measured_GN.all():
+        return [(np.arange(len(effect_NG)), np.arange(effect_NG.shape[1]))]
+    patterns, pattern_G = np.unique(measured_GN, axis=0, return_inverse=True)
+    return [
+        (np.flatnonzero(rows), np.flatnonzero(pattern_G.ravel() == number))
+        for number, rows in enumerate(patterns)
+        if rows.any()
+    ]
+
+
+class _Solved(NamedTuple):
+    """Means of contexts (C + 1, G), weights of the examples, and what is predicted for each when it is left out."""
+
+    mean_CG: Array  # noqa: N815
+    weight_NG: Array  # noqa: N815
+    left_out_NG: Array  # noqa: N815
+
+
+def _choose(kind: BaselineKind, parts: list[Examples], whole: Examples) -> Choice:
+    """Return the choice of the smallest squared error of left-out effects over all parts; the first of equal ones."""
+    if kind in ("control", "mean"):
+        return Choice()
+    sharings = (1.0,) if len(np.unique(whole.context_N)) == 1 else (1.0, 0.0) if kind == "knn" else SHARINGS
+    errors: dict[Choice, float] = {}
+    for part in parts:
+        if kind == "knn":
+            found = _neighbour_errors(part, sharings, most=len(whole.context_N))
+        else:
+            found = _kernel_errors(kind, part, sharings, _kernels(kind, whole.feature_NF))
+        for choice, error in found:
+            errors[choice] = errors.get(choice, 0.0) + error
+    best, best_error = Choice(), np.inf
+    for choice, error in errors.items():
+        # eigenvectors differ in the last bits from machine to machine; equal errors must not be told apart
+        if error < best_error * (1 - _TINY):
+            best, best_error = choice, error
+    return best
+
+
+def _solve_kind(kind: BaselineKind, examples: Examples, choice: Choice) -> _Solved:
+    nothing_NG = np.zeros_like(examples.effect_NG)
+    if kind == "control":
+        return _Solved(np.zeros((examples.num_contexts + 1, nothing_NG.shape[1])), nothing_NG, nothing_NG)
+    if kind == "mean":
+        return _Solved(_context_means(examples), nothing_NG, _left_out_means(examples))
+    if kind == "knn":
+        mean_CG = _context_means(examples)
+        return _Solved(
+            mean_CG, examples.effect_NG - mean_CG[examples.context_N], _left_out_neighbours(examples, choice)
+        )
+    mean_CG, dual_NG, smoother = _solve(kind, examples, choice)
+    left_out_NG = examples.effect_NG - smoother.left_out_errors(dual_NG)
+    for row in np.flatnonzero(~smoother.has_peers_N).tolist():
+        left_out_NG[row] = _refit_without(kind, examples, choice, row)
+    return _Solved(mean_CG, dual_NG, left_out_NG)
 
 
 def _with_fallback(mean_CG: Array, context_N: NDArray[np.int64]) -> Array:
@@ -161,17 +228,6 @@ def _left_out_means(examples: Examples) -> Array:
     return left_out
 
 
-def _without(examples: Examples, row: int) -> Examples:
-    others = np.arange(len(examples.effect_NG)) != row
-    return Examples(
-        examples.context_N[others], examples.feature_NF[others], examples.effect_NG[others], examples.num_contexts
-    )
-
-
-def _sharings(context_N: NDArray[np.int64]) -> tuple[float, ...]:
-    return SHARINGS if len(np.unique(context_N)) > 1 else (1.0,)
-
-
 def _kernels(kind: BaselineKind, feature_NF: Array) -> Iterator[Choice]:
     if kind == "ridge":
         square = float((feature_NF**2).sum(axis=1).mean())
@@ -184,17 +240,18 @@ def _kernels(kind: BaselineKind, feature_NF: Array) -> Iterator[Choice]:
         yield Choice(bandwidth=share * typical)
 
 
-def _fit_kernel(kind: BaselineKind, examples: Examples, set_size: int) -> Fit:
+def _kernel_errors(
+    kind: BaselineKind, examples: Examples, sharings: tuple[float, ...], shapes: Iterator[Choice]
+) -> Iterator[tuple[Choice, float]]:
+    """Yield every choice, the stronger restraint first, and its squared error of left-out effects."""
     context_N, effect_NG = examples.context_N, examples.effect_NG
-    feature_NF = np.asarray(examples.feature_NF, dtype=np.float64)
     product_NN = effect_NG @ effect_NG.T
     same_NN = context_N[:, None] == context_N
     has_peers_N = same_NN.sum(axis=1) > 1
     free_NN = np.eye(len(context_N)) - same_NN / same_NN.sum(axis=1)
-    best, best_score = None, np.inf
-    for shape in _kernels(kind, feature_NF):
-        alike_NN = kernel(kind, feature_NF, feature_NF, shape)
-        for sharing in _sharings(context_N):
+    for shape in shapes:
+        alike_NN = kernel(kind, examples.feature_NF, examples.feature_NF, shape)
+        for sharing in sharings:
             kernel_NN = alike_NN * np.where(same_NN, 1.0, sharing)
             values, vectors = np.linalg.eigh(free_NN @ kernel_NN @ free_NN)
             vectors = free_NN @ vectors
@@ -203,17 +260,8 @@ def _fit_kernel(kind: BaselineKind, examples: Examples, set_size: int) -> Fit:
                 scaled = vectors / (np.maximum(values, 0) + penalty)
                 own_N = (scaled * vectors).sum(axis=1)
                 squares_N = ((scaled @ seen) * scaled).sum(axis=1)
-                score = float((squares_N[has_peers_N] / own_N[has_peers_N] ** 2).sum())
-                # eigenvectors differ in the last bits from machine to machine; equal errors must not be told apart
-                if best is None or score < best_score * (1 - _TINY):
-                    best, best_score = shape._replace(penalty=penalty, sharing=sharing), score
-    assert best is not None
-    mean_CG, dual_NG, smoother = _solve(kind, examples, best)
-    left_out_NG = effect_NG - smoother.left_out_errors(dual_NG)
-    for row in np.flatnonzero(~has_peers_N).tolist():
-        left_out_NG[row] = _refit_without(kind, examples, best, row)
-    best = best._replace(error=float(((effect_NG - left_out_NG) ** 2).mean()))
-    return Fit(_pack(kind, examples, best, mean_CG, dual_NG, set_size), left_out_NG.astype(np.float32))
+                error = float((squares_N[has_peers_N] / own_N[has_peers_N] ** 2).sum())
+                yield shape._replace(penalty=penalty, sharing=sharing), error
 
 
 def _solve(kind: BaselineKind, examples: Examples, choice: Choice) -> tuple[Array, Array, _Smoother]:
@@ -238,44 +286,35 @@ def _solve(kind: BaselineKind, examples: Examples, choice: Choice) -> tuple[Arra
 
 def _refit_without(kind: BaselineKind, examples: Examples, choice: Choice, row: int) -> Array:
     """Return the prediction for an example by a fit on all others."""
-    rest = _without(examples, row)
-    if not len(rest.effect_NG):
-        return np.zeros(rest.effect_NG.shape[1])
-    mean_CG, dual_NG, _ = _solve(kind, rest, choice)
-    baseline = _pack(kind, rest, choice, mean_CG, dual_NG, 1)
-    predicted: Array = predict_effects(
-        baseline, examples.feature_NF[row : row + 1], context=int(examples.context_N[row])
-    )[0].astype(np.float64)
-    return predicted
+    rest = np.arange(len(examples.effect_NG)) != row
+    context_N, feature_NF = examples.context_N, examples.feature_NF
+    others = Examples(context_N[rest], feature_NF[rest], examples.effect_NG[rest], examples.num_contexts)
+    if not len(others.effect_NG):
+        return np.zeros(others.effect_NG.shape[1])
+    mean_CG, dual_NG, _ = _solve(kind, others, choice)
+    similar_N = np.where(others.context_N == context_N[row], 1.0, choice.sharing)
+    near_N = kernel(kind, feature_NF[row : row + 1], others.feature_NF, choice)[0] * similar_N
+    predicted_G: Array = mean_CG[context_N[row]] + near_N @ dual_NG
+    return predicted_G
 
 
-def _fit_neighbours(examples: Examples, set_size: int) -> Fit:
+def _neighbour_errors(examples: Examples, sharings: tuple[float, ...], *, most: int) -> Iterator[tuple[Choice, float]]:
+    for sharing in sharings:
+        for count in [count for count in NEIGHBOURS if count < most] or [1]:
+            choice = Choice(neighbours=count, sharing=sharing)
+            yield choice, float(((examples.effect_NG - _left_out_neighbours(examples, choice)) ** 2).sum())
+
+
+def _left_out_neighbours(examples: Examples, choice: Choice) -> Array:
     context_N, effect_NG = examples.context_N, examples.effect_NG
-    feature_NF = np.asarray(examples.feature_NF, dtype=np.float64)
-    distance_NN = distances(feature_NF, feature_NF)
-    counts = [count for count in NEIGHBOURS if count < len(effect_NG)] or [1]
-    best, best_error, best_left_out = Choice(neighbours=1, sharing=1.0), np.inf, _left_out_means(examples)
-    for sharing in (1.0, 0.0) if len(np.unique(context_N)) > 1 else (1.0,):
-        for count in counts:
-            left_out_NG = _left_out_neighbours(examples, distance_NN, count=count, sharing=sharing)
-            error = float(((effect_NG - left_out_NG) ** 2).mean())
-            if error < best_error * (1 - _TINY):
-                best, best_error, best_left_out = Choice(neighbours=count, sharing=sharing), error, left_out_NG
-    mean_CG = _context_means(examples)
-    baseline = _pack(
-        "knn", examples, best._replace(error=best_error), mean_CG, effect_NG - mean_CG[context_N], set_size
-    )
-    return Fit(baseline, best_left_out.astype(np.float32))
-
-
-def _left_out_neighbours(examples: Examples, distance_NN: Array, *, count: int, sharing: float) -> Array:
-    context_N, effect_NG = examples.context_N, examples.effect_NG
+    distance_NN = distances(examples.feature_NF, examples.feature_NF)
     own_mean_NG = _left_out_means(examples)
     mean_CG, left_out_NG = _context_means(examples), np.empty_like(effect_NG)
     for row, context in enumerate(context_N):
         same_N = context_N == context
-        allowed_N = (same_N if sharing == 0 else np.ones(len(context_N), dtype=bool)) & (np.arange(len(same_N)) != row)
-        weight_N = neighbour_weights(distance_NN[row : row + 1], allowed_N, count=count)[0]
+        is_other_N = np.arange(len(same_N)) != row
+        allowed_N = (same_N if choice.sharing == 0 else np.ones(len(context_N), dtype=bool)) & is_other_N
+        weight_N = neighbour_weights(distance_NN[row : row + 1], allowed_N, count=choice.neighbours)[0]
         mean_NG = np.where(same_N[:, None], own_mean_NG[row], mean_CG[context_N])
         left_out_NG[row] = own_mean_NG[row] + weight_N @ (effect_NG - mean_NG)
     return left_out_NG
