@@ -111,7 +111,7 @@ def test_a_trial_scores_what_pertcast_score_scores(
     found = compare(candidates_of([experiment], rungs=["c1"], models=[]), tmp_path / "out", seeds=1, overrides=TINY)
     scored = score(tmp_path / "prediction-0.h5ad", tmp_path / "truth-0.h5ad")
     for column, (context, target, _) in enumerate(found.units):
-        if context == "A":
+        if context == "screen.A":
             for metric in ("mae", "pds", "des", "effect_correlation"):
                 assert found.values["c1"][metric][0, column] == scored.targets[target][metric]
 
@@ -140,7 +140,7 @@ def test_folds_hold_every_label_out_once_in_all_its_contexts_and_rank_among_all(
     assert tests == [fold.fewshot["screen.B"].test for fold in divided]
     found = compare(candidates_of([path], rungs=["c1"], models=[]), tmp_path / "out", seeds=1, folds=3, overrides=TINY)
     assert sorted(unit[:2] for unit in found.units) == sorted(
-        (c, label) for c in "AB" for test in tests for label in test
+        (f"screen.{c}", label) for c in "AB" for test in tests for label in test
     )
     ranks = (1 - found.values["c1"]["pds"]) * 10
     np.testing.assert_allclose(ranks, ranks.round(), atol=1e-9)
@@ -247,13 +247,13 @@ def test_counts_are_compared_as_pertcast_score_compares_files_of_counts(
         depths.append(np.median(values.sum(axis=1)))
     assert depths[0] == pytest.approx(depths[1], rel=0.05)
     scored = score(tmp_path / "prediction-0.h5ad", tmp_path / "truth-0.h5ad")
-    columns = [(column, target) for column, (context, target, _) in enumerate(found.units) if context == "A"]
+    columns = [(column, target) for column, (context, target, _) in enumerate(found.units) if context == "screen.A"]
     for column, target in columns:
         for metric in ("mae", "pds", "des", "effect_correlation"):
             assert found.values["mean"][metric][0, column] == scored.targets[target][metric]
     # the baseline, on the truth's own scale: cell by cell, in a plain loop
     raw = ad.read_h5ad(experiment.parent / "screen.h5ad")
-    held = {target for context, target, _ in found.units if context == "A"}
+    held = {target for context, target, _ in found.units if context == "screen.A"}
     held |= set(load_experiment(experiment).fewshot["screen.A"].val)
     mine = raw.obs["cell_type"] == "A"
     means = []

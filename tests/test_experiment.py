@@ -115,7 +115,8 @@ def test_cells_of_several_files_and_datasets(small_h5ad: Builder, tmp_path: Path
     ]
     assert cells.keys.perts == ("G1", "G2", CONTROL)
     assert cells.keys.contexts == ("H1", "K562")
-    assert cells.batches == ("b1", "b2", "b3")
+    assert cells.batches == ("d/one.h5ad.b1", "d/one.h5ad.b2", "d/two.h5ad.b2", "d/two.h5ad.b3")
+    assert cells.batch_labels == ("b1", "b2", "b2", "b3")
     expected = ad.read_h5ad(other).obs
     assert [cells.keys.contexts[code] for code in cells.keys.context_codes[48:]] == expected["cell_type"].tolist()
     assert [cells.keys.perts[code] for code in cells.keys.pert_codes[48:]] == expected["target_gene"].tolist()

@@ -38,7 +38,8 @@ class Table:
     @property
     def screen_codes(self) -> np.ndarray:
         datasets = np.array(self.dataset_of_file)[self.file_codes]
-        return (datasets * len(self.contexts) + self.context_codes).astype(np.int32)
+        codes: np.ndarray = (datasets * len(self.contexts) + self.context_codes).astype(np.int32)
+        return codes
 
 
 def make_table(

@@ -31,6 +31,7 @@ def check(
     targets: TargetsOption = None,
     set_: RulesOption = None,
     against: Annotated[Path | None, Parameter(name="--against")] = None,
+    where: Annotated[list[str] | None, Parameter(name="--where", negative="")] = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Name every problem of a prediction, with its place and what to do; exit code 1 if there is one.
@@ -44,6 +45,9 @@ def check(
     against
         Real control cells, an h5ad file: says how real the cells look beside them (DE calls without an effect,
         variance, zeros, depth) and writes realism.json beside the prediction. The exit code does not depend on it.
+    where
+        Which cells of that file are compared, as column=label; may be repeated. Default: those of the context that
+        the prediction's manifest names, where the file has several.
     json_
         Print the report as JSON.
     """
@@ -56,7 +60,8 @@ def check(
         from pertcast.files.artefacts import write_json
         from pertcast.submission.realism import realism
 
-        found = realism(file, against, season=season, rules=parse_rules(set_), progress=Console())
+        labels = {column: str(label) for column, label in parse_rules(where, option="--where").items()}
+        found = realism(file, against, season=season, rules=parse_rules(set_), where=labels or None, progress=Console())
         write_json(file.with_name("realism.json"), found.as_json())
     if json_:
         print(json.dumps(report.as_json() | ({"realism": found.as_json()} if found else {}), indent=1))

@@ -67,7 +67,7 @@ GenesOption = Annotated[Path, Parameter(name="--genes", help="The season's gene_
 TargetsOption = Annotated[Path | None, Parameter(name="--targets", help="The season's target list, pert_counts.csv.")]
 
 
-def parse_rules(assignments: list[str] | None) -> dict[str, int | str]:
+def parse_rules(assignments: list[str] | None, *, option: str = "--set") -> dict[str, int | str]:
     """Return ``["num_genes=1000"]`` as ``{"num_genes": 1000}``.
 
     Raises
@@ -82,7 +82,8 @@ def parse_rules(assignments: list[str] | None) -> dict[str, int | str]:
     for assignment in assignments or []:
         name, equals, value = (part.strip() for part in assignment.partition("="))
         if not (name and equals and value):
-            problems.append(Problem(f"--set {assignment}", "expected rule=value", "for example --set num_genes=1000"))
+            example = {"--set": "num_genes=1000", "--where": "cell_type=H1"}[option]
+            problems.append(Problem(f"{option} {assignment}", "expected name=value", f"for example {option} {example}"))
         rules[name] = int(value) if value.lstrip("-").isdigit() else value
     if problems:
         raise ConfigError(problems=problems)

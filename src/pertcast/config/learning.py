@@ -128,10 +128,12 @@ class TrainConfig(Section):
 
     `match` says which controls a perturbed cell is paired with: those of its own ``batch``, or any of its ``context``;
     in either case of its own file, or, where that has none, of its own dataset. ``all_datasets`` is as ``batch``, and a
-    cell whose dataset has no control of its context is paired with one of another dataset. The sets of a step are shared out over `devices` on each of `num_nodes` machines; `strategy` is
-    how: each device has the whole network (``ddp``; ``auto`` with several devices), or a part of each of its parameters
-    (``fsdp``). Where the model embeds batches, a share `unknown_batch` of the sets is shown as of no known batch, so
-    that cells of new batches have a trained row.
+    cell whose dataset has no control of its context is paired with one of another dataset.
+
+    The sets of a step are shared out over `devices` on each of `num_nodes` machines. `strategy` is how: each device has
+    the whole network (``ddp``; ``auto`` with several devices), or a part of each of its parameters (``fsdp``). Where
+    the model embeds batches, a share `unknown_batch` of the sets is shown as of no known batch, so that cells of new
+    batches have a trained row.
 
     `precision` is of the network's products: ``fp32``, ``tf32`` or ``bf16``; ``auto`` is bf16 where the processor or
     GPU multiplies it natively, else fp32. Weights, optimiser and losses are float32 in each.

@@ -280,7 +280,7 @@ def _joined_batches(
         for dataset, name in zip(datasets, _file_names(files), strict=True)
     ]
     named = [
-        part.rename_categories([f"{prefix}{label}" for label in part.categories])
+        part.rename_categories({label: f"{prefix}{label}" for label in part.categories})
         for part, prefix in zip(parts, prefixes, strict=True)
     ]
     labels = {

@@ -39,13 +39,13 @@ class Moments:
     @property
     def mean(self) -> np.ndarray:
         """The mean of each gene, float64 (genes,); 0 without cells."""
-        return self._sum / np.maximum(1, self._num_cells)
+        return np.asarray(self._sum / np.maximum(1, self._num_cells))
 
     @property
     def variance(self) -> np.ndarray:
         """The unbiased variance of each gene, float64 (genes,); 0 with fewer than two cells."""
         centred = self._squares - self._sum * self._sum / np.maximum(1, self._num_cells)
-        return np.where(self._num_cells < 2, 0, np.maximum(centred, 0) / np.maximum(1, self._num_cells - 1))
+        return np.asarray(np.where(self._num_cells < 2, 0, np.maximum(centred, 0) / np.maximum(1, self._num_cells - 1)))
 
 
 def normalised_dispersion(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:

@@ -104,18 +104,18 @@ def _compute(store: Store, progress: Progress) -> DeLabels:
                         significant[pair] = _significant(tested.pop(pair))
                 advance(len(perts), store.screen_name(screen))
     pairs = sorted(significant)
-    codes = np.array(pairs, dtype=np.int32).reshape(-1, 2)
-    rows = [significant[pair] for pair in pairs]
-    return DeLabels(codes[:, 0], codes[:, 1], np.stack(rows) if rows else np.zeros((0, len(store.genes)), dtype=bool))
+    labels_NG = np.array([significant[pair] for pair in pairs]).reshape(-1, len(store.genes))
+    codes_N2 = np.array(pairs, dtype=np.int32).reshape(-1, 2)
+    return DeLabels(codes_N2[:, 0], codes_N2[:, 1], labels_NG)
 
 
 class _Tested(NamedTuple):
     """The rank-sum tests of one perturbation in one screen: cells, p-values, signs of the change, genes measured."""
 
     num_cells: int
-    p_value_G: NDArray[np.float64]
-    sign_G: NDArray[np.float64]
-    measured_G: NDArray[np.bool_]
+    p_value_G: NDArray[np.float64]  # noqa: N815
+    sign_G: NDArray[np.float64]  # noqa: N815
+    measured_G: NDArray[np.bool_]  # noqa: N815
 
 
 def _significant(tested: list[_Tested]) -> NDArray[np.bool_]:

@@ -175,7 +175,8 @@ def training_sets(
     for index, key in enumerate(groups.keys.tolist()):
         source, pert = divmod(key, num_perts)
         file, context = divmod(source, num_contexts)
-        names = table.files[file], table.contexts[context], table.perts[pert]
+        # the name of the only file does not matter, so that it may be renamed
+        names = (table.contexts[context], table.perts[pert], *((table.files[file],) if len(table.files) > 1 else ()))
         random = generator(seed, "sets", epoch, *names)
         random.shuffle(groups.rows[groups.starts[index] :][: groups.counts[index]])
         offsets[index] = random.integers(1 << 40)
@@ -215,12 +216,9 @@ class _Slots(NamedTuple):
     offset: Int64
     own: NDArray[np.bool_]
 
-    def at(self, mask: NDArray[np.bool_]) -> _Slots:
-        return _Slots(self.group[mask], self.turn[mask], self.offset[mask], self.own[mask])
-
 
 def _pool_keys(table: CellTable, rows: Int64, level: int) -> Int64:
-    """Return the pool that each row belongs to: 0 its batch (-1 if unknown), 1 its file, 2 its screen, 3 its context."""
+    """Return the pool of each row: at level 0 its batch (-1 if unknown), 1 its file, 2 its screen, 3 its context."""
     context = table.context_codes[rows].astype(np.int64)
     in_file = table.file_codes[rows].astype(np.int64) * len(table.contexts) + context
     if level == 0:
@@ -246,8 +244,9 @@ def _controls_for(
         open_slots = np.flatnonzero(result < 0)
         pool = pools.find(_pool_keys(table, pert_rows[open_slots], level))
         # a control that is alone in its batch or file would be paired with itself
-        found = np.append(pools.counts, 0)[pool] > (slots.own[open_slots] & (level < 2))
-        taken, pool, some = open_slots[found], pool[found], slots.at(open_slots[found])
+        found: NDArray[np.bool_] = np.append(pools.counts, 0)[pool] > (slots.own[open_slots] & (level < 2))
+        taken, pool = open_slots[found], pool[found]
+        some = _Slots(*(values[taken] for values in slots))
         rank = _ranks(some.group * max(len(pools.keys), 1) + pool)
         turn = np.where(some.own & (level == 1), some.turn, rank) + _start(pools.counts[pool], some)
         itself = pools.take(pool, turn) == pert_rows[taken]

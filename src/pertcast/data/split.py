@@ -144,6 +144,7 @@ def _missing_controls(experiment: Experiment, keys: CellKeys, place: str, rows: 
     plain = {label: "".join(letter for letter in label.casefold() if letter.isalnum()) for label in present}
     near = near_misses(control, present) or [label for label in present if plain[label] in _ALIASES]
     remedy = f"did you mean {near[0]!r}? set columns.control" if near else f"labels there: {', '.join(present[:8])} ..."
+    remedy += '; or borrow controls of another dataset with train.match = "all_datasets"'
     return Problem(place, f"no control cell: none has {control!r} in column {experiment.columns.pert!r}", remedy)
 
 
@@ -166,6 +167,7 @@ def assign_split(experiment: Experiment, keys: CellKeys) -> np.ndarray:
     drawer = _Drawer(keys, prepare.seed)
     is_control = np.array([label == experiment.columns.control for label in keys.perts], dtype=bool)[keys.pert_codes]
     flags = np.zeros(len(keys.names), dtype=np.uint8)
+    with_controls = {keys.contexts[code] for code in np.unique(keys.context_codes[is_control])}
     for dataset, context, rows in keys.groups():
         place = f"{dataset}.{context}"
         controls, perturbed = rows[is_control[rows]], rows[~is_control[rows]]
@@ -175,7 +177,7 @@ def assign_split(experiment: Experiment, keys: CellKeys) -> np.ndarray:
             named = dataset in experiment.training or place in experiment.zeroshot or place in experiment.fewshot
             flags[controls] = Split.TRAIN if named else 0
             continue
-        if not len(controls):
+        if not len(controls) and not (experiment.train.match == "all_datasets" and context in with_controls):
             problems.append(_missing_controls(experiment, keys, place, rows))
             continue
         if prepare.holdout_cells > 0:
@@ -234,7 +236,7 @@ def _split_controls(
     num_val = _share_of(prepare.val_controls, len(controls)) if some & Split.VAL or prepare.holdout_cells > 0 else 0
     num_test = _share_of(prepare.test_controls, len(controls)) if some & Split.TEST else 0
     left = len(controls) - num_val - num_test
-    if left < bool(some & Split.TRAIN):
+    if len(controls) and left < bool(some & Split.TRAIN):
         return [
             Problem(
                 place,

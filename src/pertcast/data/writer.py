@@ -178,7 +178,7 @@ class StoreWriter:
     def _cells_measuring(self, rows: np.ndarray) -> np.ndarray:
         """Return how many of some cells each gene was measured in, int64 (genes,)."""
         of_file = np.bincount(self._cells.keys.file_codes[rows], minlength=len(self._measured_FG))
-        return of_file @ self._measured_FG
+        return np.asarray(of_file @ self._measured_FG)
 
     def _control_code(self) -> int:
         return self._cells.keys.perts.index(self._experiment.columns.control)

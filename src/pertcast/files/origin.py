@@ -14,7 +14,7 @@ from typing import Any
 from pertcast.errors import CheckpointError
 from pertcast.files.artefacts import manifest_path, read_manifest
 
-__all__ = ["Origin", "origin_facts", "prediction_origin"]
+__all__ = ["Origin", "manifest_origin", "origin_facts", "prediction_origin"]
 
 _KEY = "origin"
 
@@ -66,6 +66,14 @@ def origin_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """
     origin = Origin.of_facts(facts)
     return origin.as_facts() if origin else {}
+
+
+def manifest_origin(prediction: Path) -> Origin | None:
+    """Return the origin of a prediction as the manifest beside it tells it; ``None`` where there is none."""
+    try:
+        return Origin.of_facts(read_manifest(prediction, kind="prediction").facts)
+    except CheckpointError:
+        return None
 
 
 def prediction_origin(prediction: Path, sha256: str) -> dict[str, Any]:

@@ -59,8 +59,8 @@ def negative_binomial_loss(
         count_N, shape_N = counts_BSG[set_N, cell_N, gene_N], shape_G[gene_N]
         seen_N = torch.lgamma(count_N + shape_N) - torch.lgamma(shape_N) - torch.lgamma(count_N + 1)
         seen_N = seen_N + count_N * (odds_BSG - cost_BSG)[set_N, cell_N, gene_N]
-        cost_BG, num_genes = cost_BSG.sum(1), counts_BSG.shape[2]
-        if measured_BG is not None:
-            cost_BG, num_genes = cost_BG * measured_BG, measured_BG.sum(1).clamp_min(1)
-        loss_B = (cost_BG @ shape_G).index_add(0, set_N, -seen_N)
-        return loss_B / (counts_BSG.shape[1] * num_genes)
+        num_values = counts_BSG.shape[1] * counts_BSG.shape[2]
+        if measured_BG is None:
+            return (cost_BSG.sum(1) @ shape_G).index_add(0, set_N, -seen_N) / num_values
+        loss_B = ((cost_BSG.sum(1) * measured_BG) @ shape_G).index_add(0, set_N, -seen_N)
+        return loss_B / (num_values * measured_BG.float().mean(1))

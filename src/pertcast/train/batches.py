@@ -56,9 +56,9 @@ class Batch(NamedTuple):
     genes_BSG: Tensor | None  # noqa: N815
     pert_B: Tensor  # noqa: N815
     base_BG: Tensor | None = None  # noqa: N815
-    depth_BS: Tensor | None = None
-    screen_B: Tensor | None = None
-    measured_BG: Tensor | None = None
+    depth_BS: Tensor | None = None  # noqa: N815
+    screen_B: Tensor | None = None  # noqa: N815
+    measured_BG: Tensor | None = None  # noqa: N815
 
     def for_network(self) -> tuple[Tensor | None, ...]:
         """Return what the network reads, in the order of its arguments."""

@@ -35,8 +35,8 @@ class TrainingEffects(NamedTuple):
 
     contexts: NDArray[np.int64]
     perts: NDArray[np.int64]
-    effects_NG: NDArray[np.float32]
-    control_mean_SG: NDArray[np.float32]
+    effects_NG: NDArray[np.float32]  # noqa: N815
+    control_mean_SG: NDArray[np.float32]  # noqa: N815
 
     def row_of(self) -> dict[tuple[int, int], int]:
         """Return the row of each effect by the codes of its context and perturbation."""
@@ -80,7 +80,8 @@ def mean_effect(effects_NG: NDArray[np.float32]) -> NDArray[np.float32]:
     if measured_NG.all():
         mean_G: NDArray[np.float32] = effects_NG.mean(axis=0)
         return mean_G
-    return np.nan_to_num(effects_NG).sum(axis=0) / np.maximum(measured_NG.sum(axis=0), 1).astype(np.float32)
+    total_G, number_G = np.nan_to_num(effects_NG).sum(axis=0), measured_NG.sum(axis=0)
+    return np.asarray(total_G / np.maximum(number_G, 1), dtype=np.float32)
 
 
 def _combined(parts: list[tuple[int, NDArray[np.float32]]]) -> NDArray[np.float32]:

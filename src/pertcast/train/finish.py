@@ -29,7 +29,7 @@ class Facts(NamedTuple):
 def learn_facts(reader: SetReader, loop: Loop, features: PertFeatures, store: Store) -> Facts:
     """Return what a user should know before the first step."""
     sets = reader.training(0)
-    config, size = loop.train, reader.spec.set_size
+    size = reader.spec.set_size
     notes = []
     if sets.num_repeating:
         notes.append(f"{sets.num_repeating:,} training groups have fewer than {size} cells, which repeat in a set")
@@ -40,7 +40,8 @@ def learn_facts(reader: SetReader, loop: Loop, features: PertFeatures, store: St
     ):
         if number:
             notes.append(
-                f"{number:,} training cells have no control in their own {place}; each is paired with one of another {other}"
+                f"{number:,} training cells have no control in their own {place}; "
+                f"each is paired with one of another {other}"
             )
     if not len(loop.val_sets):
         notes.append("there are no validation cells: the last weights are kept, not the best")

@@ -63,8 +63,8 @@ class Known(NamedTuple):
     threshold_BG: Tensor | None  # noqa: N815
     own_gene_B: Tensor  # noqa: N815
     is_control_B: Tensor  # noqa: N815
-    log_rate_BG: Tensor | None = None
-    measured_BG: Tensor | None = None
+    log_rate_BG: Tensor | None = None  # noqa: N815
+    measured_BG: Tensor | None = None  # noqa: N815
 
 
 class Truth:
@@ -145,7 +145,7 @@ class Truth:
         return self
 
     def of(self, context_B: Tensor, pert_B: Tensor, screen_B: Tensor, measured_BG: Tensor | None = None) -> Known:
-        """Return what is known of some sets, by their codes; `measured_BG` are the genes that their screens measured."""
+        """Return what is known of some sets, by their codes and the genes that their screens measured."""
         row_B = self._row_CP[context_B, pert_B]
         has_effect_B = row_B >= 0
         found_B = row_B.clamp_min(0)

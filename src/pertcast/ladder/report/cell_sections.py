@@ -88,14 +88,15 @@ def _read(material: Material, truth: Path | None, progress: Progress) -> _Sides:
         raise CheckpointError(
             f"{store.path}: not the store that {material.run} was trained on; give the run its own store"
         )
-    target_sum, context = store.target_sum if store else None, _only_context(material)
+    target_sum, context = store.target_sum if store else None, _only(material, "context")
+    dataset = _only(material, "dataset")
     assert material.prediction is not None
     predicted = sample_h5ad(material.prediction, rules, title="predicted", target_sum=target_sum, progress=progress)
     measured: dict[str, Cells | None] = {}
     if store is not None:
         for name, split in (("training", Split.TRAIN), ("held out", Split.VAL | Split.TEST)):
             measured[name] = sample_store(
-                store, predicted.groups, split=split, title=name, within=context, limits=limits
+                store, predicted.groups, split=split, title=name, within=context, dataset=dataset, limits=limits
             )
     if truth is not None:
         measured["real"] = sample_h5ad(truth, rules, title="real", target_sum=target_sum, progress=progress)
@@ -113,10 +114,10 @@ def _read(material: Material, truth: Path | None, progress: Progress) -> _Sides:
     return _Sides(predicted, there, _plane_of(store, genes, context))
 
 
-def _only_context(material: Material) -> str | None:
-    """Return the context of the prediction where the plan has one alone."""
-    contexts = {part["context"] for part in material.plan["parts"]} if material.plan else set()
-    return str(next(iter(contexts))) if len(contexts) == 1 else None
+def _only(material: Material, key: str) -> str | None:
+    """Return the context or dataset of the prediction if its plan has only one."""
+    found = {part.get(key) for part in material.plan["parts"]} - {None} if material.plan else set()
+    return str(next(iter(found))) if len(found) == 1 else None
 
 
 def _plane_of(store: Store | None, genes: Sequence[str], context: str | None) -> Plane | None:

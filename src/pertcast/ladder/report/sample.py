@@ -176,6 +176,7 @@ def sample_store(
     split: Split,
     title: str,
     within: str | None = None,
+    dataset: str | None = None,
     limits: Limits = Limits(),  # noqa: B008 (a frozen record)
 ) -> Cells | None:
     """Sample those cells of a store that some groups have in some splits; ``None`` where there are none.
@@ -186,6 +187,8 @@ def sample_store(
         Which cells, and what they are.
     within
         The context of groups that name none; all contexts where not given.
+    dataset
+        The dataset whose cells are wanted; all datasets where not given.
     limits
         How many.
     """
@@ -195,15 +198,16 @@ def sample_store(
         for name, there in contexts.items()
         if there is None or there in store.contexts
     }
+    of = store.datasets.index(dataset) if dataset in store.datasets else None
     there = []
     for group in groups:
         pert = store.perts.index(group.target) if group.target in store.perts else None
         if pert is not None and group.context in codes_of:
-            rows = store.rows(split=split, context=codes_of[group.context], pert=pert)
+            rows = store.rows(split=split, dataset=of, context=codes_of[group.context], pert=pert)
             if len(rows):
                 there.append((group, rows))
     names = tuple(dict.fromkeys(group.context for group, _ in there))
-    controls = [store.rows(split=split, context=codes_of[name], pert=store.control_code) for name in names]
+    controls = [store.rows(split=split, dataset=of, context=codes_of[name], pert=store.control_code) for name in names]
     if not there or not all(map(len, controls)):
         return None
     number = limits.per_group(len(groups))

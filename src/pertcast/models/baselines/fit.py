@@ -228,7 +228,7 @@ def _left_out_means(examples: Examples) -> Array:
     return left_out
 
 
-def _kernels(kind: BaselineKind, feature_NF: Array) -> Iterator[Choice]:
+def _kernels(kind: BaselineKind, feature_NF: NDArray[np.floating]) -> Iterator[Choice]:
     if kind == "ridge":
         square = float((feature_NF**2).sum(axis=1).mean())
         yield Choice(scale=square if square > 0 else 1.0)

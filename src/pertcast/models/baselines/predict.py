@@ -170,7 +170,7 @@ def predict_effects(baseline: Baseline, feature_PF: NDArray[np.floating], *, con
     return effect_PG.astype(np.float32)
 
 
-def kernel(kind: BaselineKind, one_PF: Array, other_NF: Array, choice: Choice) -> Array:
+def kernel(kind: BaselineKind, one_PF: NDArray[np.floating], other_NF: NDArray[np.floating], choice: Choice) -> Array:
     """Return the similarity of features, (P, N)."""
     if kind == "ridge":
         products: Array = one_PF @ other_NF.T / choice.scale
@@ -179,7 +179,7 @@ def kernel(kind: BaselineKind, one_PF: Array, other_NF: Array, choice: Choice) -
     return gaussian
 
 
-def distances(one_PF: Array, other_NF: Array) -> Array:
+def distances(one_PF: NDArray[np.floating], other_NF: NDArray[np.floating]) -> Array:
     """Return Euclidean distances of features, (P, N); equal features are at 0 to the bit."""
     return np.stack([np.sqrt(((other_NF - one_F) ** 2).sum(axis=1)) for one_F in one_PF])
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pertcast.files.h5ad import open_h5ad
+from pertcast.errors import DataError, Problem
+from pertcast.files.h5ad import H5adReader, open_h5ad
+from pertcast.files.origin import manifest_origin
 from pertcast.progress import SILENT, Progress
 from pertcast.seasons import Season
 from pertcast.seasons import season as season_by_name
@@ -43,6 +45,7 @@ def realism(
     *,
     season: str | Season,
     rules: Mapping[str, object] | None = None,
+    where: Mapping[str, str] | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> RealismReport:
@@ -58,6 +61,9 @@ def realism(
         Best are cells that the model has not trained on, and not those that cells were made of.
     season, rules
         Which columns and labels hold; rules overridden by name.
+    where
+        obs column → label that the real cells must have, for a file of several cell lines. Where it is not given and
+        the prediction's manifest says which context it is of, cells of that context are taken.
     seed
         Key of the halves and samples.
 
@@ -71,7 +77,9 @@ def realism(
     with open_h5ad(path) as made, open_h5ad(against) as real:
         columns = columns_of(made, real)
         labels, contexts = labels_of(made, named.pert_column), contexts_of(made, named)
-        rows_of = real_rows(real, named, contexts, notes)
+        where = _own_context(path, real, named) if where is None else where
+        notes += [f"real cells are those with {label!r} in {column!r}" for column, label in where.items()]
+        rows_of = real_rows(real, named, contexts, where, notes)
         picked = {context: pick_rows(labels, contexts == context, named, seed, context) for context in rows_of}
         ours = read_rows(
             made, np.concatenate([rows for pick in picked.values() for rows in pick.all_rows]), None, progress
@@ -85,6 +93,31 @@ def realism(
             notes.append(_without_controls(named, context))
         found.append(_compare(context, pick, kept[context], ours, theirs, target_sum))
     return RealismReport(str(path), str(against), ours.scale, target_sum, tuple(found), tuple(dict.fromkeys(notes)))
+
+
+def _own_context(path: Path, real: H5adReader, rules: Season) -> dict[str, str]:
+    """Return the column of cell types and the context of a prediction, as far as its manifest and the file say them.
+
+    A file of several cell lines of which none is known to be the prediction's is refused.
+    """
+    origin = manifest_origin(path)
+    experiment = {} if origin is None else origin.experiment
+    columns, submission = experiment.get("columns", {}), experiment.get("submission", {})
+    dataset = submission.get("dataset") or next(iter(experiment.get("datasets", {})), None)
+    own = columns.get("of", {}).get(dataset, {})
+    column, context = own.get("cell_type") or columns.get("cell_type"), submission.get("context")
+    if rules.context_column is not None or column not in real.obs_columns or column is None:
+        return {}
+    there = set(real.obs(column).remove_unused_categories().categories)
+    if len(there) == 1:
+        return {}
+    if context in there:
+        return {str(column): str(context)}
+    message = (
+        f"{len(there)} contexts, and the prediction does not say which is its own: {', '.join(sorted(map(str, there)))}"
+    )
+    remedy = f"name it, for example --where {column}={sorted(map(str, there))[0]}"
+    raise DataError(problems=[Problem(f"{real.path}, obs[{column!r}]", message, remedy)])
 
 
 def _without_controls(rules: Season, context: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy import sparse
 
 from pertcast.errors import DataError, Problem
 from pertcast.files.expression import Scale, ScaleEvidence, normalise_log1p
+from pertcast.files.frames import near_misses
 from pertcast.files.h5ad import H5adReader
 from pertcast.progress import Progress
 from pertcast.seasons import Season
@@ -74,12 +76,22 @@ def contexts_of(reader: H5adReader, rules: Season) -> NDArray[np.str_]:
 
 
 def real_rows(
-    real: H5adReader, rules: Season, contexts: NDArray[np.str_], notes: list[str]
+    real: H5adReader, rules: Season, contexts: NDArray[np.str_], where: Mapping[str, str], notes: list[str]
 ) -> dict[str, NDArray[np.int64]]:
-    """Return the rows of the real control cells of each context of the prediction."""
+    """Return the rows of the real control cells of each context; `where` names labels that they must have."""
     keep = np.ones(real.num_cells, dtype=bool)
+    for column, wanted in where.items():
+        of_column = labels_of(real, column)
+        if wanted not in of_column:
+            there = sorted(set(of_column.tolist()))
+            place, remedy = (
+                f"{real.path}, obs[{column!r}]",
+                f"there is {', '.join(near_misses(wanted, there) or there)}",
+            )
+            raise DataError(problems=[Problem(place, f"no cell has {wanted!r}", remedy)])
+        keep &= of_column == wanted
     if rules.pert_column in real.obs_columns:
-        keep = labels_of(real, rules.pert_column) == rules.control_label
+        keep &= labels_of(real, rules.pert_column) == rules.control_label
     if rules.context_column is not None and rules.context_column in real.obs_columns:
         of_cell = labels_of(real, rules.context_column)
     else:
@@ -93,9 +105,9 @@ def real_rows(
     few = [context for context, rows in found.items() if len(rows) < 4]
     if few:
         message = f"expected four real control cells or more, got {len(found[few[0]])}"
-        where = f"{real.path}, context {few[0]!r}" if few[0] else str(real.path)
+        place = f"{real.path}, context {few[0]!r}" if few[0] else str(real.path)
         remedy = f"give a file with {rules.control_label!r} cells in {rules.pert_column!r}, or of control cells alone"
-        raise DataError(problems=[Problem(where, message, remedy)])
+        raise DataError(problems=[Problem(place, message, remedy)])
     return found
 
 
