@@ -120,7 +120,7 @@ def test_cells_of_several_files_and_datasets(small_h5ad: Builder, tmp_path: Path
     expected = ad.read_h5ad(other).obs
     assert [cells.keys.contexts[code] for code in cells.keys.context_codes[48:]] == expected["cell_type"].tolist()
     assert [cells.keys.perts[code] for code in cells.keys.pert_codes[48:]] == expected["target_gene"].tolist()
-    assert [cells.batches[code] for code in cells.batch_codes[48:]] == expected["batch"].tolist()
+    assert [cells.batch_labels[code] for code in cells.batch_codes[48:]] == expected["batch"].tolist()
     assert cells.keys.names[48:].tolist() == expected.index.tolist()
     two = read_cells(_experiment(datasets={"d": str(tmp_path / "one.h5ad"), "e": str(tmp_path / "two.h5ad")}))
     assert two.batches == ("d.b1", "d.b2", "e.b2", "e.b3")

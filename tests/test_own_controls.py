@@ -85,8 +85,8 @@ def effects_of(store: Store) -> TrainingEffects:
 
 def effect_of(store: Store, pert: str, effects: TrainingEffects | None = None) -> np.ndarray:
     effects = effects_of(store) if effects is None else effects
-    row = effects.row_of()[0, store.perts.index(pert)]
-    return effects.effects_NG[row]
+    effect_G: np.ndarray = effects.effects_NG[effects.row_of()[0, store.perts.index(pert)]]
+    return effect_G
 
 
 def sets_of(store: Store, match: Any = "batch") -> CellSets:
@@ -137,7 +137,7 @@ def test_labels_of_two_screens_are_stouffers_of_their_tests(tmp_path: Path) -> N
     p_values, weights = [], []
     for screen in range(2):
         cells, controls = (
-            store.log1p(store.rows(split=Split.TRAIN, screen=screen, pert=pert)).astype(np.float32)
+            store.log1p(store.screen_rows(screen, split=Split.TRAIN, pert=pert)).astype(np.float32)
             for pert in (store.perts.index("G1"), store.control_code)
         )
         # one-sided, so that opposite changes cancel

@@ -11,10 +11,11 @@ A validator gathers every :class:`Problem` with its place; its caller raises one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "PertcastError", "Problem", "SubmissionError"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "PertcastError", "Problem", "Problems", "SubmissionError"]
 
 
 class Problem(NamedTuple):
@@ -36,7 +37,8 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         """Return ``place: message; remedy`` on one line."""
-        return f"{self.place}: {self.message}" + (f"; {self.remedy}" if self.remedy else "")
+        place = f"{self.place}: " if self.place else ""
+        return f"{place}{self.message}" + (f"; {self.remedy}" if self.remedy else "")
 
 
 class PertcastError(Exception):
@@ -52,6 +54,7 @@ class PertcastError(Exception):
 
     def __init__(self, message: str = "", *, problems: Sequence[Problem] = ()) -> None:
         self.problems = tuple(problems)
+        self.head = message
         if not message and len(self.problems) == 1:
             message = str(self.problems[0])
         elif self.problems:
@@ -74,3 +77,43 @@ class CheckpointError(PertcastError):
 
 class SubmissionError(PertcastError):
     """A prediction or an archive is wrong."""
+
+
+class Problems:
+    """Collect the problems of independent checks, then raise them all at once.
+
+    Examples
+    --------
+    >>> problems = Problems()
+    >>> for name in ("A", "B"):
+    ...     with problems.collect():
+    ...         raise DataError(f"{name} is missing")
+    >>> problems.raise_if_any()
+    Traceback (most recent call last):
+    pertcast.errors.DataError: 2 problems
+      - A is missing
+      - B is missing
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Problem] = []
+        self._errors: list[PertcastError] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keep the problems of an error that is raised inside, and go on behind the block."""
+        try:
+            yield
+        except PertcastError as error:
+            self._errors.append(error)
+            if error.head:
+                self.found.append(Problem("", error.head))
+            self.found += error.problems
+
+    def raise_if_any(self) -> None:
+        """Raise one error with all that was found, or the only one as it was."""
+        if len(self._errors) == 1 and len(self.found) == len(self._errors[0].problems or (1,)):
+            raise self._errors[0]
+        if self.found:
+            kind = type(self._errors[0]) if self._errors else PertcastError
+            raise kind(problems=self.found)

@@ -72,9 +72,11 @@ def run_experiment(path: Path, out: Path, *, overrides: Sequence[str] = (), prog
         )
 
     from pertcast.data.store import prepare
+    from pertcast.preflight import preflight
 
     import_ahead("pertcast.train.stage")
     season, genes, targets = submission.resolve(), submission.genes, submission.targets
+    preflight(experiment, out=out, progress=progress)
     store = prepare(experiment, out / "store", progress=progress)
 
     from pertcast.generate import generate

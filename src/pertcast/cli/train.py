@@ -51,8 +51,9 @@ def train(
     from pertcast.ahead import import_ahead
     from pertcast.cli.console import console, say
     from pertcast.config import load_experiment, model_overrides, rung_overrides
-    from pertcast.data.store import prepare
+    from pertcast.data.store import Store, prepare
     from pertcast.errors import ConfigError
+    from pertcast.preflight import preflight
     from pertcast.processes import launched
 
     asked = {"train.devices": devices, "train.num_nodes": num_nodes}
@@ -65,7 +66,10 @@ def train(
                 "under torchrun or srun the store must be there: run `pertcast prepare`, and give --store"
             )
         import_ahead("pertcast.train.stage")
+        preflight(resolved, out=out.parent, progress=progress)
         store = prepare(resolved, out.parent / "store", progress=progress)
+    else:
+        preflight(resolved, store=Store.open(store), progress=progress)
     from pertcast.train import train as fit
 
     say(fit(resolved, store, out, progress=progress))

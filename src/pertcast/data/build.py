@@ -6,6 +6,7 @@ Invariants: a store appears whole or not at all; all inputs are checked against 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import numpy as np
 from pertcast.config import Experiment
 from pertcast.data.experiment import CellTable, read_cells
 from pertcast.data.genes import GeneMap, map_genes
-from pertcast.data.split import Split, assign_split
+from pertcast.data.split import CodedCells, Split, assign_split
 from pertcast.data.writer import StoreWriter, embedding_key
-from pertcast.errors import CheckpointError, DataError, Problem
+from pertcast.errors import CheckpointError, DataError, Problem, Problems
 from pertcast.files.artefacts import (
     MANIFEST,
     Manifest,
@@ -30,7 +31,7 @@ from pertcast.files.lock import claimed
 from pertcast.files.season_lists import read_gene_list
 from pertcast.progress import SILENT, Progress
 
-__all__ = ["prepare"]
+__all__ = ["Survey", "prepare", "survey"]
 
 _OURS = ("datasets", "training", "zeroshot", "fewshot", "columns", "prepare")
 
@@ -73,19 +74,18 @@ def _prepare(experiment: Experiment, out: Path, progress: Progress) -> Path:
     if _is_current(experiment, out, inputs):
         progress.note(f"{out} is current: its inputs and its part of the experiment have not changed")
         return out
-    flags = assign_split(experiment, cells.keys)
-    genes, maps, gene_notes = _gene_maps(experiment, cells)
-    _check_embedding(experiment, cells)
+    found = survey(experiment, cells)
+    flags = found.split
     with atomic_dir(out) as folder:
-        with StoreWriter(experiment, cells, flags, genes, folder) as writer:
+        with StoreWriter(experiment, cells, flags, found.genes, folder) as writer:
             with progress.task("prepare", len(flags), "cells") as advance:
-                writer.read_values(maps, advance)
+                writer.read_values(list(found.gene_maps), advance)
             writer.settle_scale()
             with progress.task("fit", int((flags & Split.TRAIN > 0).sum()), "cells") as advance:
                 fitted = writer.fit(advance)
             with progress.task("copy HVGs", len(flags), "cells") as advance:
                 writer.copy_hvgs(fitted, advance)
-        notes = (*cells.notes, *gene_notes, *_unused_notes(cells, flags), *writer.notes)
+        notes = (*found.notes, *writer.notes)
         manifest = Manifest(
             kind="store", inputs=inputs, config=experiment.as_json(), facts=writer.facts(fitted), notes=notes
         )
@@ -93,6 +93,60 @@ def _prepare(experiment: Experiment, out: Path, progress: Progress) -> Path:
     for note in notes:
         progress.note(note)
     return out
+
+
+@dataclass(frozen=True, eq=False)
+class Survey(CodedCells):
+    """All that is known of an experiment's cells before their values are read; as :class:`Store` names it."""
+
+    path: Path
+    genes: tuple[str, ...]
+    perts: tuple[str, ...]
+    contexts: tuple[str, ...]
+    datasets: tuple[str, ...]
+    control: str
+    split: np.ndarray
+    dataset_codes: np.ndarray
+    context_codes: np.ndarray
+    pert_codes: np.ndarray
+    files: tuple[tuple[str, Path, int], ...]
+    gene_maps: tuple[GeneMap, ...]
+    notes: tuple[str, ...]
+
+
+def survey(experiment: Experiment, cells: CellTable | None = None) -> Survey:
+    """Read what all cells are, split them and match the genes of all files; no value of X is read.
+
+    Raises
+    ------
+    DataError
+        With every problem of labels, split, genes and embeddings.
+    """
+    cells = read_cells(experiment) if cells is None else cells
+    problems = Problems()
+    with problems.collect():
+        flags = assign_split(experiment, cells.keys)
+    with problems.collect():
+        genes, maps, gene_notes = _gene_maps(experiment, cells)
+    with problems.collect():
+        _check_embedding(experiment, cells)
+    problems.raise_if_any()
+    keys = cells.keys
+    return Survey(
+        path=cells.files[0][1] if len(cells.files) == 1 else cells.files[0][1].parent,
+        genes=genes,
+        perts=keys.perts,
+        contexts=keys.contexts,
+        datasets=keys.datasets,
+        control=experiment.columns.control,
+        split=flags,
+        dataset_codes=keys.dataset_codes,
+        context_codes=keys.context_codes,
+        pert_codes=keys.pert_codes,
+        files=cells.files,
+        gene_maps=tuple(maps),
+        notes=(*cells.notes, *gene_notes, *_unused_notes(cells, flags)),
+    )
 
 
 def _hash_inputs(experiment: Experiment, cells: CellTable, progress: Progress) -> dict[str, str]:

@@ -135,7 +135,7 @@ def _significant(tested: list[_Tested]) -> NDArray[np.bool_]:
 
 
 def _rows(store: Store, screen: int, pert: int) -> NDArray[np.int64]:
-    return store.rows(split=Split.TRAIN, screen=screen, pert=pert)
+    return store.screen_rows(screen, split=Split.TRAIN, pert=pert)
 
 
 def _batches(

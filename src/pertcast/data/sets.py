@@ -246,7 +246,7 @@ def _controls_for(
         # a control that is alone in its batch or file would be paired with itself
         found: NDArray[np.bool_] = np.append(pools.counts, 0)[pool] > (slots.own[open_slots] & (level < 2))
         taken, pool = open_slots[found], pool[found]
-        some = _Slots(*(values[taken] for values in slots))
+        some = _Slots(slots.group[taken], slots.turn[taken], slots.offset[taken], slots.own[taken])
         rank = _ranks(some.group * max(len(pools.keys), 1) + pool)
         turn = np.where(some.own & (level == 1), some.turn, rank) + _start(pools.counts[pool], some)
         itself = pools.take(pool, turn) == pert_rows[taken]

@@ -10,16 +10,18 @@ import enum
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from pertcast.config import Experiment
 from pertcast.errors import DataError, Problem
+from pertcast.files.expression import Scale
 from pertcast.files.frames import near_misses
 from pertcast.stats.draws import key_hash
 
-__all__ = ["CellKeys", "Split", "assign_split"]
+__all__ = ["CellKeys", "CodedCells", "Split", "assign_split"]
 
 _ALIASES = ("nontargeting", "nt", "ntc", "control", "ctrl", "negctrl", "negativecontrol", "safetargeting", "dmso")
 
@@ -73,6 +75,48 @@ class CellKeys:
         result = np.empty(len(both), dtype=np.int64)
         result[order] = np.arange(len(both)) - np.repeat(new, np.diff(new, append=len(both)))
         return result
+
+
+class CodedCells:
+    """Cells by their codes, of a store or of files that are not prepared yet."""
+
+    path: Path
+    genes: tuple[str, ...]
+    perts: tuple[str, ...]
+    contexts: tuple[str, ...]
+    datasets: tuple[str, ...]
+    control: str
+    split: np.ndarray
+    dataset_codes: np.ndarray
+    context_codes: np.ndarray
+    pert_codes: np.ndarray
+
+    @property
+    def known_scale(self) -> Scale | None:
+        """The scale of the values; ``None`` where it is not known yet."""
+        return None
+
+    @property
+    def control_code(self) -> int:
+        """The code of the control label."""
+        return self.perts.index(self.control)
+
+    def rows(
+        self, *, split: Split, dataset: int | None = None, context: int | None = None, pert: int | None = None
+    ) -> np.ndarray:
+        """Return the rows that are in any of the splits and have the given codes, int64, ascending.
+
+        ``Split(0)`` asks for the cells that are not used.
+        """
+        found = (self.split & int(split)) > 0 if split else self.split == 0
+        for codes, wanted in (
+            (self.dataset_codes, dataset),
+            (self.context_codes, context),
+            (self.pert_codes, pert),
+        ):
+            if wanted is not None:
+                found &= codes == wanted
+        return np.flatnonzero(found).astype(np.int64)
 
 
 class _Drawer:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import sparse
 
 from pertcast.data.build import prepare
-from pertcast.data.split import Split
+from pertcast.data.split import CodedCells, Split
 from pertcast.data.values import HVG_PREFIX, StoredValues
 from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.artefacts import read_manifest
@@ -78,7 +78,7 @@ class Screen(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Store:
+class Store(CodedCells):
     """A training store, opened for reading.
 
     Attributes
@@ -205,9 +205,9 @@ class Store:
         return Store.open, (self.path,)
 
     @property
-    def control_code(self) -> int:
-        """The code of the control label."""
-        return self.perts.index(self.control)
+    def known_scale(self) -> Scale:
+        """The scale of the stored values."""
+        return self.scale
 
     @cached_property
     def _screens(self) -> tuple[tuple[Screen, ...], np.ndarray]:
@@ -254,29 +254,10 @@ class Store:
         screen = self.screens[code]
         return f"{self.datasets[screen.dataset]}.{self.contexts[screen.context]}"
 
-    def rows(
-        self,
-        *,
-        split: Split,
-        dataset: int | None = None,
-        context: int | None = None,
-        screen: int | None = None,
-        pert: int | None = None,
-    ) -> np.ndarray:
-        """Return the rows that are in any of the splits and have the given codes, int64, ascending.
-
-        ``Split(0)`` asks for the cells that are not used.
-        """
-        found = (self.split & int(split)) > 0 if split else self.split == 0
-        if dataset is not None:
-            found &= self.dataset_codes == dataset
-        if context is not None:
-            found &= self.context_codes == context
-        if screen is not None:
-            found &= self.screen_codes == screen
-        if pert is not None:
-            found &= self.pert_codes == pert
-        return np.flatnonzero(found).astype(np.int64)
+    def screen_rows(self, screen: int, *, split: Split, pert: int | None = None) -> np.ndarray:
+        """Return the rows of a screen that are in any of the splits, and of a perturbation, int64, ascending."""
+        rows = self.rows(split=split, pert=pert)
+        return np.asarray(rows[self.screen_codes[rows] == screen])
 
     def _stored(self, rows: np.ndarray, genes: np.ndarray | None = None) -> sparse.csr_matrix:
         """Return values of rows as they are stored, of all genes or of some."""

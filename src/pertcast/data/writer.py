@@ -9,7 +9,7 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy import sparse
@@ -23,11 +23,11 @@ from pertcast.data.split import Split
 from pertcast.data.values import worth_a_copy, write_hvg_values
 from pertcast.errors import DataError, Problem
 from pertcast.files.csc import row_bands
-from pertcast.files.expression import Scale, ScaleEvidence, common_scale, normalise_log1p
+from pertcast.files.expression import Scale, ScaleEvidence, common_scale, normalise_log1p, row_sums
 from pertcast.files.h5ad import H5adReader, open_h5ad
 from pertcast.progress import Advance
 
-__all__ = ["Fitted", "StoreWriter", "embedding_key"]
+__all__ = ["Fitted", "StoreWriter", "embedding_key", "total_of_log1p"]
 
 _BLOCK_VALUES = 1 << 22
 _EMBEDDING_ROWS = 8192
@@ -89,7 +89,7 @@ class StoreWriter:
                     self._indices.append(kept.indices)
                     rows = slice(first + start, first + start + block.shape[0])
                     self._num_values[rows] = np.diff(kept.indptr)
-                    self._totals[rows] = _row_sums(kept.data, kept.indptr)
+                    self._totals[rows] = row_sums(kept.data, kept.indptr)
                     advance(block.shape[0], path.name)
                 self._evidence.append(evidence)
                 self._save_embedding(reader, first)
@@ -193,20 +193,10 @@ class StoreWriter:
                 problem = Problem("[prepare] target_sum", "every training cell is empty", "check the gene list")
                 raise DataError(problems=[problem])
             return float(np.median(filled))
-        filled = self._totals[self._totals > 0]
-        middle = float(np.median(filled))
-        if np.abs(filled - middle).max() > _SAME_TOTAL * middle:
-            self.notes.append(
-                f"the log1p values undo to totals from {filled.min():,.0f} to {filled.max():,.0f}: they were "
-                "normalised over other genes or not to one total, so the target sum is unknown; values stay as they are"
-            )
-            return None
-        if asked != "median" and abs(float(asked) - middle) > _SAME_TOTAL * middle:
-            message = f"expected values normalised to {asked:,.0f}, got log1p values normalised to {middle:,.0f}"
-            raise DataError(
-                problems=[Problem("[prepare] target_sum", message, 'set it to "median", or give raw counts')]
-            )
-        return middle
+        total, note = total_of_log1p(self._totals, asked=asked)
+        if note:
+            self.notes.append(note)
+        return total
 
     def facts(self, fitted: Fitted) -> dict[str, Any]:
         """Return what a reader of the store wants to know, as JSON values."""
@@ -234,12 +224,25 @@ class StoreWriter:
         }
 
 
-def _row_sums(values: np.ndarray, indptr: np.ndarray) -> np.ndarray:
-    """Return the sum of each row's values, float64."""
-    sums, filled = np.zeros(len(indptr) - 1), np.flatnonzero(np.diff(indptr))
-    if len(filled):
-        sums[filled] = np.add.reduceat(values, indptr[filled], dtype=np.float64)
-    return sums
+def total_of_log1p(totals: np.ndarray, *, asked: float | Literal["median"]) -> tuple[float | None, str | None]:
+    """Return the total that log1p cells were normalised to, ``None`` with a note where they have no common one.
+
+    Raises
+    ------
+    DataError
+        If another total is asked for: log1p values stay as they are.
+    """
+    filled = totals[totals > 0]
+    middle = float(np.median(filled))
+    if np.abs(filled - middle).max() > _SAME_TOTAL * middle:
+        return None, (
+            f"the log1p values undo to totals from {filled.min():,.0f} to {filled.max():,.0f}: they were "
+            "normalised over other genes or not to one total, so the target sum is unknown; values stay as they are"
+        )
+    if asked != "median" and abs(float(asked) - middle) > _SAME_TOTAL * middle:
+        message = f"expected values normalised to {asked:,.0f}, got log1p values normalised to {middle:,.0f}"
+        raise DataError(problems=[Problem("[prepare] target_sum", message, 'set it to "median", or give raw counts')])
+    return middle, None
 
 
 def _expm1_totals(folder: Path) -> np.ndarray:
@@ -248,5 +251,5 @@ def _expm1_totals(folder: Path) -> np.ndarray:
     parts = []
     for start, stop in itertools.pairwise(row_bands(indptr, max_values=_BLOCK_VALUES)):
         values = np.expm1(np.asarray(data[indptr[start] : indptr[stop]], dtype=np.float64))
-        parts.append(_row_sums(values, indptr[start : stop + 1] - indptr[start]))
+        parts.append(row_sums(values, indptr[start : stop + 1] - indptr[start]))
     return np.concatenate(parts)

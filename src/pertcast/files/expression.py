@@ -22,7 +22,7 @@ from scipy import sparse
 
 from pertcast.errors import DataError, Problem
 
-__all__ = ["MAX_LOG1P", "Scale", "ScaleEvidence", "common_scale", "normalise_log1p"]
+__all__ = ["MAX_LOG1P", "Scale", "ScaleEvidence", "common_scale", "log1p_totals", "normalise_log1p", "row_sums"]
 
 Scale = Literal["counts", "log1p"]
 
@@ -248,6 +248,19 @@ def common_scale(evidence: Sequence[ScaleEvidence], *, asked: Literal["auto", "c
             problems=[Problem(place, f"is on the scale {scale}", remedy) for place, scale in found.items()],
         )
     return next(iter(found.values()))
+
+
+def log1p_totals(log1p: sparse.csr_matrix) -> np.ndarray:
+    """Return what the log1p values of each cell undo to in sum, float64 (n,)."""
+    return row_sums(np.expm1(log1p.data.astype(np.float64)), log1p.indptr)
+
+
+def row_sums(values: np.ndarray, indptr: np.ndarray) -> np.ndarray:
+    """Return the sum of each row's values, float64."""
+    sums, filled = np.zeros(len(indptr) - 1), np.flatnonzero(np.diff(indptr))
+    if len(filled):
+        sums[filled] = np.add.reduceat(values, indptr[filled], dtype=np.float64)
+    return sums
 
 
 def normalise_log1p(counts: sparse.csr_matrix, totals: np.ndarray, target_sum: float) -> sparse.csr_matrix:

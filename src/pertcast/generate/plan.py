@@ -6,7 +6,6 @@ The plan is shown to the user and stored beside the parts; every part is a funct
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -14,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pertcast.config import Experiment
-from pertcast.data.store import Split, Store
-from pertcast.errors import ConfigError, DataError, Problem
+from pertcast.data.split import CodedCells, Split
+from pertcast.errors import ConfigError, DataError, Problem, Problems
 from pertcast.files.season_lists import read_targets
 from pertcast.seasons import Season
 from pertcast.submission.budget import Budget, plan_budget, room_for_controls
 from pertcast.submission.bundle import contexts_in_force
 
-__all__ = ["Part", "Plan", "control_rows", "plan_parts", "submission_dataset"]
+__all__ = ["Part", "Plan", "control_rows", "plan_parts"]
 
 _USED = Split.TRAIN | Split.VAL | Split.TEST
 
@@ -70,67 +69,54 @@ def _split_of(experiment: Experiment) -> Split:
     return Split.TRAIN if experiment.generate.controls_from == "train" else _USED
 
 
-def _contexts(store: Store, experiment: Experiment, season: Season) -> tuple[str, ...]:
-    """Return the contexts to predict, by the season's rules."""
-    there = ", ".join(repr(name) for name in store.contexts)
+def _sources(cells: CodedCells, experiment: Experiment, season: Season) -> dict[str, str]:
+    """Return the contexts to predict, by the season's rules, and the dataset whose control cells each is made from."""
+    there = ", ".join(repr(name) for name in cells.contexts)
+    asked = experiment.submission.context
     if season.contexts is not None:
-        for group in season.contexts:
-            if set(group) <= set(store.contexts):
-                return group
-        wanted = " or ".join(", ".join(group) for group in season.contexts)
-        raise DataError(
-            f"{store.path}: season {season.name} wants control cells of the contexts {wanted}; the store has {there}; "
-            "add the season's control cells to [datasets] and [training], with the name of their column of contexts in "
-            "columns.cell_type (or in [columns.of.DATASET] cell_type)"
-        )
-    if experiment.submission.context is not None:
-        if experiment.submission.context not in store.contexts:
-            raise ConfigError(
-                f"[submission] context: no control cells of {experiment.submission.context!r}; the store has {there}; "
-                "name one of these"
+        contexts = next((group for group in season.contexts if set(group) <= set(cells.contexts)), None)
+        if contexts is None:
+            wanted = " or ".join(", ".join(group) for group in season.contexts)
+            raise DataError(
+                f"{cells.path}: season {season.name} wants control cells of the contexts {wanted}; there are {there}; "
+                "add the season's control cells to [datasets] and [training], with the name of their column of "
+                "contexts in columns.cell_type (or in [columns.of.DATASET] cell_type)"
             )
-        return (experiment.submission.context,)
-    if len(store.contexts) > 1:
+    elif asked is None and len(cells.contexts) > 1:
         raise ConfigError(
-            f"[submission] context: season {season.name} has one context and the store has {len(store.contexts)} "
+            f"[submission] context: season {season.name} has one context and the data have {len(cells.contexts)} "
             f"({there}); name one with --set submission.context=..."
         )
-    return (store.contexts[0],)
+    elif asked is not None and asked not in cells.contexts:
+        raise ConfigError(
+            f"[submission] context: no control cells of {asked!r}; the data have {there}; name one of these"
+        )
+    else:
+        contexts = (cells.contexts[0] if asked is None else asked,)
+    return {context: _dataset_of(cells, experiment, context) for context in contexts}
 
 
-def submission_dataset(datasets: Collection[str], context: str, experiment: Experiment) -> str:
-    """Return the dataset whose control cells a context is predicted from.
-
-    Parameters
-    ----------
-    datasets
-        Those that have control cells of the context.
-    context
-        The context to predict.
-    experiment
-        Its ``submission.dataset`` decides between several.
-
-    Raises
-    ------
-    ConfigError
-        If there are several and none is named, or the one that is named has no such cells.
-    """
+def _dataset_of(cells: CodedCells, experiment: Experiment, context: str) -> str:
+    used = cells.rows(split=_USED, context=cells.contexts.index(context), pert=cells.control_code)
+    datasets = sorted(cells.datasets[code] for code in np.unique(cells.dataset_codes[used]))
     asked = experiment.submission.dataset
-    if asked is None and len(datasets) == 1:
-        return next(iter(datasets))
+    there = ", ".join(map(repr, datasets)) or "no dataset"
     if asked in datasets:
         return str(asked)
-    there = ", ".join(map(repr, sorted(datasets)))
-    if asked is None:
-        message = f"{len(datasets)} datasets have control cells of {context!r}: {there}"
-        remedy = f"name the one to predict, for example --set submission.dataset={sorted(datasets)[0]}"
+    if asked is not None:
+        message, remedy = f"{asked!r} has no control cells of {context!r}; {there} has", "name one that has"
+    elif len(datasets) == 1:
+        return str(datasets[0])
+    elif not datasets:
+        message = f"no dataset of [training], [zeroshot] or [fewshot] has control cells of {context!r}"
+        remedy = "add one that has"
     else:
-        message = f"{asked!r} has no control cells of {context!r}; they are in {there or 'no dataset'}"
-        remedy = "name one of these"
+        message = f"{len(datasets)} datasets have control cells of {context!r}: {there}"
+        remedy = f"name the one to predict, for example --set submission.dataset={datasets[0]}"
     raise ConfigError(problems=[Problem("[submission] dataset", message, remedy)])
 
 
-def control_rows(store: Store, experiment: Experiment, dataset: str, context: str) -> NDArray[np.int64]:
+def control_rows(cells: CodedCells, experiment: Experiment, dataset: str, context: str) -> NDArray[np.int64]:
     """Return the rows of the control cells of a dataset and context that cells may be made from.
 
     Raises
@@ -138,24 +124,18 @@ def control_rows(store: Store, experiment: Experiment, dataset: str, context: st
     DataError
         If there are none in the splits that ``generate.controls_from`` names.
     """
-    codes = {"dataset": store.datasets.index(dataset), "context": store.contexts.index(context)}
-    rows = store.rows(split=_split_of(experiment), pert=store.control_code, **codes)
+    codes = {"dataset": cells.datasets.index(dataset), "context": cells.contexts.index(context)}
+    rows: NDArray[np.int64] = cells.rows(split=_split_of(experiment), pert=cells.control_code, **codes)
     if not len(rows):
         raise DataError(
-            f"{store.path}: no control cells of {dataset}.{context} in the splits of "
+            f"{cells.path}: no control cells of {dataset}.{context} in the splits of "
             f"generate.controls_from = {experiment.generate.controls_from!r}; "
             'pass --set generate.controls_from="all"'
         )
     return rows
 
 
-def _dataset_of(store: Store, experiment: Experiment, context: str) -> str:
-    used = store.rows(split=_USED, context=store.contexts.index(context), pert=store.control_code)
-    datasets = [store.datasets[code] for code in np.unique(store.dataset_codes[used])]
-    return submission_dataset(datasets, context, experiment)
-
-
-def _num_controls(store: Store, experiment: Experiment, season: Season, part: Part) -> tuple[int, list[str]]:
+def _num_controls(cells: CodedCells, experiment: Experiment, season: Season, part: Part) -> tuple[int, list[str]]:
     """Return how many control cells go into the prediction, and what the user should know about the number."""
     submission = experiment.submission
     if season.controls == "forbidden":
@@ -163,7 +143,7 @@ def _num_controls(store: Store, experiment: Experiment, season: Season, part: Pa
     wanted = room_for_controls(season.max_cells, num_controls=submission.num_controls, share=submission.control_share)
     if wanted == 0:
         raise ConfigError("[submission] num_controls: the season wants at least one control cell; ask for some")
-    there = len(control_rows(store, experiment, part.dataset, part.context))
+    there = len(control_rows(cells, experiment, part.dataset, part.context))
     if submission.controls == "predicted" or there >= wanted:
         return wanted, []
     if submission.num_controls is not None:
@@ -174,51 +154,57 @@ def _num_controls(store: Store, experiment: Experiment, season: Season, part: Pa
     return there, [f"room for {wanted:,} control cells; all {there:,} that training has are copied"]
 
 
-def _check_scale(store: Store, experiment: Experiment, season: Season) -> None:
+def _check_scale(cells: CodedCells, experiment: Experiment, season: Season) -> None:
     scale = experiment.generate.scale
     if scale not in season.scales:
         raise ConfigError(
             f"[generate] scale: season {season.name} takes {' or '.join(season.scales)}, got {scale!r}; "
             f"pass --set generate.scale={season.scales[0]}"
         )
-    if store.scale != "counts" and experiment.generate.reads_counts:
+    if cells.known_scale == "log1p" and experiment.generate.reads_counts:
         raise ConfigError(
             f"[generate] scale = {scale!r}, cells = {experiment.generate.cells!r}: they need control cells in counts, "
-            f"and {store.path} was made of log1p values; prepare it from raw counts, or choose others"
+            f"and {cells.path} has log1p values; prepare it from raw counts, or choose others"
         )
 
 
-def plan_parts(store: Store, experiment: Experiment) -> Plan:
+def _check_genes(cells: CodedCells, season: Season) -> None:
+    if len(cells.genes) != season.num_genes:
+        raise DataError(
+            f"{cells.path}: season {season.name} wants {season.num_genes:,} genes, got {len(cells.genes):,}; "
+            "use the season's list (submission.genes), or pass "
+            f"--set submission.rules.num_genes={len(cells.genes)}"
+        )
+
+
+def plan_parts(cells: CodedCells, experiment: Experiment) -> Plan:
     """Return the plan: which cells of which target in which context, under the season's cap.
 
     Raises
     ------
     ConfigError, DataError, SubmissionError
-        If targets, contexts, controls or the cap do not fit one another; the message says what would.
+        With everything in which targets, contexts, controls and the cap do not fit one another.
     """
     submission = experiment.submission
-    season, bundle_notes = contexts_in_force(submission.resolve(), submission.targets, submission.genes)
     if submission.targets is None:
         raise ConfigError("[submission] targets: no target list is given; pass --targets pert_counts.csv")
-    _check_scale(store, experiment, season)
-    if len(store.genes) != season.num_genes:
-        raise DataError(
-            f"{store.path}: season {season.name} wants {season.num_genes:,} genes, the store has {len(store.genes):,}; "
-            "prepare it with the season's list (submission.genes), or pass "
-            f"--set submission.rules.num_genes={len(store.genes)}"
-        )
-    targets = read_targets(submission.targets, season)
-    contexts = _contexts(store, experiment, season)
-    notes = [*season.describe_overrides(), *bundle_notes, *targets.notes]
-    datasets = {context: _dataset_of(store, experiment, context) for context in contexts}
-    label = season.control_label
-    controls = Part(
-        _file(contexts[0], label), datasets[contexts[0]], contexts[0], label, 0, submission.controls == "copied"
-    )
-    num_controls, more = _num_controls(store, experiment, season, controls)
-    notes += more
-    requested = {(context, target): number for context in contexts for target, number in targets.requested().items()}
-    names = {key: key[1] if len(contexts) == 1 else f"{key[0]}/{key[1]}" for key in requested}
+    season, bundle_notes = contexts_in_force(submission.resolve(), submission.targets, submission.genes)
+    problems = Problems()
+    with problems.collect():
+        _check_scale(cells, experiment, season)
+    with problems.collect():
+        _check_genes(cells, season)
+    with problems.collect():
+        targets = read_targets(submission.targets, season)
+    with problems.collect():
+        datasets = _sources(cells, experiment, season)
+        context, dataset = next(iter(datasets.items()))
+        label = season.control_label
+        controls = Part(_file(context, label), dataset, context, label, 0, submission.controls == "copied")
+        num_controls, control_notes = _num_controls(cells, experiment, season, controls)
+    problems.raise_if_any()
+    requested = {(context, target): number for context in datasets for target, number in targets.requested().items()}
+    names = {key: key[1] if len(datasets) == 1 else f"{key[0]}/{key[1]}" for key in requested}
     budget = plan_budget(
         {names[key]: number for key, number in requested.items()}, cap=season.max_cells, num_controls=num_controls
     )
@@ -229,7 +215,8 @@ def plan_parts(store: Store, experiment: Experiment) -> Plan:
     ]
     if num_controls:
         parts.append(dataclasses.replace(controls, num_cells=num_controls))
-    return Plan(season, budget, contexts, tuple(parts), (*notes, *budget.notes))
+    notes = (*season.describe_overrides(), *bundle_notes, *targets.notes, *control_notes, *budget.notes)
+    return Plan(season, budget, tuple(datasets), tuple(parts), notes)
 
 
 def _file(context: str, target: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from pertcast.config import Experiment, load_experiment, model_overrides, rung_overrides
 from pertcast.data.store import Store, prepare
-from pertcast.errors import ConfigError, Problem
+from pertcast.errors import ConfigError, Problem, Problems
 from pertcast.files.artefacts import write_json
 from pertcast.files.cpus import available_cpus
 from pertcast.files.lock import claimed
@@ -26,6 +26,7 @@ from pertcast.ladder.folds import held_out_folds
 from pertcast.ladder.held_out import HeldOut, Scores, prepare_truth, reference_scores
 from pertcast.ladder.trial import Trial, digest_of, run_trial
 from pertcast.ladder.verdict import as_markdown
+from pertcast.preflight import preflight
 from pertcast.progress import SILENT, Progress
 from pertcast.seasons import Season, season
 
@@ -113,8 +114,15 @@ def compare(
         rules = season("vcc2025")
         trials: list[Trial] = []
         held: dict[_Kind, list[_Fold]] = {}
-        for candidate in candidates:
-            experiment = load_experiment(candidate.path, (*candidate.overrides, *overrides))
+        experiments = [load_experiment(candidate.path, (*candidate.overrides, *overrides)) for candidate in candidates]
+        problems = Problems()
+        for experiment in {_what_preflight_reads(each): each for each in experiments}.values():
+            # the submission is not made: each trial asks for the held-out targets
+            alone = experiment.submission.model_copy(update={"targets": None})
+            with problems.collect():
+                preflight(experiment.model_copy(update={"submission": alone}))
+        problems.raise_if_any()
+        for candidate, experiment in zip(candidates, experiments, strict=True):
             divided = _folds(experiment, out, folds=folds, rules=rules, known=held, progress=progress)
             trials += _trials(candidate, experiment, divided, out, seeds=seeds, rules=rules)
             _require_same(divided, held)
@@ -129,6 +137,11 @@ def compare(
         (out / "comparison.md").write_text(as_markdown(comparison), encoding="utf-8")
         (out / "comparison.svg").write_text(draw_chart(comparison), encoding="utf-8")
     return comparison
+
+
+def _what_preflight_reads(experiment: Experiment) -> str:
+    tree = experiment.as_json()
+    return digest_of({key: value for key, value in tree.items() if key not in ("loss", "train", "adapt", "generate")})
 
 
 def _folds(

@@ -51,7 +51,7 @@ def control_rates(store: Store, output_genes: NDArray[np.int64]) -> ControlRates
         )
     fits = {}
     for screen in range(len(store.screens)):
-        rows = store.rows(split=Split.TRAIN, screen=screen, pert=store.control_code)
+        rows = store.screen_rows(screen, split=Split.TRAIN, pert=store.control_code)
         if len(rows):
             batch, random = np.zeros(len(rows), dtype=np.int64), generator(0, "rates", store.screen_name(screen))
             fits[screen] = fit_rows(store, rows, batch, num_batches=1, random=random)

@@ -89,7 +89,7 @@ class OfficialMetrics:
         screens = np.unique(store.screen_codes[rows]).tolist()
         with progress.task("validation truth", len(screens), "screens") as advance:
             for screen in screens:
-                controls = store.rows(split=Split.TRAIN, screen=screen, pert=store.control_code)
+                controls = store.screen_rows(screen, split=Split.TRAIN, pert=store.control_code)
                 if len(controls):
                     mine = effects.effects_NG[effects.contexts == store.screens[screen].context]
                     effect_G = mean_effect(mine if len(mine) else effects.effects_NG)

@@ -57,7 +57,7 @@ def call_thresholds(
         num_controls = num_cells.get((screen, store.control_code), 0)
         if not num_controls:
             continue
-        controls = store.rows(split=Split.TRAIN, screen=screen, pert=store.control_code)
+        controls = store.screen_rows(screen, split=Split.TRAIN, pert=store.control_code)
         spread_G = np.maximum(_spread(store, controls)[genes], 1 / np.sqrt(num_controls))
         for (other, pert), size in num_cells.items():
             row = row_of.get((of.context, pert))

@@ -143,10 +143,10 @@ def unseen_targets(run: Run, store: Store, experiment: Experiment, *, progress: 
         for screen, perts in chosen:
             dataset, context = store.screens[screen].dataset, store.screens[screen].context
             name = store.contexts[context]
-            pool = store.rows(split=Split.TRAIN, screen=screen, pert=store.control_code)
+            pool = store.screen_rows(screen, split=Split.TRAIN, pert=store.control_code)
             if not len(pool):
                 continue
-            real = [_draw(store.rows(split=Split.VAL, screen=screen, pert=pert), _MOST_CELLS, pert) for pert in perts]
+            real = [_draw(store.screen_rows(screen, split=Split.VAL, pert=pert), _MOST_CELLS, pert) for pert in perts]
             parts, rows, predicted = [], [], []
             for pert, cells in zip(perts, real, strict=True):
                 target = store.perts[pert]
@@ -166,7 +166,7 @@ def unseen_targets(run: Run, store: Store, experiment: Experiment, *, progress: 
                 rows.append(rows_BS)
                 predicted.append(cells_CO.reshape(*rows_BS.shape, -1))
                 advance(1)
-            controls = store.rows(split=Split.TRAIN | Split.VAL, screen=screen, pert=store.control_code)
+            controls = store.screen_rows(screen, split=Split.TRAIN | Split.VAL, pert=store.control_code)
             controls = controls[(store.split[controls] & Split.TEST) == 0]
             codes = np.repeat(np.arange(len(real)), [len(some) for some in real])
             truth = make_side(
@@ -190,7 +190,7 @@ def _targets(store: Store, screen: int) -> list[int]:
     """
     context = store.screens[screen].context
     forbidden = np.unique(store.pert_codes[store.rows(split=Split.TRAIN | Split.TEST, context=context)])
-    validating = np.unique(store.pert_codes[store.rows(split=Split.VAL, screen=screen)])
+    validating = np.unique(store.pert_codes[store.screen_rows(screen, split=Split.VAL)])
     own = np.setdiff1d(validating, np.append(forbidden, store.control_code))
     return sorted(_draw(own, _MOST_TARGETS, context).tolist(), key=lambda pert: store.perts[pert])
 

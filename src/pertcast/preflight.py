@@ -1,0 +1,131 @@
+"""Check before training all that can be known before it: cells, split, scale, submission, features and disk space.
+
+Only tables, lists and a few cells of each file are read, so it takes seconds. All problems are reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from pertcast.config import Experiment
+from pertcast.data.build import Survey, survey
+from pertcast.data.features import FeatureStore, load_features
+from pertcast.data.split import CodedCells
+from pertcast.data.writer import total_of_log1p
+from pertcast.errors import DataError, Problem, Problems
+from pertcast.files.expression import Scale, ScaleEvidence, common_scale, log1p_totals
+from pertcast.files.h5ad import open_h5ad
+from pertcast.files.season_lists import read_targets
+from pertcast.files.space import require_space
+from pertcast.generate.plan import plan_parts
+from pertcast.progress import SILENT, Progress
+
+__all__ = ["preflight"]
+
+_SAMPLED_VALUES = 1 << 20
+_BYTES_IN_STORE = 6  # a column and a count, and again where highly variable genes are copied
+_BYTES_IN_PREDICTION = 16  # a float32 value and its column, in the parts and in the prediction
+
+
+def preflight(
+    experiment: Experiment, *, out: Path | None = None, store: CodedCells | None = None, progress: Progress = SILENT
+) -> None:
+    """Raise one error with everything that would stop the experiment later.
+
+    Parameters
+    ----------
+    experiment
+        The experiment to train and, where it names targets, to submit.
+    out
+        Where it will write everything; its disk must have room.
+    store
+        The store to train on; where it is not given, the files of the experiment are looked at.
+    progress
+        Where a note goes.
+
+    Raises
+    ------
+    PertcastError
+        If cells, split, scale, submission, features or disk space do not fit.
+    """
+    problems = Problems()
+    cells, scale = store, store.known_scale if store is not None else None
+    with problems.collect():
+        if cells is None:
+            cells = found = survey(experiment)
+            with problems.collect():
+                scale, totals = _sampled_scale(experiment, found)
+                if scale == "log1p":
+                    with problems.collect():
+                        total_of_log1p(totals, asked=experiment.prepare.target_sum)
+            if out is not None and not (out / "store").exists():
+                with problems.collect():
+                    _require_space(experiment, found, out)
+    targets: Sequence[str] = ()
+    if experiment.submission.targets is not None:
+        with problems.collect():
+            targets = read_targets(experiment.submission.targets, experiment.submission.resolve()).targets
+            if cells is not None:
+                plan_parts(cells, experiment)
+        if scale == "log1p" and experiment.generate.reads_counts and store is None:
+            message = "they need control cells in counts, and the data are log1p values"
+            place = f"[generate] scale = {experiment.generate.scale!r}, cells = {experiment.generate.cells!r}"
+            problems.found.append(Problem(place, message, "give raw counts, or choose others"))
+    if cells is not None:
+        with problems.collect():
+            _check_features(experiment, cells, targets)
+    problems.raise_if_any()
+    progress.note("checked before training: data, split, submission and features fit one another")
+
+
+def _check_features(experiment: Experiment, cells: CodedCells, targets: Sequence[str]) -> None:
+    config = experiment.features
+    if experiment.model.kind in ("control", "mean"):
+        return
+    if config.kind != "coexpression":
+        # "nearest" compares values of cells, which are not read yet; that there are features to fill in from is checked
+        plain = config.model_copy(update={"missing": "mean"}) if config.missing == "nearest" else config
+        load_features(plain, cast("FeatureStore", cells), targets=targets)
+        return
+    known = {*cells.genes, cells.control}
+    lost = [
+        label
+        for label in dict.fromkeys((*cells.perts, *targets))
+        if label not in known and not (config.combine != "none" and known.issuperset(label.split(config.separator)))
+    ]
+    if lost and config.missing == "error":
+        remedy = 'give another features.kind, or fill it in with features.missing = "mean"'
+        raise DataError(problems=[Problem(repr(label), "it is not in the gene list", remedy) for label in lost])
+
+
+def _sampled_scale(experiment: Experiment, found: Survey) -> tuple[Scale | None, np.ndarray]:
+    """Return the scale of the first cells of all files, ``None`` where they do not tell it, and their log1p totals."""
+    evidence, totals = [], []
+    for (_, path, _), gene_map in zip(found.files, found.gene_maps, strict=True):
+        with open_h5ad(path) as reader:
+            if reader.layout == "csc":
+                continue  # it has no first cells without sorting all of them
+            _, block = next(reader.chunks(max_values=_SAMPLED_VALUES))
+            item = ScaleEvidence(str(path), genes=reader.genes)
+            item.add_csr(block)
+            if not item.ambiguous:
+                evidence.append(item)
+                totals.append(log1p_totals(gene_map.apply(block)))
+    if not evidence:
+        return None, np.zeros(0)
+    return common_scale(evidence, asked=experiment.prepare.scale), np.concatenate(totals)
+
+
+def _require_space(experiment: Experiment, found: Survey, out: Path) -> None:
+    stored = 0
+    for _, path, _ in found.files:
+        with open_h5ad(path) as reader:
+            stored += reader.num_stored
+    predicted = experiment.submission.resolve().max_cells if experiment.submission.targets is not None else 0
+    values = stored / max(len(found.split), 1) * predicted
+    needed = stored * _BYTES_IN_STORE + values * _BYTES_IN_PREDICTION
+    require_space(out / "store", int(needed), what="the store and the prediction")
