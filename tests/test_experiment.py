@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pertcast.config import Experiment
+from pertcast.config import Experiment, load_experiment
 from pertcast.data.experiment import Split, assign_split, dataset_files, read_cells
 from pertcast.data.split import CellKeys
+from pertcast.data.store import prepare
 from pertcast.errors import ConfigError, DataError
 
 Builder = Callable[..., Path]
@@ -92,17 +94,74 @@ def test_folder_file_pattern_and_braces(tmp_path: Path) -> None:
 
     assert found("") == ["a.h5ad", "b.h5", "c.h5ad"]
     assert found("/notes.txt") == ["notes.txt"]
-    assert found("/*") == ["a.h5ad", "b.h5", "c.h5ad"]
+    assert found("/*") == ["sub/d.h5"]  # folders, as in cell-load
     assert found("/{a,c}.h5ad") == ["a.h5ad", "c.h5ad"]
-    assert found("/{b.h5,sub/{d,e}.h5}") == ["b.h5", "sub/d.h5"]
+    assert found("/{b.h5,sub/{d,d}.h5}") == ["b.h5", "sub/d.h5"]
     assert found("/**/*.h5") == ["b.h5", "sub/d.h5"]
     assert found("/[ab].h5*") == ["a.h5ad", "b.h5"]
 
 
-@pytest.mark.parametrize("pattern", ["/none.h5ad", "/*.h5ad", "", "/{a,b}.h5"])
+@pytest.mark.parametrize("pattern", ["/none.h5ad", "/*.h5ad", ""])
 def test_nothing_to_match_is_an_error(tmp_path: Path, pattern: str) -> None:
     with pytest.raises(DataError, match=re.escape(f'[datasets] d = "{tmp_path}{pattern}": no .h5 or .h5ad file')):
         dataset_files("d", f"{tmp_path}{pattern}")
+
+
+def test_every_alternative_that_matches_nothing_is_named(tmp_path: Path, small_h5ad: Builder) -> None:
+    small_h5ad("k562.h5")
+    with pytest.raises(DataError) as caught:
+        dataset_files("d", f"{tmp_path}/{{k562, hepg2,rpe1}}.h5")
+    places = [problem.place.rpartition(" ")[2] for problem in caught.value.problems]
+    assert places == [f"{tmp_path}/hepg2.h5", f"{tmp_path}/rpe1.h5"]
+
+
+def test_patterns_mean_what_they_mean_in_cell_load(tmp_path: Path, small_h5ad: Builder) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    paths = {name: small_h5ad(f"{name}.h5") for name in ("k562", "rpe1", "one/jurkat", "two/hepg2")}
+    for pattern, names in {
+        "{k562, rpe1}.h5": ("k562", "rpe1"),
+        "{one,two}": ("one/jurkat", "two/hepg2"),
+        "{ one , two }/*.h5": ("one/jurkat", "two/hepg2"),
+        "*": ("one/jurkat", "two/hepg2"),
+        "{one,two}/*": ("one/jurkat", "two/hepg2"),
+        "*.h5": ("k562", "rpe1"),
+        "": ("k562", "rpe1"),
+        "[kr]*.h5": ("k562", "rpe1"),
+        "**/*.h5": tuple(paths),
+    }.items():
+        assert dataset_files("d", f"{tmp_path}/{pattern}") == sorted(paths[name] for name in names), pattern
+
+
+def test_two_names_for_one_content_are_refused(tmp_path: Path, small_h5ad: Builder) -> None:
+    first = small_h5ad("first.h5ad")
+    shutil.copy(first, tmp_path / "second.h5ad")
+    with pytest.raises(DataError, match=r"second\.h5ad: has the same content as .*first\.h5ad; leave one"):
+        prepare(_experiment(datasets={"d": str(tmp_path / "*.h5ad")}), tmp_path / "store")
+
+
+def test_a_path_is_relative_to_the_file_then_to_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    for folder in (beside, here):
+        folder.mkdir()
+    (beside / "e.toml").write_text('[datasets]\nd = "data/*.h5"\n[submission]\ngenes = "genes.csv"\n')
+    (here / "genes.csv").write_text("G1\n")
+    (here / "data").mkdir()
+    monkeypatch.chdir(here)
+    found = load_experiment(beside / "e.toml")
+    assert (found.datasets["d"], found.submission.genes) == (str(here / "data" / "*.h5"), here / "genes.csv")
+    assert "the one in the working folder is used" in caplog.text
+    (beside / "genes.csv").write_text("G1\n")
+    (beside / "data").mkdir()
+    caplog.clear()
+    found = load_experiment(beside / "e.toml")
+    assert (found.datasets["d"], found.submission.genes) == (str(beside / "data" / "*.h5"), beside / "genes.csv")
+    assert not caplog.text
+    # what is typed on the command line is relative to the working folder
+    typed = load_experiment(beside / "e.toml", ["submission.genes=genes.csv", 'datasets.d="data/{a,b}"'])
+    assert (typed.datasets["d"], typed.submission.genes) == (str(here / "data" / "{a,b}"), here / "genes.csv")
 
 
 def test_cells_of_several_files_and_datasets(small_h5ad: Builder, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from pertcast.config import Experiment
 from pertcast.data.build import Survey, survey
 from pertcast.data.features import FeatureStore, load_features
+from pertcast.data.features.labels import genes_of
 from pertcast.data.split import CodedCells
 from pertcast.data.writer import total_of_log1p
 from pertcast.errors import DataError, Problem, Problems
@@ -95,7 +96,11 @@ def _check_features(experiment: Experiment, cells: CodedCells, targets: Sequence
     lost = [
         label
         for label in dict.fromkeys((*cells.perts, *targets))
-        if label not in known and not (config.combine != "none" and known.issuperset(label.split(config.separator)))
+        if label not in known
+        and not (
+            known.issuperset(genes := genes_of(label, config.separator, control=cells.control))
+            and (config.combine != "none" or len(genes) == 1)
+        )
     ]
     if lost and config.missing == "error":
         remedy = 'give another features.kind, or fill it in with features.missing = "mean"'

@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -32,6 +32,8 @@ def _set_key(tree: dict[str, Any], assignment: str) -> Problem | None:
         value: Any = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    if isinstance(value, str) and _is_path(parts):
+        value = str(Path(value).expanduser().absolute())  # what is typed is relative to the working folder
     node = tree
     for part in parts[:-1]:
         node = node.setdefault(part, {})
@@ -39,6 +41,19 @@ def _set_key(tree: dict[str, Any], assignment: str) -> Problem | None:
             return Problem(f"--set {assignment}", f"{part!r} is no section", "name a key of a section, as train.steps")
     node[parts[-1]] = value
     return None
+
+
+def _is_path(parts: Sequence[str]) -> bool:
+    """Return whether a key names a file or folder."""
+    if parts[0] == "datasets":
+        return True
+    section = Experiment.model_fields.get(parts[0])
+    model = section.annotation if section is not None and len(parts) == 2 else None
+    if not (isinstance(model, type) and issubclass(model, BaseModel)) or parts[1] not in model.model_fields:
+        return False
+    kind = model.model_fields[parts[1]].annotation
+    kinds = {kind, *get_args(kind), *(inner for outer in get_args(kind) for inner in get_args(outer))}
+    return Path in kinds
 
 
 def _place(path: Path, text: str, location: Sequence[str | int]) -> str:
@@ -102,7 +117,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         With every problem at once: each unknown key, wrong type, unknown name and missing file, with its place.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such experiment file; give the path of a TOML file, as recipes/demo.toml"

@@ -2,7 +2,7 @@
 
 An experiment file is a superset of the ``starter.toml`` that cell-load and ``state tx train`` read: ``[datasets]``,
 ``[training]``, ``[zeroshot]`` and ``[fewshot]`` keep their meaning, the other sections are ours.
-Relative paths are relative to the file.
+Relative paths are relative to the file or, where nothing is there, to the working folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
-from pertcast.config.base import InputPath, Section, Share, Weight, base_folder
+from pertcast.config.base import InputPath, Section, Share, Weight, resolve_path
 from pertcast.config.learning import AdaptConfig, LossConfig, ModelConfig, TrainConfig
 from pertcast.errors import ConfigError, Problem
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN, Season, season
@@ -40,7 +40,8 @@ class FewshotConfig(Section):
 class DatasetColumns(Section):
     """What one dataset calls otherwise than the others; what is not given is as in ``[columns]``.
 
-    `control` is its own control label, read as that of the experiment. An empty `batch` says that it has none.
+    `control` is its own control label, read as that of the experiment. An empty `batch` says that it has none. `rename`
+    adds to that of all datasets.
     """
 
     pert: str | None = None
@@ -48,13 +49,15 @@ class DatasetColumns(Section):
     cell_type: str | None = None
     context: str | None = None
     batch: str | None = None
+    rename: dict[str, str] = Field(default_factory=dict)
 
 
 class ColumnsConfig(Section):
     """Where obs says what: the perturbation, the control label in it, the cell type (context), the batch.
 
     `context` names the one context of data that has no cell-type column. `of` says what differs for a dataset:
-    ``[columns.of.NAME]``.
+    ``[columns.of.NAME]``. `rename` gives perturbation labels another name before anything else is done with them, as
+    ``ctrl = "non-targeting"``; a label that is renamed to itself is kept although it looks like a mistake.
     """
 
     pert: str = PERT_COLUMN
@@ -62,6 +65,7 @@ class ColumnsConfig(Section):
     cell_type: str | None = None
     context: str | None = None
     batch: str | None = None
+    rename: dict[str, str] = Field(default_factory=dict)
     of: dict[str, DatasetColumns] = Field(default_factory=dict)
 
     def in_dataset(self, name: str) -> ColumnsConfig:
@@ -71,7 +75,10 @@ class ColumnsConfig(Section):
             own.setdefault("context", None)
         elif "context" in own:
             own["cell_type"] = None
-        return self.model_copy(update={**own, "batch": own.get("batch", self.batch) or None, "of": {}})
+        rename = {**self.rename, **own.get("rename", {})}
+        return self.model_copy(
+            update={**own, "rename": rename, "batch": own.get("batch", self.batch) or None, "of": {}}
+        )
 
 
 class PrepareConfig(Section):
@@ -80,12 +87,15 @@ class PrepareConfig(Section):
     `target_sum` is the total that each cell is normalised to before log1p: "median" of the training cells, or a number.
     `val_controls` and `test_controls` are shares of each context's control cells; `holdout_cells` is the share of each
     training perturbation's cells that validate (seen perturbations, unseen cells).
+    `controls` says how control cells are divided: ``disjoint``, no cell in two splits; or ``shared`` as in cell-load,
+    where each split of a context has all of them, TRAIN too, and the two shares are not used.
     """
 
     scale: Literal["auto", "counts", "log1p"] = "auto"
     target_sum: PositiveFloat | Literal["median"] = "median"
     num_hvgs: PositiveInt = 2000
     missing_genes: Literal["error", "zero"] = "error"
+    controls: Literal["disjoint", "shared"] = "disjoint"
     val_controls: Share = 0.1
     test_controls: Share = 0.1
     holdout_cells: Share = 0.0
@@ -219,10 +229,9 @@ class Experiment(Section):
     @field_validator("datasets")
     @classmethod
     def _patterns_beside_the_file(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
-        base = base_folder(info)
         if not value:
             raise ValueError('expected at least one dataset, as `name = "folder, file or pattern"`')
-        return {name: str((base / Path(pattern).expanduser()).absolute()) for name, pattern in value.items()}
+        return {name: resolve_path(pattern, info) for name, pattern in value.items()}
 
     def as_json(self) -> dict[str, Any]:
         """Return the resolved configuration as JSON values, as manifests store it."""

@@ -158,6 +158,14 @@ def _hash_inputs(experiment: Experiment, cells: CellTable, progress: Progress) -
         for path, found in zip(paths, hash_files(paths), strict=True):
             inputs[str(path)] = found
             advance(path.stat().st_size, path.name)
+    first: dict[str, str] = {}
+    problems = []
+    for _, path, _ in cells.files:
+        same = first.setdefault(inputs[str(path)], str(path))
+        if same != str(path):
+            problems.append(Problem(str(path), f"has the same content as {same}", "leave one of the two out"))
+    if problems:
+        raise DataError(problems=problems)
     return inputs
 
 

@@ -5,8 +5,11 @@ Invariants: no column, label or context is guessed; nothing of X is read here; e
 
 from __future__ import annotations
 
+import glob
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,29 +19,44 @@ import pandas as pd
 from pertcast.config import Experiment
 from pertcast.data.split import CellKeys, Split, assign_split
 from pertcast.errors import ConfigError, DataError, Problem
+from pertcast.files.frames import near_misses
 from pertcast.files.h5ad import H5adReader, open_h5ad
+from pertcast.files.labels import dubious_labels, is_no_label
 
 __all__ = ["CellTable", "Split", "assign_split", "dataset_files", "experiment_files", "read_cells"]
 
 _SUFFIXES = (".h5", ".h5ad")
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    """Return the patterns that ``{a,b}`` stands for.
+def expand_braces(pattern: str) -> list[str]:
+    """Return the patterns that ``{a, b}`` stands for; spaces around an alternative do not count.
 
-    >>> _expand_braces("x/{a,b}*.h5")
+    >>> expand_braces("x/{a, b}*.h5")
     ['x/a*.h5', 'x/b*.h5']
     """
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
     before, after = pattern[: found.start()], pattern[found.end() :]
-    return [item for choice in found[1].split(",") for item in _expand_braces(f"{before}{choice}{after}")]
+    return [item for choice in found[1].split(",") for item in expand_braces(f"{before}{choice.strip()}{after}")]
 
 
-def _matches(pattern: str) -> Iterator[Path]:
-    start = Path(Path(pattern).anchor)
-    return start.glob(str(Path(pattern).relative_to(start)))
+def _files_of(pattern: str) -> list[Path]:
+    """Return the .h5 and .h5ad files of one pattern without braces.
+
+    As in cell-load, a pattern that does not end in .h5 or .h5ad is of folders; where it matches no folder with such
+    files, the files that it matches itself are taken.
+    """
+    path = Path(pattern)
+    matches = [path] if path.exists() else [Path(name) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207 (a pattern may be absolute)
+    inside = [item for folder in matches if folder.is_dir() for item in folder.iterdir()]
+    own = [item for item in matches if item.is_file()]
+    chosen = own if path.suffix in _SUFFIXES else inside if any(map(_is_data, inside)) else own
+    return sorted({item for item in chosen if _is_data(item)})
+
+
+def _is_data(path: Path) -> bool:
+    return path.is_file() and path.suffix in _SUFFIXES
 
 
 def dataset_files(name: str, pattern: str) -> list[Path]:
@@ -49,26 +67,31 @@ def dataset_files(name: str, pattern: str) -> list[Path]:
     name
         The dataset, for messages.
     pattern
-        A folder, a file, or a pattern with ``*``, ``?``, ``[...]``, ``**`` and ``{a,b}``.
+        A folder, a file, or a pattern with ``*``, ``?``, ``[...]``, ``**`` and ``{a,b}``, which mean what they mean in
+        cell-load: without .h5 or .h5ad at its end a pattern is of folders.
 
     Raises
     ------
     DataError
-        If nothing matches.
+        Naming every alternative of the pattern that no file matches.
     """
-    path = Path(pattern)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = [item for item in path.iterdir() if item.suffix in _SUFFIXES]
-    else:
-        matches = [item for part in _expand_braces(pattern) for item in _matches(part)]
-        found = [item for item in matches if item.is_file() and item.suffix in _SUFFIXES]
-    if not found:
-        what = "no .h5 or .h5ad file in this folder" if path.is_dir() else "no .h5 or .h5ad file is or matches this"
-        remedy = "give a folder, a file or a pattern (relative to the experiment file)"
-        raise DataError(problems=[Problem(f'[datasets] {name} = "{pattern}"', what, remedy)])
-    return sorted(set(found))
+    if Path(pattern).is_file():
+        return [Path(pattern)]
+    found: set[Path] = set()
+    problems = []
+    for part in [pattern] if Path(pattern).is_dir() else expand_braces(pattern):
+        files = _files_of(part)
+        found.update(files)
+        if not files:
+            what = (
+                "no .h5 or .h5ad file is in this folder" if Path(part).is_dir() else "no .h5 or .h5ad file matches this"
+            )
+            where = "" if part == pattern else f", which has {part}"
+            remedy = "give a folder, a file or a pattern, relative to the experiment file or to the working folder"
+            problems.append(Problem(f'[datasets] {name} = "{pattern}"{where}', what, remedy))
+    if problems:
+        raise DataError(problems=problems)
+    return sorted(found)
 
 
 def experiment_files(experiment: Experiment) -> list[tuple[str, Path]]:
@@ -137,6 +160,7 @@ class _FileObs:
     perts: pd.Categorical
     contexts: pd.Categorical
     batches: pd.Categorical
+    labels: frozenset[str]
 
 
 def _file_names(files: Sequence[tuple[str, Path]]) -> list[str]:
@@ -164,7 +188,8 @@ def _read_file(experiment: Experiment, dataset: str, path: Path) -> _FileObs:
             place = f"{path}, obs ({', '.join(reader.obs_columns)})"
             problems.append(Problem(place, "nothing says of which cell type a cell is", remedy))
         perts = _column(reader, columns.pert, problems, required=True)
-        perts = _renamed(perts, columns.control, experiment.columns.control)
+        labels = frozenset(map(str, perts.categories))
+        perts = _renamed(perts, {columns.control: experiment.columns.control} | columns.rename)
         contexts = _constant(reader, columns.context or "")
         if columns.cell_type is not None:
             contexts = _column(reader, columns.cell_type, problems, required=True)
@@ -173,15 +198,15 @@ def _read_file(experiment: Experiment, dataset: str, path: Path) -> _FileObs:
             batches = _column(reader, columns.batch, problems, required=False)
         if problems:
             raise DataError(problems=problems)
-        return _FileObs(reader.num_cells, reader.genes, reader.obs_names(), perts, contexts, batches)
+        return _FileObs(reader.num_cells, reader.genes, reader.obs_names(), perts, contexts, batches, labels)
 
 
-def _renamed(perts: pd.Categorical, label: str, wanted: str) -> pd.Categorical:
-    """Return the labels with one renamed."""
-    if label == wanted or label not in perts.categories:
+def _renamed(perts: pd.Categorical, names: Mapping[str, str]) -> pd.Categorical:
+    """Return the labels with some renamed; two that get one name become one."""
+    if all(names.get(label, label) == label for label in perts.categories):
         return perts
-    names = np.array([*(wanted if name == label else name for name in perts.categories), None], dtype=object)
-    return pd.Categorical(names[perts.codes])
+    renamed = np.array([*(names.get(label, label) for label in perts.categories), None], dtype=object)
+    return pd.Categorical(renamed[perts.codes])
 
 
 def _constant(reader: H5adReader, label: str | None) -> pd.Categorical:
@@ -198,8 +223,12 @@ def _column(reader: H5adReader, column: str, problems: list[Problem], *, require
     except DataError as error:
         problems += error.problems
         return _constant(reader, None)
+    values = pd.Categorical(values.astype(object).astype(str)) if values.categories.dtype != object else values
+    if not required:
+        # a batch that is not named is unknown
+        return values.remove_categories([label for label in values.categories if is_no_label(label)])
     empty = np.flatnonzero(values.codes < 0)
-    if required and len(empty):
+    if len(empty):
         problems.append(
             Problem(
                 f"{reader.path}, obs[{column!r}]",
@@ -240,6 +269,9 @@ def read_cells(experiment: Experiment) -> CellTable:
             problems += error.problems
     if problems:
         raise DataError("the data cannot be read" if len(problems) > 1 else "", problems=problems)
+    problems = [*_rename_problems(experiment, parts), *_label_problems(experiment, files, parts)]
+    if problems:
+        raise DataError("labels that are likely mistakes", problems=problems)
     perts, pert_codes = _joined([part.perts for part in parts])
     contexts, context_codes = _joined([part.contexts for part in parts])
     batches, batch_labels, batch_codes = _joined_batches([part.batches for part in parts], files)
@@ -265,6 +297,52 @@ def read_cells(experiment: Experiment) -> CellTable:
     listed = tuple((dataset, path, size) for (dataset, path), size in zip(files, sizes, strict=True))
     genes_of_file = tuple(part.genes for part in parts)
     return CellTable(listed, genes_of_file, keys, batches, batch_labels, batch_codes, tuple(notes))
+
+
+def _label_problems(
+    experiment: Experiment, files: Sequence[tuple[str, Path]], parts: Sequence[_FileObs]
+) -> list[Problem]:
+    """Return every perturbation label and cell type that is likely a mistake, with what to do about it."""
+    problems = []
+    renames = [experiment.columns.in_dataset(dataset).rename for dataset, _ in files]
+    kept = {label for rename in renames for label, name in rename.items() if label == name}
+    for what, control, columns in (
+        ("perturbation", experiment.columns.control, [part.perts for part in parts]),
+        ("cell type", None, [part.contexts for part in parts]),
+    ):
+        cells: Counter[str] = Counter()
+        places: dict[str, list[str]] = {}
+        for (_, path), column in zip(files, columns, strict=True):
+            for label, number in column.value_counts().items():
+                if number:
+                    cells[str(label)] += int(number)
+                    places.setdefault(str(label), []).append(path.name)
+        for label, why, meant in dubious_labels(cells, control=control, kept=kept):
+            where = f"{what} {label!r} ({cells[label]:,} cells in {', '.join(places[label])})"
+            entry = f"{json.dumps(label)} = {json.dumps(meant)}"
+            remedy = "correct the cell types in the file"
+            if control is not None and meant:
+                remedy = f"add {entry} to [columns.rename], or keep it with {json.dumps(label)} = {json.dumps(label)}"
+            elif control is not None:
+                remedy = f'give it a label: {json.dumps(label)} = "..." in [columns.rename]'
+            problems.append(Problem(where, why, remedy))
+    return problems
+
+
+def _rename_problems(experiment: Experiment, parts: Sequence[_FileObs]) -> list[Problem]:
+    """Return the entries of [columns.rename] that no label of any file has."""
+    problems = []
+    found = {label for part in parts for label in part.labels}
+    tables = {"[columns.rename]": experiment.columns.rename} | {
+        f"[columns.of.{name}.rename]": of.rename for name, of in experiment.columns.of.items()
+    }
+    for place, table in tables.items():
+        for label in table:
+            if label not in found:
+                near = near_misses(label, sorted(found))
+                remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else "remove it"
+                problems.append(Problem(f"{place} {label!r}", "no cell has this label", remedy))
+    return problems
 
 
 def _joined_batches(

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,11 +20,10 @@ from pertcast.config import Experiment
 from pertcast.errors import DataError, Problem
 from pertcast.files.expression import Scale
 from pertcast.files.frames import near_misses
+from pertcast.files.labels import is_control_name
 from pertcast.stats.draws import key_hash
 
 __all__ = ["CellKeys", "CodedCells", "Split", "assign_split"]
-
-_ALIASES = ("nontargeting", "nt", "ntc", "control", "ctrl", "negctrl", "negativecontrol", "safetargeting", "dmso")
 
 
 class Split(enum.IntFlag):
@@ -147,6 +147,19 @@ def _share_of(share: float, number: int) -> int:
     return max(1, round(share * number)) if share > 0 and number else 0
 
 
+class _HeldOut(NamedTuple):
+    """The labels of one dataset and cell type that [fewshot] holds out, after renaming."""
+
+    val: set[str]
+    test: set[str]
+
+
+def _held_out(experiment: Experiment, key: str) -> _HeldOut:
+    names = experiment.columns.in_dataset(key.partition(".")[0]).rename
+    held = experiment.fewshot[key]
+    return _HeldOut(*({names.get(label, label) for label in labels} for labels in (held.val, held.test)))
+
+
 def _held_out_problems(experiment: Experiment, keys: CellKeys) -> list[Problem]:
     """Return every held-out cell type and label that is in no file."""
     problems = []
@@ -165,11 +178,11 @@ def _held_out_problems(experiment: Experiment, keys: CellKeys) -> list[Problem]:
                         f"there is {', '.join(near)}",
                     )
                 )
-    for key, held in experiment.fewshot.items():
+    for key in experiment.fewshot:
         if key not in labels:
             continue
-        for name in ("val", "test"):
-            unknown = [label for label in getattr(held, name) if label not in labels[key]]
+        for name, wanted in _held_out(experiment, key)._asdict().items():
+            unknown = sorted(wanted - labels[key])
             for label in unknown:
                 near = near_misses(label, sorted(labels[key]))
                 problems.append(
@@ -185,8 +198,7 @@ def _held_out_problems(experiment: Experiment, keys: CellKeys) -> list[Problem]:
 def _missing_controls(experiment: Experiment, keys: CellKeys, place: str, rows: np.ndarray) -> Problem:
     control = experiment.columns.control
     present = sorted({keys.perts[code] for code in np.unique(keys.pert_codes[rows])})
-    plain = {label: "".join(letter for letter in label.casefold() if letter.isalnum()) for label in present}
-    near = near_misses(control, present) or [label for label in present if plain[label] in _ALIASES]
+    near = near_misses(control, present) or [label for label in present if is_control_name(label, control)]
     remedy = f"did you mean {near[0]!r}? set columns.control" if near else f"labels there: {', '.join(present[:8])} ..."
     remedy += '; or borrow controls of another dataset with train.match = "all_datasets"'
     return Problem(place, f"no control cell: none has {control!r} in column {experiment.columns.pert!r}", remedy)
@@ -245,7 +257,7 @@ def _label_flags(experiment: Experiment, keys: CellKeys, dataset: str, place: st
     """Return the flags that each perturbation has in a dataset and context, uint8 (perts,)."""
     if place in experiment.zeroshot:
         return np.full(len(keys.perts), Split[experiment.zeroshot[place].upper()], dtype=np.uint8)
-    held = experiment.fewshot.get(place)
+    held = _held_out(experiment, place) if place in experiment.fewshot else None
     default = Split.TRAIN if dataset in experiment.training or held is not None else 0
     result = np.full(len(keys.perts), default, dtype=np.uint8)
     if held is not None:
@@ -274,9 +286,12 @@ def _split_controls(
     drawer: _Drawer,
     place: str,
 ) -> list[Problem]:
-    """Give control cells to VAL and TEST where perturbed cells of this context are there; the others train."""
+    """Divide control cells among the splits that perturbed cells of this context are in, or share them."""
     prepare = experiment.prepare
     some = np.bitwise_or.reduce(flags[perturbed])
+    if prepare.controls == "shared":
+        flags[controls] = some | Split.TRAIN
+        return []
     num_val = _share_of(prepare.val_controls, len(controls)) if some & Split.VAL or prepare.holdout_cells > 0 else 0
     num_test = _share_of(prepare.test_controls, len(controls)) if some & Split.TEST else 0
     left = len(controls) - num_val - num_test

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pertcast.config import Experiment
 from pertcast.data.split import CodedCells, Split
 from pertcast.errors import ConfigError, DataError, Problem, Problems
+from pertcast.files.labels import file_name
 from pertcast.files.season_lists import read_targets
 from pertcast.seasons import Season
 from pertcast.submission.budget import Budget, plan_budget, room_for_controls
@@ -220,4 +221,4 @@ def plan_parts(cells: CodedCells, experiment: Experiment) -> Plan:
 
 
 def _file(context: str, target: str) -> str:
-    return f"{quote(context, safe=' +-_.')}/{quote(target, safe=' +-_.')}.h5ad"
+    return f"{quote(context, safe=' +-_.')}/{file_name(target)}"

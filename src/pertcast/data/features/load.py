@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,7 @@ def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Seque
     """
     trained = [store.perts[code] for code in np.unique(store.pert_codes[(store.split & Split.TRAIN) != 0])]
     wanted = tuple(dict.fromkeys((store.control, *store.perts, *targets)))
+    how: Any = {"how": config.combine, "separator": config.separator, "control": store.control}
     if config.kind == "onehot":
         labels = tuple(dict.fromkeys((store.control, *trained)))
         own: Vectors = dict(zip(labels, np.eye(len(labels), dtype=np.float32), strict=True))
@@ -57,20 +59,20 @@ def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Seque
     elif config.kind == "labels":
         others = [name for name in trained if name != store.control]
         asked = [name for name in wanted if name != store.control]
-        own = label_indicators(asked, others, separator=config.separator)
+        own = label_indicators(asked, others, separator=config.separator, control=store.control)
         width = len(next(iter(own.values()))) if own else 0
         own[store.control] = np.zeros(width, dtype=np.float32)
         source = f"indicators of the {width} genes that training labels name"
     elif config.kind == "coexpression":
         own, source = _coexpression(store, config.num_loadings)
         wanted = tuple(dict.fromkeys((*wanted, *own)))
-        own |= _combined(config, own, wanted)
+        own |= combine_genes(own, wanted, **how)
     else:
         assert config.path is not None
         found = read_vectors(config.path)
         width = len(next(iter(found.values())))
         own = {name: found[name].astype(np.float32) for name in wanted if name in found}
-        own |= _combined(config, found, [name for name in wanted if name != store.control])
+        own |= combine_genes(found, [name for name in wanted if name != store.control], **how)
         source = f"{config.path.name} ({len(found):,} names x {width:,})"
         own.setdefault(store.control, np.zeros(width, dtype=np.float32))
 
@@ -87,12 +89,6 @@ def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Seque
         source=source,
         filled=filled,
     )
-
-
-def _combined(config: FeaturesConfig, vectors: Mapping[str, NDArray[np.floating]], labels: Sequence[str]) -> Vectors:
-    if config.combine == "none":
-        return {}
-    return combine_genes(vectors, labels, how=config.combine, separator=config.separator)
 
 
 def _coexpression(store: FeatureStore, num_loadings: int) -> tuple[Vectors, str]:

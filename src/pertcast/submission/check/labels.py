@@ -11,27 +11,13 @@ import pandas as pd
 from pertcast.errors import DataError, Problem
 from pertcast.files.frames import near_misses
 from pertcast.files.h5ad import H5adReader
+from pertcast.files.labels import dubious_labels, is_control_name, is_no_label, plain
 from pertcast.seasons import Season
 from pertcast.submission.check.report import CheckItem, Fact, Findings, counted, named, problems_of
 
 __all__ = ["Groups", "check_labels"]
 
 _COLUMN_ALIASES = ("gene", "target", "perturbation", "pert", "gene_target", "guide_target", "condition", "cell_line")
-_CONTROL_ALIASES = frozenset(
-    {
-        "control",
-        "controls",
-        "ctrl",
-        "ntc",
-        "nt",
-        "nontarget",
-        "nontargeting",
-        "negativecontrol",
-        "scramble",
-        "scrambled",
-    }
-    | {"safetargeting", "unperturbed", "untreated"}
-)
 
 
 @dataclass(frozen=True)
@@ -53,15 +39,9 @@ class Groups:
         return tuple(sorted({context for context, _ in self.cells}))
 
 
-def plain(label: str) -> str:
-    """Return a label without case and punctuation."""
-    return "".join(letter for letter in label.casefold() if letter.isalnum())
-
-
 def control_alikes(labels: tuple[str, ...], season: Season) -> list[str]:
-    """Return the labels that look like another spelling of the control label."""
-    alike = _CONTROL_ALIASES | {plain(season.control_label)}
-    return [label for label in labels if label != season.control_label and plain(label) in alike]
+    """Return the labels that look like another name for the control."""
+    return [label for label in labels if is_control_name(label, season.control_label)]
 
 
 def check_labels(reader: H5adReader, season: Season) -> tuple[Findings, Groups | None]:
@@ -105,18 +85,23 @@ def _column(reader: H5adReader, column: str) -> pd.Categorical:
 
 
 def _empty_problems(reader: H5adReader, column: str, values: pd.Categorical) -> list[Problem]:
-    names = np.array([str(name) for name in values.categories], dtype=object)
-    blank = np.array([not name.strip() for name in names], dtype=bool)
+    blank = np.array([is_no_label(str(name)) for name in values.categories], dtype=bool)
     rows = np.flatnonzero((values.codes < 0) | np.isin(values.codes, np.flatnonzero(blank)))
     problems = []
     if len(rows):
         message = f"no label in {counted(len(rows), 'cell')}"
         problems.append(Problem(f"{reader.path}, obs[{column!r}], row {rows[0]}", message, "label every cell"))
-    present = names[np.unique(values.codes[values.codes >= 0])]
-    spaced = sorted(name for name in present if name.strip() and name != name.strip())
+    counts = {str(label): int(number) for label, number in values.value_counts().items() if number}
+    dubious = [item for item in dubious_labels(counts, control=None) if not is_no_label(item.label)]
+    spaced = [item.label for item in dubious if item.label != item.label.strip()]
     if spaced:
         message = f"labels have spaces around them: {named(spaced)}"
         problems.append(Problem(f"{reader.path}, obs[{column!r}]", message, "strip the labels"))
+    problems += [
+        Problem(f"{reader.path}, obs[{column!r}]", f"{item.label!r}: {item.why}", f"rename it to {item.meant!r}")
+        for item in dubious
+        if item.label not in spaced
+    ]
     return problems
 
 
