@@ -14,6 +14,8 @@ import pytest
 from scipy import sparse
 
 Builder = Callable[..., Path]
+PRECISION = os.environ.get("PERTCAST_TEST_PRECISION", "fp32")
+"""What the tests' own experiments train in; "auto" would be another one on another processor."""
 SMALL_GENES = tuple(f"G{number}" for number in range(20))
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import pertcast.train.gain
-from conftest import SMALL_GENES, write_small_h5ad
+from conftest import PRECISION, SMALL_GENES, write_small_h5ad
 from pertcast.config import Experiment, ModelConfig, load_experiment
 from pertcast.data.features import open_features
 from pertcast.data.split import Split
@@ -30,7 +30,7 @@ from pertcast.train.line import adapted_experiment
 from pertcast.train.offset import offset_of
 from test_train import EXPERIMENT, Watcher, interrupt, lines
 
-LINE = """
+LINE = f"""
 [datasets]
 line = "line.h5ad"
 [training]
@@ -51,6 +51,7 @@ val_every = 3
 [train]
 sets_per_step = 2
 checkpoint_every = 2
+precision = "{PRECISION}"
 """
 LEARNT = {"context_encoder.weight", "project_out.3.bias"}
 

@@ -79,7 +79,14 @@ def experiment_of(
         "features": by_kind[features],
         "model": {**NETWORK, **(model or {})},
         "loss": ALL_TERMS,
-        "train": {"steps": 5, "sets_per_step": 4, "val_every": 5, "checkpoint_every": 50, "learning_rate": 1e-3},
+        "train": {
+            "steps": 5,
+            "precision": "fp32",
+            "sets_per_step": 4,
+            "val_every": 5,
+            "checkpoint_every": 50,
+            "learning_rate": 1e-3,
+        },
     }
     return Experiment.model_validate(given, strict=False)
 

@@ -157,7 +157,7 @@ class Notes:
 
 
 def experiment_of(workspace: Workspace, *overrides: str) -> Experiment:
-    return load_experiment(workspace.experiment, ("train.val_every=2", *overrides))
+    return load_experiment(workspace.experiment, ("train.val_every=2", "train.precision=auto", *overrides))
 
 
 @pytest.mark.parametrize(("is_native", "expected"), [(True, "bf16"), (False, "fp32")])

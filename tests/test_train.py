@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from conftest import write_small_h5ad
+from conftest import PRECISION, write_small_h5ad
 from pertcast.config import Experiment, load_experiment, rung_overrides
 from pertcast.data.features import open_features
 from pertcast.data.sets import CellSets
@@ -33,7 +33,7 @@ from pertcast.train.batches import Place, SetStream, read_ahead
 from pertcast.train.precision import resolve_precision
 
 STEPS = 12
-EXPERIMENT = """
+EXPERIMENT = f"""
 [datasets]
 small = "small.h5ad"
 [training]
@@ -56,6 +56,7 @@ feedforward = 16
 steps = 12
 sets_per_step = 2
 learning_rate = 1e-3
+precision = "{PRECISION}"
 val_every = 4
 checkpoint_every = 3
 """
@@ -194,19 +195,24 @@ def test_the_learning_rate_falls_to_a_hundredth_where_asked(bench: Bench, tmp_pa
 
 
 def test_training_learns(bench: Bench, tmp_path: Path) -> None:
-    settings_ = ("train.steps=150", "train.val_every=10", "train.checkpoint_every=50", "model.dropout=0.0")
-    run = bench.train(tmp_path / "run", *settings_, "train.learning_rate=1e-2")
+    settings_ = ("train.steps=500", "train.val_every=50", "train.checkpoint_every=500", "model.dropout=0.0")
+    run = bench.train(tmp_path / "run", *settings_, "train.learning_rate=1e-2", "train.seed=5")
     losses = [entry["loss"] for entry in lines(run, "val")]
-    assert losses[-1] < 0.9 * losses[0]
-    # Each target loses its own gene in the data; the prediction must have learnt whose it is.
+    assert losses[-1] < 0.7 * losses[0]
+    # Each target loses its own gene in the data; the predictions must differ in just that, by far.
     store, model = Store.open(bench.store()), open_run(run).model()
     features = open_features(run / "features")
-    controls = store.log1p(store.rows(split=Split.VAL, pert=store.control_code)[:8])
+    controls = torch.from_numpy(store.log1p(store.rows(split=Split.VAL, pert=store.control_code)[:8]))[None]
+    targets = ("G1", "G2", "G3")
     with torch.no_grad():
-        for target in ("G1", "G2", "G3"):
-            predicted = model(torch.from_numpy(controls)[None], torch.from_numpy(features.of([target]))).log1p_BSG
-            effect = predicted.mean((0, 1)).numpy() - controls.mean(0)
-            assert store.genes[int(effect.argmin())] == target
+        mean_PG = torch.stack(
+            [model(controls, torch.from_numpy(features.of([target]))).log1p_BSG.mean((0, 1)) for target in targets]
+        )
+    beside_PG = (mean_PG - (mean_PG.sum(0) - mean_PG) / 2).numpy()
+    for target, beside_G in zip(targets, beside_PG, strict=True):
+        lowest, second = np.argsort(beside_G)[:2]
+        assert store.genes[int(lowest)] == target
+        assert beside_G[lowest] < beside_G[second] - 0.5
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 8, 11, 12])

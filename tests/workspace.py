@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from conftest import SMALL_GENES, write_small_h5ad
+from conftest import PRECISION, SMALL_GENES, write_small_h5ad
 
-EXPERIMENT = """
+EXPERIMENT = f"""
 [datasets]
 small = "data"
 
@@ -37,6 +37,7 @@ heads = 2
 steps = 12
 sets_per_step = 2
 learning_rate = 1e-3
+precision = "{PRECISION}"
 match = "context"
 val_every = 4
 checkpoint_every = 3

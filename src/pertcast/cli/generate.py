@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from cyclopts import App
@@ -44,8 +43,6 @@ def generate(
     store
         Where the store lies now, if it has moved since training; a run that was imported needs one.
     """
-    # read when torch is loaded: the network's threads wait a moment for each other, then leave the processor to others
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from pertcast.cli.console import console, say
     from pertcast.generate import generate as make
 

@@ -70,8 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    # torch reads it at its first tensor: large ones then lie in large pages, which cost a tenth of the time to get
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    _set_environment()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for category in (DeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)  # for developers of pertcast, whose tests turn them into errors
@@ -91,6 +90,16 @@ def _run(arguments: list[str]) -> int:
             return _fail(f"{where}{error.strerror}; free some space or give another --out, then try again", 1)
         raise
     return code if isinstance(code, int) else 0
+
+
+def _set_environment() -> None:
+    """Set what libraries read when they are loaded; what the user has set stays."""
+    # torch allocates large tensors in large pages, which takes a tenth of the time
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if "GOMP_SPINCOUNT" not in os.environ:
+        # a thread that waits sleeps; threads that spin take the processor from those that work, if anything else runs
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 
 def _fail(message: str, code: int) -> int:
