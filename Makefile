@@ -19,8 +19,9 @@ help:
 demo: $(BIN)/.run
 	$(BIN)/pertcast demo --out demo
 
+# TESTS=tests/test_train.py runs some of them
 test: $(BIN)/.dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q $(TESTS)
 
 check: $(BIN)/.dev
 	$(BIN)/ruff format --check .

@@ -15,12 +15,13 @@ from conftest import write_small_h5ad
 from pertcast.config import load_experiment
 from pertcast.data.store import Split, Store
 from pertcast.errors import ConfigError
-from pertcast.files.artefacts import hash_file
+from pertcast.files.artefacts import hash_file, read_manifest
 from pertcast.generate import Part, generate
 from pertcast.generate.cells import CellMaker
 from pertcast.run import Outcome, run_experiment
 from pertcast.submission.assemble import assemble
 from pertcast.submission.check import CheckReport, check
+from test_train import Watcher
 from workspace import Workspace, make_workspace
 
 RULES = {"num_genes": 20, "num_targets": 3, "max_cells": 120}
@@ -160,3 +161,22 @@ def test_centred_effects_leave_the_control_condition_as_it_is(workspace: Workspa
     assert {tuple(row) for row in null} <= real
     with pytest.raises(ConfigError, match="leave one of the two away"):
         load_experiment(workspace.experiment, ["generate.centred=true", "generate.calibrated=true"])
+
+
+@pytest.mark.parametrize(("scale", "chosen"), [("counts", "donors"), ("log1p", "sparse")])
+def test_cells_are_made_in_the_best_way_that_the_store_allows(tmp_path: Path, scale: str, chosen: str) -> None:
+    workspace = make_workspace(tmp_path / "w")
+    write_small_h5ad(workspace.data, scale=scale)
+    text = workspace.experiment.read_text()
+    assert 'cells = "model"\n' in text
+    workspace.experiment.write_text(text.replace('cells = "model"\n', ""))
+    watcher = Watcher()
+    outcome = run_experiment(workspace.experiment, workspace.out, overrides=["model.kind=mean"], progress=watcher)
+    assert any(note.startswith(f'generate.cells = "auto": {chosen}') for note in watcher.notes)
+    assert read_manifest(outcome.parts).config["generate"]["cells"] == chosen
+    part = next(outcome.parts.glob("*/G1.h5ad"))
+    assert read_manifest(part).config["cells"] == chosen
+    named = run_experiment(
+        workspace.experiment, tmp_path / "named", overrides=["model.kind=mean", f"generate.cells={chosen}"]
+    )
+    assert hash_file(named.prediction) == hash_file(outcome.prediction)

@@ -59,6 +59,8 @@ learning_rate = 1e-3
 precision = "{PRECISION}"
 val_every = 4
 checkpoint_every = 3
+[generate]
+cells = "model"
 """
 
 ALL_TERMS = (*rung_overrides("c4"), "loss.warmup_steps=5", "loss.rank_margin=0.5")

@@ -42,6 +42,9 @@ match = "context"
 val_every = 4
 checkpoint_every = 3
 
+[generate]
+cells = "model"
+
 [submission]
 genes = "genes.csv"
 targets = "targets.csv"

@@ -132,6 +132,7 @@ class GenerateConfig(Section):
     `scale` is that of the prediction: ``log1p``, or whole ``counts`` (of a store of raw counts). `cells` says how cells
     are made of what the model predicts (docs/cells.md says when to choose which):
 
+    - ``auto``: ``donors`` where the store has counts, else ``sparse``; what was chosen is printed and recorded.
     - ``model``: the predicted cells as they are; in counts, rounded at random.
     - ``donors``: real control cells, each gene thinned or added to until the pseudobulk is the predicted one.
     - ``negative_binomial``: counts drawn around the predicted pseudobulk, with the controls' dispersion and depth.
@@ -151,13 +152,19 @@ class GenerateConfig(Section):
 
     seed: int = 0
     scale: Literal["log1p", "counts"] = "log1p"
-    cells: Literal["model", "donors", "negative_binomial", "nb_head", "shift", "sparse"] = "model"
+    cells: Literal["auto", "donors", "negative_binomial", "nb_head", "shift", "sparse", "model"] = "auto"
     spread: Weight = 1.0
     calibrated: bool = False
     centred: bool = False
     controls_from: Literal["train", "all"] = "train"
     other_genes: Literal["error", "control"] = "error"
     sets_per_step: PositiveInt = 8
+
+    def resolve(self, store_scale: Literal["counts", "log1p"]) -> GenerateConfig:
+        """Return the section with the way to make cells that a store of this scale allows in place of ``auto``."""
+        if self.cells != "auto":
+            return self
+        return self.model_copy(update={"cells": "donors" if store_scale == "counts" else "sparse"})
 
     @property
     def reads_counts(self) -> bool:

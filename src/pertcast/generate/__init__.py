@@ -44,6 +44,8 @@ __all__ = ["Part", "Plan", "generate", "generate_share", "plan_parts"]
 
 logger = logging.getLogger(__name__)
 
+_HAS = {"counts": "counts", "log1p": "log1p values and no counts"}
+
 
 def generate(
     run_path: Path,
@@ -94,6 +96,10 @@ def generate(
     asked = experiment or trained
     experiment = trained.model_copy(update={"generate": asked.generate, "submission": asked.submission})
     store = _open_store(run, run_path, store_path)
+    chosen = experiment.generate.resolve(store.scale)
+    if chosen != experiment.generate:
+        progress.note(f'generate.cells = "auto": {chosen.cells}, since the store has {_HAS[store.scale]}')
+        experiment = experiment.model_copy(update={"generate": chosen})
     if is_imported(run):
         run = bind(run, store)
     plan = plan_parts(store, experiment)
