@@ -17,7 +17,7 @@ from pertcast.data.features import FeatureStore, load_features
 from pertcast.data.features.labels import genes_of
 from pertcast.data.split import CodedCells
 from pertcast.data.writer import total_of_log1p
-from pertcast.errors import DataError, Problem, Problems
+from pertcast.errors import ConfigError, DataError, Problem, Problems
 from pertcast.files.expression import Scale, ScaleEvidence, common_scale, log1p_totals
 from pertcast.files.h5ad import open_h5ad
 from pertcast.files.season_lists import read_targets
@@ -72,10 +72,11 @@ def preflight(
             targets = read_targets(experiment.submission.targets, experiment.submission.resolve()).targets
             if cells is not None:
                 plan_parts(cells, experiment)
-        if scale == "log1p" and experiment.generate.reads_counts and store is None:
-            message = "they need control cells in counts, and the data are log1p values"
-            place = f"[generate] scale = {experiment.generate.scale!r}, cells = {experiment.generate.cells!r}"
-            problems.found.append(Problem(place, message, "give raw counts, or choose others"))
+        with problems.collect():
+            if scale == "log1p" and experiment.generate.reads_counts and store is None:
+                place = f"[generate] scale = {experiment.generate.scale!r}, cells = {experiment.generate.cells!r}"
+                message = "they need control cells in counts, and the data are log1p values"
+                raise ConfigError(problems=[Problem(place, message, "give raw counts, or choose others")])
     if cells is not None:
         with problems.collect():
             _check_features(experiment, cells, targets)

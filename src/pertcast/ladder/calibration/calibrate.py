@@ -96,7 +96,9 @@ def calibrate(
             "train a run with `pertcast train` to calibrate it"
         )
     experiment = rebuild_experiment(run.experiment, overrides, place=run_path / "run.json")
-    experiment = experiment.model_copy(update={"generate": experiment.generate.resolve(run.scale)})
+    experiment = experiment.model_copy(
+        update={"generate": experiment.generate.resolve("counts" if run.scale == "counts" else "log1p")}
+    )
     if experiment.generate.cells == "nb_head":
         raise ConfigError(
             '[generate] cells: "nb_head" draws cells from the counts head, whose effects are not scaled; calibrate '
