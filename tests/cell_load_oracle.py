@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import anndata as ad
-from cell_load.data_modules import PerturbationDataModule  # type: ignore[import-not-found]
 
 
 def splits_of(path: Path) -> dict[str, list[str]]:
     """Return the cells of each split; those of a pattern are found from the file's own folder."""
+    from cell_load.data_modules import PerturbationDataModule  # type: ignore[import-not-found]
+
     os.chdir(path.parent)
     module = PerturbationDataModule(
         toml_config_path=str(path),

@@ -59,7 +59,7 @@ def run_experiment(path: Path, out: Path, *, overrides: Sequence[str] = (), prog
             "a whole run starts its own processes (train.devices); under torchrun or srun give the stages one by one: "
             "`pertcast prepare`, then `pertcast train` and `pertcast generate` on all devices, then the others"
         )
-    experiment = load_experiment(path, overrides)
+    experiment = load_experiment(path, overrides, command="run")
     submission = experiment.submission
     if submission.genes is None or submission.targets is None:
         files = {"genes": "gene_names.csv", "targets": "pert_counts_Validation.csv"}

@@ -58,7 +58,7 @@ def adapt(
     from pertcast.train.line import adapted_experiment
 
     overrides = [*(set_ or ()), *([f"adapt.learn={learn!r}"] if learn is not None else [])]
-    resolved, console = adapted_experiment(run, load_experiment(experiment, overrides)), Console()
+    resolved, console = adapted_experiment(run, load_experiment(experiment, overrides, command="adapt")), Console()
     if store is None:
         store = prepare(resolved, out.with_name(f"{out.name}_store"), progress=console)
     print(fit(run, resolved, store, out, progress=console))

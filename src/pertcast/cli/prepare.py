@@ -35,4 +35,4 @@ def prepare(experiment: Path, /, *, out: Path, set_: SetOption = None) -> None:
     from pertcast.config import load_experiment
     from pertcast.data.store import prepare as build
 
-    print(build(load_experiment(experiment, set_ or ()), out, progress=Console()))
+    print(build(load_experiment(experiment, set_ or (), command="prepare"), out, progress=Console()))

@@ -59,7 +59,7 @@ def train(
     asked = {"train.devices": devices, "train.num_nodes": num_nodes}
     options = [f"{key}={value}" for key, value in asked.items() if value is not None]
     overrides = (*rung_overrides(rung), *model_overrides(model), *options, *(set_ or ()))
-    resolved, progress = load_experiment(experiment, overrides), console()
+    resolved, progress = load_experiment(experiment, overrides, command="train"), console()
     if store is None:
         if launched() is not None:
             raise ConfigError(

@@ -12,9 +12,11 @@ from pertcast.config.sections import (
     PrepareConfig,
     SubmissionConfig,
 )
+from pertcast.config.uses import STORE_KEYS, differences, value_at
 
 __all__ = [
     "RUNGS",
+    "STORE_KEYS",
     "AdaptConfig",
     "ColumnsConfig",
     "Experiment",
@@ -26,10 +28,12 @@ __all__ = [
     "PrepareConfig",
     "SubmissionConfig",
     "TrainConfig",
+    "differences",
     "load_experiment",
     "model_overrides",
     "rebuild_experiment",
     "rung_of",
     "rung_overrides",
     "upgrade",
+    "value_at",
 ]

@@ -16,16 +16,21 @@ from pydantic_core import ErrorDetails
 
 from pertcast.config.learning import RESIDUAL_OF_SWITCH
 from pertcast.config.sections import Experiment, FewshotConfig
+from pertcast.config.uses import unused_problem, uses, value_at
 from pertcast.errors import ConfigError, Problem
 
 __all__ = ["load_experiment", "rebuild_experiment", "upgrade"]
 
 
+def _split_key(key: str) -> list[str]:
+    """Return the parts of ``a.b``; a name with a dot in it is quoted, as in TOML: fewshot."h1.k562".val."""
+    return [part.strip().strip("\"'") for part in re.findall(r"\"[^\"]*\"|'[^']*'|[^.\"']+|(?<=\.)(?=\.|$)", key)]
+
+
 def _set_key(tree: dict[str, Any], assignment: str) -> Problem | None:
     """Apply one ``a.b=value``; the value is TOML, or a plain string where it is not."""
     key, equals, text = assignment.partition("=")
-    # a name with a dot in it is quoted, as in TOML: fewshot."h1.k562".val=["TP53"]
-    parts = [part.strip().strip("\"'") for part in re.findall(r"\"[^\"]*\"|'[^']*'|[^.\"']+|(?<=\.)(?=\.|$)", key)]
+    parts = _split_key(key)
     if not equals or not parts or not all(parts):
         return Problem(f"--set {assignment}", "expected section.key=value", "for example --set train.steps=100")
     try:
@@ -108,8 +113,10 @@ def _as_problem(place: str, location: Sequence[str | int], errors: Sequence[Erro
     return Problem(place, f"{message}, got {first['input']!r}", "mend the value")
 
 
-def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+def load_experiment(path: Path, overrides: Sequence[str] = (), *, command: str | None = None) -> Experiment:
     """Read an experiment file, apply ``a.b=value`` overrides, and return it resolved.
+
+    Overrides that a command does not use are refused, where it is named.
 
     Raises
     ------
@@ -128,10 +135,12 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}; mend the file there") from None
-    return _resolve(tree, overrides, path=path, text=text)
+    return _resolve(tree, overrides, path=path, text=text, command=command)
 
 
-def rebuild_experiment(tree: Mapping[str, Any], overrides: Sequence[str] = (), *, place: Path) -> Experiment:
+def rebuild_experiment(
+    tree: Mapping[str, Any], overrides: Sequence[str] = (), *, place: Path, command: str | None = None
+) -> Experiment:
     """Return the experiment that an artefact stores as JSON, with ``a.b=value`` overrides; `place` is named in errors.
 
     Raises
@@ -139,7 +148,7 @@ def rebuild_experiment(tree: Mapping[str, Any], overrides: Sequence[str] = (), *
     ConfigError
         As :func:`load_experiment`; a file that has moved since is named with its section and key.
     """
-    return _resolve(copy.deepcopy(upgrade(tree)), overrides, path=place, text="")
+    return _resolve(copy.deepcopy(upgrade(tree)), overrides, path=place, text="", command=command)
 
 
 def upgrade(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,8 +164,14 @@ def upgrade(tree: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _resolve(tree: dict[str, Any], overrides: Sequence[str], *, path: Path, text: str) -> Experiment:
+def _resolve(
+    tree: dict[str, Any], overrides: Sequence[str], *, path: Path, text: str, command: str | None
+) -> Experiment:
     problems = [problem for problem in (_set_key(tree, item) for item in overrides) if problem]
+    if command is not None:
+        kind = str(value_at(tree, "model.kind") or "state")
+        keys = [".".join(_split_key(item.partition("=")[0])) for item in overrides]
+        problems += [unused_problem(command, key, kind=kind) for key in keys if not uses(command, key, kind=kind)]
     try:
         as_json = json.dumps(tree, default=str)
         experiment = Experiment.model_validate_json(as_json, context={"base": path.resolve().parent})

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pertcast.config import Experiment
+from pertcast.config import STORE_KEYS, Experiment, differences, value_at
 from pertcast.data.experiment import CellTable, read_cells
 from pertcast.data.genes import GeneMap, map_genes
 from pertcast.data.split import CodedCells, Split, assign_split
@@ -31,17 +31,50 @@ from pertcast.files.lock import claimed
 from pertcast.files.season_lists import read_gene_list
 from pertcast.progress import SILENT, Progress
 
-__all__ = ["Survey", "prepare", "survey"]
-
-_OURS = ("datasets", "training", "zeroshot", "fewshot", "columns", "prepare")
+__all__ = ["Survey", "prepare", "require_same_store", "store_identity", "survey"]
 
 
-def _concerns(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a resolved experiment a store depends on."""
-    kept = {section: config.get(section) for section in _OURS}
-    reads = str(config["model"]["input"])
-    submission = {key: config["submission"][key] for key in ("genes", "season", "rules")}
-    return {**kept, **submission, "input": reads if reads.startswith("obsm:") else None}
+def store_identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a resolved experiment a store depends on, by key."""
+    reads = str(value_at(config, "model.input"))
+    return {
+        **{key: value_at(config, key) for key in STORE_KEYS},
+        "model.input": reads if reads.startswith("obsm:") else None,
+    }
+
+
+def require_same_store(store: CodedCells, experiment: Experiment, made_with: Mapping[str, Any]) -> None:
+    """Refuse a store that was made with other settings than the experiment has now.
+
+    Files are compared by name: a store may be used where the data are in another folder, or not at all.
+
+    Raises
+    ------
+    CheckpointError
+        With every key that differs, and both values.
+    """
+    before, now = (_by_name(store_identity(config)) for config in (made_with, experiment.as_json()))
+    problems = differences(before, now, list(STORE_KEYS), what="the store was made")
+    if problems:
+        raise CheckpointError(
+            f"{store.path} was made with other settings; run `pertcast prepare` with this experiment, "
+            "or change the experiment back",
+            problems=problems,
+        )
+
+
+def _by_name(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity as a tree, with the names of files in place of their paths."""
+    tree = {key: value for key, value in identity.items() if "." not in key}
+    tree["datasets"] = {name: Path(pattern).name for name, pattern in tree["datasets"].items()}
+    genes = identity["submission.genes"]
+    tree["submission"] = {
+        "genes": None if genes is None else Path(genes).name,
+        "season": identity["submission.season"],
+        "rules": identity["submission.rules"],
+    }
+    tree["model"] = {"input": identity["model.input"]}
+    return tree
 
 
 def prepare(experiment: Experiment, out: Path, *, progress: Progress = SILENT) -> Path:
@@ -180,7 +213,8 @@ def _is_current(experiment: Experiment, out: Path, inputs: Mapping[str, str]) ->
         problem = Problem(str(out), f"it is a {manifest.kind}, not a store", "give another --out, or remove it first")
         raise DataError(problems=[problem])
     whole = all((out / name).is_file() for name in manifest.files)
-    return whole and manifest.inputs == inputs and _concerns(manifest.config) == _concerns(experiment.as_json())
+    same = store_identity(manifest.config) == store_identity(experiment.as_json())
+    return whole and manifest.inputs == inputs and same
 
 
 def _gene_maps(experiment: Experiment, cells: CellTable) -> tuple[tuple[str, ...], list[GeneMap], list[str]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pertcast.config import Experiment, GenerateConfig, rebuild_experiment
+from pertcast.config import Experiment, GenerateConfig, differences, rebuild_experiment
 from pertcast.data.features import PertFeatures, load_features, open_features
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, DataError
@@ -92,7 +92,9 @@ def generate(
         run_processes("pertcast.generate:generate_share", job, num=devices, progress=progress)
         return out
     run = open_run(run_path)
-    trained = rebuild_experiment(run.experiment, overrides, place=run_path / "run.json")
+    trained = rebuild_experiment(run.experiment, overrides, place=run_path / "run.json", command="generate")
+    if experiment is not None and not is_imported(run):
+        _require_same_training(run, experiment)
     asked = experiment or trained
     experiment = trained.model_copy(update={"generate": asked.generate, "submission": asked.submission})
     store = _open_store(run, run_path, store_path)
@@ -165,6 +167,28 @@ def _make_parts(
     with progress.task("generate", total, "cells", done=done) as advance:
         maker.make(out, todo, done=lambda part: advance(part.num_cells, detail=part.target))
         wait_for_others(out, others, maker, advance)
+
+
+def _require_same_training(run: Run, experiment: Experiment) -> None:
+    """Refuse an experiment whose data, model or loss are not those that the run was trained with."""
+    keys = [
+        "training",
+        "zeroshot",
+        "fewshot",
+        "columns",
+        "prepare",
+        "model",
+        "loss",
+        "features.kind",
+        "features.combine",
+    ]
+    recorded = rebuild_experiment(run.experiment, place=run.path / "run.json").as_json()
+    problems = differences(recorded, experiment.as_json(), keys, what="the run was trained")
+    if problems:
+        raise CheckpointError(
+            f"{run.path} was trained with other settings; train again with this experiment, or change it back",
+            problems=problems,
+        )
 
 
 def _open_store(run: Run, run_path: Path, store_path: Path | None) -> Store:

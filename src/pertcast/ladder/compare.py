@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pertcast.config import Experiment, load_experiment, model_overrides, rung_overrides
+from pertcast.data.build import store_identity
 from pertcast.data.store import Store, prepare
 from pertcast.errors import ConfigError, Problem, Problems
 from pertcast.files.artefacts import write_json
@@ -31,8 +32,6 @@ from pertcast.progress import SILENT, Progress
 from pertcast.seasons import Season, season
 
 __all__ = ["Candidate", "candidates_of", "compare"]
-
-_CONCERN_STORE = ("datasets", "training", "zeroshot", "fewshot", "columns", "prepare")
 
 
 class Candidate(NamedTuple):
@@ -114,7 +113,10 @@ def compare(
         rules = season("vcc2025")
         trials: list[Trial] = []
         held: dict[_Kind, list[_Fold]] = {}
-        experiments = [load_experiment(candidate.path, (*candidate.overrides, *overrides)) for candidate in candidates]
+        experiments = [
+            load_experiment(candidate.path, (*candidate.overrides, *overrides), command="compare")
+            for candidate in candidates
+        ]
         problems = Problems()
         for experiment in {_what_preflight_reads(each): each for each in experiments}.values():
             # the submission is not made: each trial asks for the held-out targets
@@ -148,12 +150,8 @@ def _folds(
     experiment: Experiment, out: Path, *, folds: int, rules: Season, known: dict[_Kind, list[_Fold]], progress: Progress
 ) -> list[_Fold]:
     """Prepare the store and the truth of each fold of an experiment, once for all that share them."""
-    tree = experiment.as_json()
-    concern = {name: tree[name] for name in _CONCERN_STORE}
-    reads = str(tree["model"]["input"])
-    source = reads if reads.startswith("obsm:") else None
     controls = experiment.generate.controls_from
-    digest = digest_of(concern, tree["submission"]["genes"], tree["submission"]["rules"], source, controls, folds)
+    digest = digest_of(store_identity(experiment.as_json()), controls, folds)
     scale = experiment.generate.scale
     if (digest, scale) in known:
         return known[digest, scale]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pertcast.config import Experiment
+from pertcast.data.build import require_same_store
 from pertcast.data.features import PertFeatures
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError
@@ -38,7 +39,7 @@ from pertcast.train.loop import Loop, make_optimizer
 from pertcast.train.offset import fit_offset
 from pertcast.train.precision import resolve_precision
 from pertcast.train.rates import control_rates
-from pertcast.train.resume import MetricsLog, Position, load_newest, restore
+from pertcast.train.resume import MetricsLog, Position, load_newest, restore, training_identity
 from pertcast.train.stage import METRICS, begin_run, is_finished, require_losses, require_same_run
 from pertcast.train.terms import needs_truth
 from pertcast.train.truth import learn_truth
@@ -95,6 +96,7 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
             "cells, too, or adapt a network that stands on one (model.base)"
         )
     require_losses(experiment)
+    require_same_store(store, experiment, store.config)
     require_fitting(run, store)
     identity = _identity(run_path, experiment, store)
     require_same_run(out, identity)
@@ -211,14 +213,11 @@ def _fit(network: StateTransition, experiment: Experiment, reader: SetReader, ef
 
 def _identity(run_path: Path, experiment: Experiment, store: Store) -> dict[str, Any]:
     """Return what an adaptation must keep to go on."""
-    config = experiment.as_json()
-    free = {"steps", "checkpoint_every", "loggers"}
     return {
         "adapts": hash_file(run_path / WEIGHTS),
         "learn": experiment.adapt.learn,
         "store": store.fingerprint,
-        "loss": config["loss"],
-        "train": {key: value for key, value in config["train"].items() if key not in free},
+        **training_identity(experiment),
     }
 
 

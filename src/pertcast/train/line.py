@@ -50,7 +50,9 @@ def adapted_experiment(run_path: Path, experiment: Experiment) -> Experiment:
         raise CheckpointError(
             f"{run_path}: it was imported and has no training store; train a run with `pertcast train`, and adapt that"
         )
-    trained = rebuild_experiment(run.experiment, place=run_path / "run.json")
+    path = experiment.features.path
+    moved = [] if path is None else [f"features.path={str(path)!r}"]
+    trained = rebuild_experiment(run.experiment, moved, place=run_path / "run.json")
     given = experiment.model_fields_set
     _require_same_model(run_path, experiment, trained)
     if "train" in given and experiment.train.strategy == "fsdp":

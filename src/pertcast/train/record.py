@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pertcast.config import Experiment
+from pertcast.config import STORE_KEYS, Experiment
 from pertcast.data.features import PertFeatures
 from pertcast.data.store import Store
 from pertcast.models.baselines import BaselineSpec
@@ -50,7 +50,8 @@ def run_of(
     return Run(
         path=out,
         spec=spec,
-        experiment=experiment.as_json(),
+        # as the store was made: its files may be elsewhere by now
+        experiment={**experiment.as_json(), **{key: store.config[key] for key in STORE_KEYS if "." not in key}},
         genes=store.genes,
         output_genes=output_genes,
         hvg=store.hvg,

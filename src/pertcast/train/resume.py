@@ -44,6 +44,7 @@ __all__ = [
     "optimizer_tensors",
     "restore",
     "save_state",
+    "training_identity",
     "with_defaults",
 ]
 
@@ -204,14 +205,20 @@ def identity_of(experiment: Experiment, store_fingerprint: str) -> dict[str, Any
     features = {key: value for key, value in config["features"].items() if key != "path"}
     if experiment.features.path is not None:
         features["file"] = hash_file(experiment.features.path)
-    train = {key: value for key, value in config["train"].items() if key not in _FREE_KEYS}
     return {
         "store": store_fingerprint,
         "features": features,
         "model": config["model"],
-        "loss": config["loss"],
-        "train": {**train, "unknown_batch": train["unknown_batch"] if experiment.model.batch_embedding else 0.0},
+        **training_identity(experiment),
     }
+
+
+def training_identity(experiment: Experiment) -> dict[str, Any]:
+    """Return what of [loss] and [train] decides the weights after a step."""
+    config = experiment.as_json()
+    train = {key: value for key, value in config["train"].items() if key not in _FREE_KEYS}
+    unknown_batch = train["unknown_batch"] if experiment.model.batch_embedding else 0.0
+    return {"loss": config["loss"], "train": {**train, "unknown_batch": unknown_batch}}
 
 
 def with_defaults(begun: Mapping[str, Any]) -> dict[str, Any]:

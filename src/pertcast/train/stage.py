@@ -11,6 +11,7 @@ import torch
 from lightning_fabric import Fabric
 
 from pertcast.config import Experiment, rebuild_experiment
+from pertcast.data.build import require_same_store
 from pertcast.data.features import PertFeatures, save_features
 from pertcast.data.labels import de_labels
 from pertcast.data.store import Store
@@ -98,7 +99,9 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
         # one process is enough, whatever was asked for
         if is_first_process():
             with claimed(out):
-                train_baseline(experiment, Store.open(store_path), out, progress=progress)
+                store = Store.open(store_path)
+                require_same_store(store, experiment, store.config)
+                train_baseline(experiment, store, out, progress=progress)
         return out
     experiment, precision_notes = resolve_precision(experiment, out)
     for note in precision_notes if is_first_process() else ():
@@ -121,6 +124,7 @@ def train_share(job: Mapping[str, Any], progress: Progress) -> None:
 
 def _train(experiment: Experiment, store_path: Path, out: Path, progress: Progress) -> Path:
     store = Store.open(store_path)
+    require_same_store(store, experiment, store.config)
     require_losses(experiment)
     identity = identity_of(experiment, store.fingerprint)
     require_same_run(out, identity)

@@ -81,17 +81,22 @@ def loss_terms(
     real_BSG = batch.real_BSO if batch.genes_BSG is None else batch.genes_BSG
     if config.mae:
         terms["mae"] = pseudobulk_mae(prediction.log1p_BSG, real_BSG)
-        if config.mae_of == "effect" and known is not None:
+        if config.mae_of == "effect":
+            known = _needed(known, "mae")
             # held-out perturbations and control cells have no training effect, and are compared set by set
             of_effect_B = (_effects(prediction, known) - known.effect_BG).abs().mean(-1)
             terms["mae"] = torch.where(known.has_effect_B, of_effect_B, terms["mae"])
-    if config.de and known is not None and known.labels_BG is not None:
-        terms["de"] = _de_term(prediction, known, config, positive_weight)
-    if config.nb and known is not None and known.log_rate_BG is not None:
-        if prediction.counts is None or batch.depth_BS is None:
-            raise ValueError("the term nb needs a network with a counts head, and cells of a store of counts")
-        terms["nb"] = _counts_loss(prediction.counts, real_BSG, batch, known.log_rate_BG)
-    if config.rank and known is not None and others is not None:
+    if config.de:
+        terms["de"] = _de_term(prediction, _needed(known, "de"), config, positive_weight)
+    if config.nb:
+        rate_BG = _needed(known, "nb").log_rate_BG
+        if prediction.counts is None or batch.depth_BS is None or rate_BG is None:
+            raise ValueError("the term nb needs a network with a counts head, control rates and a store of counts")
+        terms["nb"] = _counts_loss(prediction.counts, real_BSG, batch, rate_BG)
+    if config.rank:
+        known = _needed(known, "rank")
+        if others is None:
+            raise ValueError("the term rank needs effects of other perturbations")
         set_effect_BG = real_BSG.float().mean(1) - known.control_mean_BG
         if known.measured_BG is not None:
             set_effect_BG = set_effect_BG * known.measured_BG
@@ -99,6 +104,13 @@ def loss_terms(
         real_BG = torch.where(known.has_effect_B[:, None], known.effect_BG, set_effect_BG)
         terms["rank"] = _rank(_effects(prediction, known), real_BG, batch, config, known, others, gather)
     return terms
+
+
+def _needed(known: Known | None, term: str) -> Known:
+    """Return what is known of the sets, which a term that was asked for cannot do without."""
+    if known is None:
+        raise ValueError(f"the term {term} needs what the training split says of the sets")
+    return known
 
 
 def _without(prediction: Prediction, measured_BG: Tensor) -> Prediction:
@@ -127,9 +139,8 @@ def _effects(prediction: Prediction, known: Known) -> Tensor:
 
 def _de_term(prediction: Prediction, known: Known, config: LossConfig, positive_weight: float) -> Tensor:
     """Return the DE head's loss; a set without a training effect has no labels, and 0."""
-    assert known.labels_BG is not None
-    assert known.valid_BG is not None
-    assert known.threshold_BG is not None
+    if known.labels_BG is None or known.valid_BG is None or known.threshold_BG is None:
+        raise ValueError("the term de needs DE labels")
     direction_BG = known.effect_BG.sign() * known.labels_BG
     if config.de_head == "order":
         return order_loss(_effects(prediction, known), direction_BG, _SCALE * known.threshold_BG.mean(-1))

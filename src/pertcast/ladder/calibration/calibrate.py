@@ -95,7 +95,7 @@ def calibrate(
             f"{run_path}: it was imported, and nothing says which targets it was trained without; "
             "train a run with `pertcast train` to calibrate it"
         )
-    experiment = rebuild_experiment(run.experiment, overrides, place=run_path / "run.json")
+    experiment = rebuild_experiment(run.experiment, overrides, place=run_path / "run.json", command="calibrate")
     experiment = experiment.model_copy(
         update={"generate": experiment.generate.resolve("counts" if run.scale == "counts" else "log1p")}
     )
