@@ -125,7 +125,7 @@ def workspace(tmp_path: Path) -> Workspace:
     return workspace
 
 
-OVERRIDES = ("submission.rules.num_targets=1",)
+OVERRIDES = ("submission.rules.num_targets=1", "generate.cells=model")
 
 
 def test_an_imported_run_reads_and_writes_genes_and_batches_by_name(workspace: Workspace) -> None:

@@ -137,7 +137,7 @@ def test_predicted_cells_are_let_go_of_before_the_next_are_waited_for(
 def test_counts_need_a_store_of_counts(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path / "w")
     write_small_h5ad(workspace.data, scale="log1p")
-    with pytest.raises(ConfigError, match="prepare it from raw counts"):
+    with pytest.raises(ConfigError, match="give raw counts, or choose others"):
         run_experiment(workspace.experiment, workspace.out, overrides=["train.steps=2", "generate.scale=counts"])
 
 

@@ -109,7 +109,7 @@ def test_the_bundle_says_which_contexts_are_due(experiment: Path, outcome: Outco
     before = manifest.read_text()
     manifest.write_text('{"contexts": ["D", "E", "F"]}')
     try:
-        with pytest.raises(DataError, match=r"contexts D, E, F; the store has 'A'.*columns.of"):
+        with pytest.raises(DataError, match=r"contexts D, E, F; there are 'A'.*columns.of"):
             generate(outcome.run, tmp_path / "parts")
     finally:
         manifest.write_text(before)

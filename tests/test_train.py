@@ -394,7 +394,7 @@ def test_an_embedding_trains_with_a_decoder(bench: Bench, tmp_path: Path) -> Non
     assert (spec.input_dim, spec.output_dim, spec.num_genes, spec.output_space) == (5, 5, 20, "latent")
     only = bench.train(tmp_path / "only", "loss.energy=0", "loss.decoder=2", store=store)
     assert lines(only)[0]["loss"] == pytest.approx(2 * lines(only)[0]["decoder"])
-    with pytest.raises(ConfigError, match="'X_small'"):
+    with pytest.raises(CheckpointError, match=r"model\.input.*'obsm:X_small'"):
         train(bench.experiment(*store), bench.store(), tmp_path / "none")
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from cyclopts import App
 
+from pertcast.cli.options import ForceOption
+
 __all__ = ["assemble", "command"]
 
 
@@ -13,7 +15,7 @@ command = App(name="assemble")
 
 
 @command.default
-def assemble(parts: Path, /, *, out: Path) -> None:
+def assemble(parts: Path, /, *, out: Path, force: ForceOption = False) -> None:
     """Join the parts and the control cells into one h5ad: the exact genes, float32, one scale.
 
     Example: `pertcast assemble parts --out prediction.h5ad`
@@ -28,4 +30,4 @@ def assemble(parts: Path, /, *, out: Path) -> None:
     from pertcast.cli.console import Console
     from pertcast.submission.assemble import assemble as join
 
-    print(join(parts, out, progress=Console()))
+    print(join(parts, out, force=force, progress=Console()))

@@ -57,12 +57,14 @@ def check(
     report = examine(file, season=season, genes=genes, targets=targets, rules=parse_rules(set_), progress=Console())
     found = None
     if against is not None and report.facts.get("cells"):
-        from pertcast.files.artefacts import write_json
+        from pertcast.files.artefacts import require_replaceable, write_json
         from pertcast.submission.realism import realism
 
         labels = {column: str(label) for column, label in parse_rules(where, option="--where").items()}
         found = realism(file, against, season=season, rules=parse_rules(set_), where=labels or None, progress=Console())
-        write_json(file.with_name("realism.json"), found.as_json())
+        kept = file.with_name("realism.json")
+        require_replaceable(kept, force=False)
+        write_json(kept, {"made_by": "pertcast", **found.as_json()})
     if json_:
         print(json.dumps(report.as_json() | ({"realism": found.as_json()} if found else {}), indent=1))
         return 0 if report.ok else 1

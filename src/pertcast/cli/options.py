@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 __all__ = [
     "DevicesOption",
+    "ForceOption",
     "GenesOption",
     "ModelOption",
     "NodesOption",
@@ -53,6 +54,9 @@ ModelOption = Annotated[
         help="What learns: state (the network), or a baseline: control (no effect), mean (the mean effect), ridge, "
         "kernel_ridge, knn (on features). Short for --set model.kind=...; --set goes on top.",
     ),
+]
+ForceOption = Annotated[
+    bool, Parameter(name="--force", negative="", help="Replace a file at --out that pertcast did not write.")
 ]
 RulesOption = Annotated[
     list[str] | None,

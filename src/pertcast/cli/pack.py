@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from pertcast.cli.options import GenesOption, RulesOption, SeasonOption, TargetsOption, parse_rules
+from pertcast.cli.options import ForceOption, GenesOption, RulesOption, SeasonOption, TargetsOption, parse_rules
 
 __all__ = ["command", "pack"]
 
@@ -25,6 +25,7 @@ def pack(
     genes: GenesOption,
     targets: TargetsOption = None,
     set_: RulesOption = None,
+    force: ForceOption = False,
     level: int = 3,
     cross_check: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
@@ -55,7 +56,17 @@ def pack(
     in_force = resolve_season(season, rules)
     if cross_check:
         find_packer(in_force)
-    archive = write(file, out, season=season, genes=genes, targets=targets, rules=rules, level=level, progress=console)
+    archive = write(
+        file,
+        out,
+        season=season,
+        genes=genes,
+        targets=targets,
+        rules=rules,
+        force=force,
+        level=level,
+        progress=console,
+    )
     if cross_check:
         found = compare(file, archive, season=in_force, genes=genes, targets=targets, progress=console)
         equal = "the same values" if not found.largest_difference else f"values within {found.largest_difference:.1e}"

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from pertcast.cli.options import ForceOption
+
 __all__ = ["command", "report"]
 
 command = App(name="report")
@@ -20,6 +22,7 @@ def report(
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     truth: Annotated[Path | None, Parameter(name="--truth")] = None,
     ladder: Annotated[Path | None, Parameter(name="--ladder")] = None,
+    force: ForceOption = False,
 ) -> None:
     """Write one self-contained HTML page about a run; it opens offline.
 
@@ -42,4 +45,4 @@ def report(
     from pertcast.cli.console import Console
     from pertcast.ladder.report import write_report
 
-    print(write_report(run, out, truth=truth, ladder=ladder, progress=Console()))
+    print(write_report(run, out, truth=truth, ladder=ladder, force=force, progress=Console()))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from pertcast.cli.options import GenesOption, RulesOption, SeasonOption, parse_rules
+from pertcast.cli.options import ForceOption, GenesOption, RulesOption, SeasonOption, parse_rules
 
 __all__ = ["command", "sample"]
 
@@ -23,6 +23,7 @@ def sample(
     genes: GenesOption,
     targets: Annotated[Path, Parameter(name="--targets", help="The season's target list, pert_counts.csv.")],
     set_: RulesOption = None,
+    force: ForceOption = False,
     seed: int = 0,
     counts_per_cell: int = 500,
 ) -> None:
@@ -43,5 +44,16 @@ def sample(
     from pertcast.submission.sample import sample as write
 
     rules, console = parse_rules(set_), Console()
-    lists = {"genes": genes, "targets": targets}
-    print(write(out, season=season, **lists, rules=rules, seed=seed, counts_per_cell=counts_per_cell, progress=console))
+    print(
+        write(
+            out,
+            season=season,
+            genes=genes,
+            targets=targets,
+            rules=rules,
+            force=force,
+            seed=seed,
+            counts_per_cell=counts_per_cell,
+            progress=console,
+        )
+    )

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from pertcast.cli.options import ForceOption
+
 __all__ = ["command", "unpack"]
 
 
@@ -14,7 +16,7 @@ command = App(name="unpack")
 
 
 @command.default
-def unpack(file: Path, /, *, out: Annotated[Path, Parameter(name=["--out", "-o"])]) -> None:
+def unpack(file: Path, /, *, out: Annotated[Path, Parameter(name=["--out", "-o"])], force: ForceOption = False) -> None:
     """Take the h5ad out of an archive.
 
     Example: `pertcast unpack prediction.vcc -o prediction.h5ad`
@@ -29,4 +31,4 @@ def unpack(file: Path, /, *, out: Annotated[Path, Parameter(name=["--out", "-o"]
     from pertcast.cli.console import Console
     from pertcast.submission.pack import unpack as take_out
 
-    print(take_out(file, out, progress=Console()))
+    print(take_out(file, out, force=force, progress=Console()))

@@ -24,6 +24,7 @@ from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.cpus import available_cpus
 
 __all__ = [
+    "GENERATOR",
     "MANIFEST",
     "Manifest",
     "any_content",
@@ -35,6 +36,7 @@ __all__ = [
     "read_json",
     "read_manifest",
     "remove_leftovers",
+    "require_replaceable",
     "timestamp",
     "verify_artefact",
     "write_json",
@@ -44,6 +46,10 @@ __all__ = [
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial-"
 _MOST_AT_ONCE = 8
+_HEAD_BYTES = 4096
+GENERATOR = '<meta name="generator" content="pertcast">'
+"""What tells a page of ours."""
+_MADE_BY = '"made_by": "pertcast"'
 _PACKAGES = ("pertcast", "numpy", "scipy", "anndata", "h5py", "torch")
 
 
@@ -187,6 +193,44 @@ def atomic_dir(destination: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_replaceable(path: Path, *, force: bool, interrupted: bool = False) -> None:
+    """Refuse to replace a file that pertcast did not write, or that somebody has changed since.
+
+    A file is ours if the manifest beside it has its hash, or if it says so itself (a report, a JSON of pertcast).
+
+    Parameters
+    ----------
+    path
+        The file that will be written.
+    force
+        Whether the user asked for it to be replaced, whatever it is.
+    interrupted
+        Whether a dead run was writing it: manifest and file may then be of two runs.
+
+    Raises
+    ------
+    DataError
+        If it is a folder, or a file that is not ours.
+    """
+    if path.is_dir():
+        raise DataError(f"{path}: expected a file to write, got a folder; give a file name")
+    if force or interrupted or not path.exists() or _is_ours(path):
+        return
+    what = "was changed since pertcast wrote it" if manifest_path(path).is_file() else "was not written by pertcast"
+    raise DataError(f"{path}: it {what}; replace it with --force, or give another --out")
+
+
+def _is_ours(path: Path) -> bool:
+    if manifest_path(path).is_file():
+        try:
+            return read_manifest(path).files.get(path.name) == hash_file(path)
+        except CheckpointError:
+            return False
+    with path.open("rb") as stream:
+        head = stream.read(_HEAD_BYTES)
+    return GENERATOR.encode() in head or (path.suffix == ".json" and _MADE_BY.encode() in head)
 
 
 def any_content(path: Path) -> bool:

@@ -60,8 +60,8 @@ def locked(destination: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(destination: Path) -> Iterator[None]:
-    """Lock an output, and remove what dead runs left beside and in it under temporary names.
+def claimed(destination: Path) -> Iterator[bool]:
+    """Lock an output, and remove what dead runs left beside and in it under temporary names; yield if one had.
 
     Raises
     ------
@@ -69,18 +69,20 @@ def claimed(destination: Path) -> Iterator[None]:
         If another run is writing it now.
     """
     with locked(destination):
-        clean(destination)
-        yield
+        yield clean(destination)
 
 
-def clean(destination: Path) -> None:
-    """Remove what dead runs left beside and in an output under temporary names; nobody may be writing it."""
-    remove_leftovers(destination)
-    remove_leftovers(manifest_path(destination))
+def clean(destination: Path) -> bool:
+    """Remove what dead runs left beside and in an output under temporary names; return whether they left anything.
+
+    Nobody may be writing the output.
+    """
+    removed = [*remove_leftovers(destination), *remove_leftovers(manifest_path(destination))]
     if destination.is_dir():
         for path in {leftover.parent for leftover in destination.rglob(".*.partial-*")}:
             for name in {name.name[1:].rpartition(".partial-")[0] for name in path.glob(".*.partial-*")}:
-                remove_leftovers(path / name)
+                removed += remove_leftovers(path / name)
+    return bool(removed)
 
 
 def _take(path: Path, destination: Path) -> int:

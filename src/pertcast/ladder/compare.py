@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from pertcast.config import Experiment, load_experiment, model_overrides, rung_overrides
 from pertcast.data.build import store_identity
 from pertcast.data.store import Store, prepare
-from pertcast.errors import ConfigError, Problem, Problems
-from pertcast.files.artefacts import write_json
+from pertcast.errors import ConfigError, DataError, Problem, Problems
+from pertcast.files.artefacts import any_content, write_json
 from pertcast.files.cpus import available_cpus
 from pertcast.files.lock import claimed
 from pertcast.ladder.chart import draw_chart
@@ -109,6 +109,8 @@ def compare(
     PertcastError
         Whatever a stage refuses; what is done stays.
     """
+    if any_content(out) and not (out / "folds").is_dir():
+        raise DataError(f"{out}: it is there already and holds no comparison; give another --out, or remove it first")
     with claimed(out):
         rules = season("vcc2025")
         trials: list[Trial] = []

@@ -7,7 +7,7 @@ bytes; every part is compared with the plan before a byte is written; memory hol
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pertcast.files.artefacts import (
     hash_files,
     read_json,
     read_manifest,
+    require_replaceable,
     write_manifest,
 )
 from pertcast.files.h5ad import CsrWriter, H5adReader, open_h5ad
@@ -62,7 +63,7 @@ class _Plan:
     notes: tuple[str, ...]
 
 
-def assemble(parts: Path, out: Path, *, progress: Progress = SILENT) -> Path:
+def assemble(parts: Path, out: Path, *, force: bool = False, progress: Progress = SILENT) -> Path:
     """Join the parts of ``pertcast generate`` into one prediction.
 
     Parameters
@@ -71,12 +72,16 @@ def assemble(parts: Path, out: Path, *, progress: Progress = SILENT) -> Path:
         The folder with ``plan.json``, ``genes.csv`` and a file for each part.
     out
         The h5ad to write: X CSR float32; obs ``target_gene`` (and the context, and ``batch`` where all parts have one),
-        cells named "0", "1", ...; var just the genes. A file that is there and still true is kept.
+        cells named "0", "1", ...; var just the genes. A file that is there and current is kept.
+    force
+        Whether to replace a file at `out` that pertcast did not write.
 
     Raises
     ------
     SubmissionError
         With every part that is missing or not what the plan says; nothing is written then.
+    DataError
+        If `out` is not pertcast's.
     """
     plan = _read_plan(parts / PLAN)
     # The season's header is for its own list; the folder's copy is bare.
@@ -89,20 +94,30 @@ def assemble(parts: Path, out: Path, *, progress: Progress = SILENT) -> Path:
         ]
         raise SubmissionError(f"{parts}: {len(missing)} of {len(plan.parts)} parts are missing", problems=problems)
     try:
-        with claimed(out):
-            _assemble(parts, out, plan, genes, progress)
+        with claimed(out) as interrupted:
+            _assemble(
+                parts,
+                out,
+                plan,
+                genes,
+                progress,
+                allowed=lambda: require_replaceable(out, force=force, interrupted=interrupted),
+            )
     except OSError as error:
         raise SubmissionError(describe_write_error(out, error)) from error
     return out
 
 
-def _assemble(parts: Path, out: Path, plan: _Plan, genes: Sequence[str], progress: Progress) -> None:
+def _assemble(
+    parts: Path, out: Path, plan: _Plan, genes: Sequence[str], progress: Progress, *, allowed: Callable[[], None]
+) -> None:
     names = (PLAN, GENES, *(part.file for part in plan.parts))
     inputs = dict(zip(names, hash_files([parts / name for name in names]), strict=True))
     config = {"season": plan.season, "rules": plan.rules}
     if is_current(out, kind="prediction", inputs=inputs, config=config):
         progress.note(f"{out} is there and still true")
         return
+    allowed()
     problems = [
         *_changed(parts, inputs),
         *(found for part in plan.parts for found in _examine(parts, part, plan, genes)),

@@ -22,6 +22,7 @@ from pertcast.files.artefacts import (
     hash_file,
     manifest_path,
     read_manifest,
+    require_replaceable,
     write_manifest,
 )
 from pertcast.files.h5ad import open_h5ad
@@ -53,6 +54,7 @@ def pack(
     genes: Path,
     targets: Path | None = None,
     rules: Mapping[str, object] | None = None,
+    force: bool = False,
     level: int = DEFAULT_LEVEL,
     progress: Progress = SILENT,
 ) -> Path:
@@ -64,7 +66,9 @@ def pack(
         The prediction, an h5ad file. Where the season takes log1p, counts are scaled to the median of the cells'
         totals, then log1p is taken, as the official packer does; this is noted.
     out
-        The archive, a ``.vcc`` file; one that is there and still true is kept.
+        The archive, a ``.vcc`` file; one that is there and current is kept.
+    force
+        Whether to replace a file at `out` that pertcast did not write.
     season, genes, targets, rules
         As for :func:`pertcast.submission.check.check`.
     level
@@ -97,8 +101,9 @@ def pack(
         raise SubmissionError(f"{out}: the archive would replace the prediction; give another --out")
     job = _Job(path, out, in_force, genes, targets, level, progress)
     try:
-        with claimed(out):
+        with claimed(out) as interrupted:
             if not job.is_done():
+                require_replaceable(out, force=force, interrupted=interrupted)
                 job.do()
     except OSError as error:
         raise SubmissionError(describe_write_error(out, error)) from error
@@ -273,7 +278,7 @@ class _Watch:
         """Do nothing."""
 
 
-def unpack(vcc: Path, out: Path, *, progress: Progress = SILENT) -> Path:
+def unpack(vcc: Path, out: Path, *, force: bool = False, progress: Progress = SILENT) -> Path:
     """Take the h5ad out of an archive, of this or of the official packer.
 
     Parameters
@@ -281,7 +286,9 @@ def unpack(vcc: Path, out: Path, *, progress: Progress = SILENT) -> Path:
     vcc
         The archive. Names, kinds and sizes of its members are checked; nothing but the h5ad is written.
     out
-        The h5ad file to write.
+        The h5ad file to write; a manifest beside it says which archive it is from.
+    force
+        Whether to replace a file at `out` that pertcast did not write.
 
     Raises
     ------
@@ -291,9 +298,13 @@ def unpack(vcc: Path, out: Path, *, progress: Progress = SILENT) -> Path:
     if out.exists() and vcc.exists() and out.samefile(vcc):
         raise SubmissionError(f"{out}: the h5ad would replace the archive; give another --out")
     try:
-        with claimed(out), atomic_file(out) as temporary:
-            extract_archive(vcc, temporary, progress=progress)
-            _open(vcc, temporary)
+        with claimed(out) as interrupted:
+            require_replaceable(out, force=force, interrupted=interrupted)
+            with atomic_file(out) as temporary:
+                extract_archive(vcc, temporary, progress=progress)
+                _open(vcc, temporary)
+                files = {out.name: hash_file(temporary)}
+                write_manifest(out, Manifest("unpacked", inputs={"archive": hash_file(vcc)}, files=files))
     except OSError as error:
         raise SubmissionError(describe_write_error(out, error)) from error
     return out

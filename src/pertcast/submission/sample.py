@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pertcast.errors import SubmissionError
-from pertcast.files.artefacts import read_manifest, write_manifest
+from pertcast.files.artefacts import read_manifest, require_replaceable, write_manifest
 from pertcast.files.h5ad import CsrWriter
 from pertcast.files.lock import claimed
 from pertcast.files.season_lists import TargetList, read_gene_list, read_targets
@@ -53,6 +53,7 @@ def sample(
     genes: Path,
     targets: Path,
     rules: Mapping[str, object] | None = None,
+    force: bool = False,
     seed: int = 0,
     counts_per_cell: int = DEFAULT_COUNTS,
     progress: Progress = SILENT,
@@ -62,7 +63,9 @@ def sample(
     Parameters
     ----------
     out
-        The archive, a ``.vcc`` file; one that is there is replaced.
+        The archive, a ``.vcc`` file; one of pertcast's that is there is replaced.
+    force
+        Whether to replace a file at `out` that pertcast did not write.
     season, genes, targets, rules
         As for :func:`pertcast.submission.check.check`. Of several sets of contexts that a season allows, the first is
         taken, unless the bundle of the lists or the rule ``contexts`` says another.
@@ -95,6 +98,7 @@ def sample(
     for path in (genes, targets):
         if out.exists() and path.exists() and out.samefile(path):
             raise SubmissionError(f"{out}: the archive would replace a list; give another --out")
+    require_replaceable(out, force=force)
     names = read_gene_list(genes, in_force)
     groups = _plan(contexts_in_force(in_force, targets, genes)[0], read_targets(targets, in_force))
     scratch = out.with_name(f"{out.name}.sample")
@@ -105,7 +109,7 @@ def sample(
             with tempfile.TemporaryDirectory(prefix=f".{scratch.name}.partial-", dir=out.parent) as folder:
                 cells = Path(folder) / "cells.h5ad"
                 _write(cells, groups, in_force, names, seed=seed, counts_per_cell=counts_per_cell, progress=progress)
-                pack(cells, out, season=in_force, genes=genes, targets=targets, progress=progress)
+                pack(cells, out, season=in_force, genes=genes, targets=targets, force=force, progress=progress)
     except OSError as error:
         raise SubmissionError(describe_write_error(out, error)) from error
     note = f"random cells of seed {seed}, to try the upload with: no prediction"

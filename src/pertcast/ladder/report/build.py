@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pertcast.files.artefacts import atomic_file
+from pertcast.files.artefacts import atomic_file, require_replaceable
 from pertcast.ladder.ledger import read_ledger
 from pertcast.ladder.report import sections
 from pertcast.ladder.report.cell_sections import cell_sections
@@ -24,6 +24,7 @@ def write_report(
     *,
     truth: Path | None = None,
     ladder: Path | None = None,
+    force: bool = False,
     progress: Progress = SILENT,
 ) -> Path:
     """Write the page about a run.
@@ -38,6 +39,8 @@ def write_report(
         Real cells of the predicted targets, an h5ad file, to set beside the predicted ones.
     ladder
         Where to look for submissions; default: the folder that `place` lies in, three levels down.
+    force
+        Whether to replace a file at `out` that pertcast did not write.
 
     Returns
     -------
@@ -49,6 +52,8 @@ def write_report(
         If there is neither a run nor a prediction, or one of them cannot be read.
     """
     material = gather(place)
+    page = out or material.place / "report.html"
+    require_replaceable(page, force=force)
     with_cells = cell_sections(material, truth=truth, progress=progress)
     around = material.place.absolute()
     ledger = read_ledger([ladder]) if ladder else read_ledger([around.parent], depth=_DEPTH_OF_SIBLINGS)
@@ -61,7 +66,6 @@ def write_report(
         sections.budget(material),
         sections.ladder(material, ledger),
     ]
-    page = out or material.place / "report.html"
     text = render(f"Report of {around.name}", parts, colophon=sections.colophon())
     with atomic_file(page) as temporary:
         temporary.write_text(text, encoding="utf-8")

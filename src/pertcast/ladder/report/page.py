@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
+from pertcast.files.artefacts import GENERATOR
 from pertcast.ladder.report.html import Section, as_script
 
 __all__ = ["render"]
@@ -45,6 +46,7 @@ def render(title: str, sections: Sequence[Section], *, colophon: str) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{GENERATOR}
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
