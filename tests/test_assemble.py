@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from conftest import SMALL_GENES
-from pertcast.errors import SubmissionError
+from pertcast.errors import DataError, SubmissionError
 from pertcast.files.artefacts import Manifest, manifest_path, read_manifest, verify_artefact, write_manifest
 from pertcast.files.h5ad import CsrWriter
 from pertcast.submission.assemble import assemble
@@ -119,7 +119,9 @@ def test_the_manifest_and_the_skip(tmp_path: Path) -> None:
     assert assemble(parts, out) == out
     assert out.stat().st_mtime_ns == before
     out.write_bytes(out.read_bytes()[:-100] + bytes(100))
-    assemble(parts, out)
+    with pytest.raises(DataError, match="was changed since"):
+        assemble(parts, out)
+    assemble(parts, out, force=True)
     assert verify_artefact(out) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.h5ad", "p.h5ad.manifest.json", "parts"]
 

@@ -182,7 +182,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("a.pt", _raw(b""), "cannot be read"),
     ("a.pt", _torch(torch.ones(3)), "got a Tensor"),
     ("a.pt", _torch({}), "no feature"),
-    ("a.pt", _torch({"A": Path("x")}), "cannot be read"),
+    ("a.pt", _torch({"A": Path("x")}), "got other objects; save a dict of plain tensors"),
     ("a.pt", _torch({"A": torch.ones(2), "B": torch.ones(3), "C": torch.ones(2)}), r"2 as most have.*B \(3\)"),
     ("a.pt", _torch({"A": torch.tensor([1.0, float("nan")])}), "NaN or infinite values: A"),
     ("a.pt", _torch({"A": torch.ones(1, 2)}), "no vector of numbers: A"),
@@ -203,7 +203,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("a.csv", _raw("gene,a,b\nA,1,\nB,1,3\n"), "NaN or infinite values: A"),
     ("a.csv", _raw("gene,a\nA,1\nA,2\n"), "stand more than once: A"),
     ("a.csv", _raw("gene,a\nA,1,2,3\nB,2\n"), "more fields than the header"),
-    ("a.csv", _raw(b"\xff\xfe\x00"), "cannot be read"),
+    ("a.csv", _raw(b"\xff\xfe\x00"), "UTF-16 text"),
     ("a.csv", _raw("gene,a\n,1\n"), "are no text"),
     ("a.parquet", _raw(b"junk"), "cannot be read"),
 ]
@@ -233,7 +233,7 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no such file; mend features\.path"):
+    with pytest.raises(DataError, match=r"no such file; correct features\.path"):
         read_vectors(tmp_path / "a.csv")
 
 

@@ -25,7 +25,7 @@ from scipy import sparse
 
 from agreement_cases import draft_2026
 from conftest import SMALL_GENES, write_small_h5ad
-from pertcast.errors import SubmissionError
+from pertcast.errors import DataError, SubmissionError
 from pertcast.files.artefacts import read_manifest, verify_artefact
 from pertcast.files.h5ad import CsrWriter
 from pertcast.progress import SILENT
@@ -145,7 +145,9 @@ def test_equal_predictions_are_equal_bytes_and_packing_again_is_skipped(tmp_path
     pack(path, one, season="vcc2025", genes=genes, rules=RULES)
     assert one.stat().st_mtime_ns == before
     one.write_bytes(b"spoiled")
-    pack(path, one, season="vcc2025", genes=genes, rules=RULES)
+    with pytest.raises(DataError, match="was changed since"):
+        pack(path, one, season="vcc2025", genes=genes, rules=RULES)
+    pack(path, one, season="vcc2025", genes=genes, rules=RULES, force=True)
     assert one.read_bytes() == other.read_bytes()
     assert verify_artefact(one) == []
 

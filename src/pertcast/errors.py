@@ -112,7 +112,8 @@ class Problems:
 
     def raise_if_any(self) -> None:
         """Raise one error with all that was found, or the only one as it was."""
-        if len(self._errors) == 1 and len(self.found) == len(self._errors[0].problems or (1,)):
+        told = sum(bool(error.head) + len(error.problems) for error in self._errors)
+        if len(self._errors) == 1 and told == len(self.found):
             raise self._errors[0]
         if self.found:
             kind = type(self._errors[0]) if self._errors else PertcastError

@@ -7,6 +7,7 @@ Commands are imported when they are called, so that ``pertcast --help`` never wa
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ from pertcast.processes import launched
 __all__ = ["COMMANDS", "build_app", "main"]
 
 _SECONDS_TO_LISTEN = 10.0
+_SMALLER = "choose a smaller model (model.hidden, model.layers), fewer sets (train.sets_per_step) or a larger machine"
 COMMANDS = {
     "demo": "The whole path on the real cells in the package: minutes on two cores.",
     "run": "Every stage of an experiment, resumable; what is there and still true is reused.",
@@ -71,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     _set_environment()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a terminal that knows few letters shows a question mark, and the work goes on
+            stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for category in (DeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)  # for developers of pertcast, whose tests turn them into errors
@@ -85,11 +91,29 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:
         return 1
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            where = f"{error.filename}: " if error.filename else ""
-            return _fail(f"{where}{error.strerror}; free some space or give another --out, then try again", 1)
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; {_remedy(error)}", 1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or _ran_out_of_memory(error):
+            return _fail(
+                f"not enough memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}); {_SMALLER}", 1
+            )
         raise
     return code if isinstance(code, int) else 0
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space or give another --out, then try again"
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return "give another --out that you may write, or change its permissions"
+    return "check the path, or give another one"
+
+
+def _ran_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an allocator failed: torch raises a RuntimeError on a CPU, and a class of its own on a GPU."""
+    text = str(error).lower()
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or "out of memory" in text
 
 
 def _set_environment() -> None:

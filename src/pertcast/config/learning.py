@@ -158,7 +158,7 @@ class TrainConfig(Section):
     clip: Annotated[float, Field(ge=0)] = 10.0
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     compile: bool = False
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     devices: PositiveInt = 1
     num_nodes: PositiveInt = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"

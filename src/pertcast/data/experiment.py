@@ -51,12 +51,13 @@ def _files_of(pattern: str) -> list[Path]:
     matches = [path] if path.exists() else [Path(name) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207 (a pattern may be absolute)
     inside = [item for folder in matches if folder.is_dir() for item in folder.iterdir()]
     own = [item for item in matches if item.is_file()]
-    chosen = own if path.suffix in _SUFFIXES else inside if any(map(_is_data, inside)) else own
+    chosen = own if path.suffix.lower() in _SUFFIXES else inside if any(map(_is_data, inside)) else own
     return sorted({item for item in chosen if _is_data(item)})
 
 
 def _is_data(path: Path) -> bool:
-    return path.is_file() and path.suffix in _SUFFIXES
+    # macOS keeps what is not data in ._ files
+    return path.is_file() and path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
 
 
 def dataset_files(name: str, pattern: str) -> list[Path]:

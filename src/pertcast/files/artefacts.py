@@ -288,6 +288,9 @@ def read_manifest(artefact: Path, *, kind: str | None = None) -> Manifest:
         If there is none, it is broken, or it is of another kind than asked for.
     """
     path = manifest_path(artefact)
+    if not artefact.exists():
+        what = f"a {kind}" if kind else "something that pertcast wrote"
+        raise CheckpointError(f"{artefact}: it is not there; give the path of {what}")
     raw = read_json(path)
     try:
         manifest = Manifest(**{**raw, "notes": tuple(raw["notes"])})

@@ -22,6 +22,7 @@ from pertcast.files.bounds import require_plausible
 from pertcast.files.csr_writer import CsrWriter
 from pertcast.files.frames import column_names, index_length, read_column, read_index, reading
 from pertcast.files.matrix import DAMAGED, Layout, Matrix
+from pertcast.files.wrong_kind import wrong_kind
 
 __all__ = ["CsrWriter", "H5adReader", "open_h5ad"]
 
@@ -49,6 +50,8 @@ def open_h5ad(path: Path) -> Iterator[H5adReader]:
     if not path.is_file():
         what = "a folder, not a file" if path.is_dir() else "no such file"
         raise DataError(problems=[Problem(str(path), what, "give the path of a .h5ad file")])
+    if (kind := wrong_kind(path)) and kind != "an HDF5 file":
+        raise DataError(problems=[Problem(str(path), f"it is {kind}")])
     try:
         file = h5py.File(path, "r")
     except OSError as error:

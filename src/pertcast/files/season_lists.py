@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pertcast.errors import DataError, Problem
+from pertcast.files.labels import file_name
+from pertcast.files.wrong_kind import wrong_kind
 from pertcast.seasons import Season
 
-__all__ = ["TargetList", "read_gene_list", "read_targets"]
+__all__ = ["TargetList", "read_gene_list", "read_targets", "read_written_genes", "write_genes"]
 
 _CELLS = "n_cells"
 _UMI = "median_umi_per_cell"
@@ -71,9 +73,15 @@ class TargetList:
 
 def _read_rows(path: Path, what: str) -> list[tuple[int, list[str]]]:
     """Return (line number, fields) of each line of a CSV file."""
+    if what_it_is := wrong_kind(path):
+        raise DataError(f"{path}: expected a {what} as a CSV text file; it is {what_it_is}")
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
+            first = stream.readline()
+            # spreadsheets write semicolons or tabs in many countries
+            delimiter = next((mark for mark in (",", ";", "\t") if mark in first), ",")
+            stream.seek(0)
+            reader = csv.reader(stream, strict=True, delimiter=delimiter)
             return [(reader.line_num, fields) for fields in reader]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give the path of the {what}") from None
@@ -163,6 +171,8 @@ def _parse_targets(path: Path, season: Season, header: list[str], rows: list[tup
 
 
 def _label_problems(place: str, label: str, seen: dict[str, int], season: Season) -> list[Problem]:
+    if len(file_name(label)) > 255:
+        return [Problem(place, f"{label[:40]!r}... is too long for a file name", "give the target a shorter label")]
     if not label.strip():
         return [Problem(place, f"{season.pert_column} is empty", "name the target, or remove the line")]
     if label != label.strip():
@@ -252,3 +262,18 @@ def read_gene_list(path: Path, season: Season) -> tuple[str, ...]:
         problems.sort(key=lambda problem: problem.place != str(path))
         raise DataError(f"{path}: {len(problems)} problem(s) in the gene list", problems=_limited(problems, path))
     return tuple(seen)
+
+
+def write_genes(path: Path, genes: Sequence[str]) -> None:
+    """Write genes in their order, one a line; names with commas, quotes or line breaks are quoted as CSV."""
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream, lineterminator="\n").writerows([gene] for gene in genes)
+
+
+def read_written_genes(path: Path) -> tuple[str, ...]:
+    """Read what :func:`write_genes` wrote, whatever the genes are called."""
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            return tuple(row[0] for row in csv.reader(stream, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error, IndexError) as error:
+        raise DataError(f"{path}: expected the genes that pertcast wrote ({error}); make it again") from None

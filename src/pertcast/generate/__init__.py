@@ -31,6 +31,7 @@ from pertcast.files.artefacts import (
 )
 from pertcast.files.lock import claimed, clean, locked
 from pertcast.files.origin import Origin
+from pertcast.files.season_lists import write_genes
 from pertcast.generate.binding import bind, is_imported
 from pertcast.generate.calibration import calibrated
 from pertcast.generate.parts import PartMaker
@@ -311,7 +312,7 @@ def _plan_json(plan: Plan, experiment: Experiment) -> dict[str, object]:
 def _finish(out: Path, plan: Plan, experiment: Experiment, run: Run, maker: PartMaker) -> None:
     """Write the gene list and the manifest; drop parts of an earlier plan."""
     with atomic_file(out / "genes.csv") as temporary:
-        temporary.write_text("".join(f"{gene}\n" for gene in run.genes), encoding="utf-8")
+        write_genes(temporary, run.genes)
     wanted = {out / part.file for part in plan.parts}
     files = {"plan.json": hash_file(out / "plan.json"), "genes.csv": hash_file(out / "genes.csv")}
     for path in sorted(out.glob("*/*.h5ad")):

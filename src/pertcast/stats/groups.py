@@ -6,8 +6,11 @@ Legend of shapes: P groups (perturbations), G genes. A value that is not stored 
 from __future__ import annotations
 
 import itertools
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
@@ -27,6 +30,20 @@ __all__ = [
 ]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _keep_cache_somewhere() -> None:
+    """Let numba cache in a temporary folder where neither the package nor the home folder can be written."""
+    package = Path(__file__).parent
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    existing = next(folder for folder in (home, *home.parents) if folder.exists())
+    if "NUMBA_CACHE_DIR" in os.environ or os.access(package, os.W_OK) or os.access(existing, os.W_OK):
+        return
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    numba.config.CACHE_DIR = str(Path(tempfile.gettempdir()) / f"pertcast-numba-{user}")  # type: ignore[attr-defined]
+
+
+_keep_cache_somewhere()
 
 
 def compiled(function: _Function) -> _Function:

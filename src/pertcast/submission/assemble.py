@@ -6,7 +6,6 @@ bytes; every part is compared with the plan before a byte is written; memory hol
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +28,9 @@ from pertcast.files.artefacts import (
 from pertcast.files.h5ad import CsrWriter, H5adReader, open_h5ad
 from pertcast.files.lock import claimed
 from pertcast.files.origin import origin_facts
-from pertcast.files.season_lists import read_gene_list
+from pertcast.files.season_lists import read_written_genes
 from pertcast.files.space import describe_write_error, require_space
 from pertcast.progress import SILENT, Progress
-from pertcast.seasons import season as season_by_name
 from pertcast.submission.reuse import is_current
 
 __all__ = ["assemble"]
@@ -84,9 +82,7 @@ def assemble(parts: Path, out: Path, *, force: bool = False, progress: Progress 
         If `out` is not pertcast's.
     """
     plan = _read_plan(parts / PLAN)
-    # The season's header is for its own list; the folder's copy is bare.
-    rules = dataclasses.replace(season_by_name(plan.season, plan.rules), genes_header=None)
-    genes = read_gene_list(parts / GENES, rules)
+    genes = read_written_genes(parts / GENES)
     missing = [part for part in plan.parts if not (parts / part.file).is_file()]
     if missing:
         problems = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from pertcast.data.features.readers import read_vectors
 from pertcast.data.features.table import PertFeatures
 from pertcast.data.split import Split
 from pertcast.errors import DataError, Problem
+from pertcast.files.frames import near_misses
 
 __all__ = ["load_features"]
 
@@ -52,6 +53,8 @@ def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Seque
     trained = [store.perts[code] for code in np.unique(store.pert_codes[(store.split & Split.TRAIN) != 0])]
     wanted = tuple(dict.fromkeys((store.control, *store.perts, *targets)))
     how: Any = {"how": config.combine, "separator": config.separator, "control": store.control}
+    zero: set[str] = set()
+    found: Mapping[str, NDArray[np.floating]] = {}
     if config.kind == "onehot":
         labels = tuple(dict.fromkeys((store.control, *trained)))
         own: Vectors = dict(zip(labels, np.eye(len(labels), dtype=np.float32), strict=True))
@@ -71,6 +74,9 @@ def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Seque
         assert config.path is not None
         found = read_vectors(config.path)
         width = len(next(iter(found.values())))
+        # what a file fills in with zeros it does not know
+        zero = {name for name, vector in found.items() if not vector.any() and name != store.control}
+        found = {name: vector for name, vector in found.items() if name not in zero}
         own = {name: found[name].astype(np.float32) for name in wanted if name in found}
         own |= combine_genes(found, [name for name in wanted if name != store.control], **how)
         source = f"{config.path.name} ({len(found):,} names x {width:,})"
@@ -80,6 +86,8 @@ def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Seque
     filled: dict[str, str] = {}
     if missing:
         known = [name for name in trained if name in own and name != store.control]
+        if config.missing == "error" and config.kind == "file":
+            raise _without_features(config, missing, zero=zero, names=found)
         own, filled = _fill(config, store, own=own, known=known, missing=missing)
     return PertFeatures(
         names=wanted,
@@ -88,6 +96,26 @@ def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Seque
         control=store.control,
         source=source,
         filled=filled,
+    )
+
+
+def _without_features(
+    config: FeaturesConfig, missing: Sequence[str], *, zero: set[str], names: Mapping[str, object]
+) -> DataError:
+    """Return the error that names every label without a feature in the file, with its near misses there."""
+    problems = []
+    for label in missing:
+        near = near_misses(label, list(names), num=1)
+        message, remedy = "it has no feature", f"add it to {config.path}"
+        if label in zero:
+            message = "its vector is all zeros, which says that the file does not know it"
+        elif near:
+            remedy = f"did you mean {near[0]!r}? Give both the same name, or {remedy}"
+        problems.append(Problem(repr(label), message, remedy))
+    return DataError(
+        f"{len(missing)} target(s) without a feature in {config.path}; or fill them in by name, counted in every "
+        'report: features.missing = "mean" or "nearest"',
+        problems=problems,
     )
 
 
@@ -109,7 +137,6 @@ def _fill(
             "onehot": 'use features.kind = "coexpression" or "file"',
             "coexpression": "it is no gene of the list that training controls express",
             "labels": "no training label names a gene of it",
-            "file": f"add it to {config.path}",
         }[config.kind]
         raise DataError(
             f"{len(missing)} target(s) without a {config.kind} feature; or fill them in by name, counted in every "

@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pertcast.errors import DataError, Problem
+from pertcast.files.wrong_kind import wrong_kind
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["read_vectors"]
 
@@ -69,7 +73,10 @@ def read_vectors(path: Path) -> dict[str, Vector]:
     if reader is None:
         raise DataError(f"{path}: expected a .pt, .npz, .parquet or .csv file; convert it to one of these")
     if not path.is_file():
-        raise DataError(f"{path}: no such file; mend features.path")
+        raise DataError(f"{path}: no such file; correct features.path")
+    zipped = path.suffix.lower() in (".pt", ".npz")
+    if what := wrong_kind(path, zipped=zipped):
+        raise DataError(f"{path}: it is {what}")
     pairs = list(reader(path))
     problems = [*_name_problems(path, [name for name, _ in pairs])]
     vectors = {str(name): _as_vector(value) for name, value in pairs}
@@ -93,16 +100,29 @@ def _read_torch(path: Path) -> Iterable[tuple[Any, Any]]:
     expected = "a torch file with a dict of name → tensor, without other Python objects"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # torch's own advice is to load it without protection
+        raise DataError(f"{path}: expected {expected}, got other objects; save a dict of plain tensors") from None
     except _READ_ERRORS as error:
         raise _unreadable(path, error, expected) from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected {expected}, got a {type(content).__name__}; save a dict")
     for name, value in content.items():
-        if isinstance(value, torch.Tensor):
-            value = value.detach()
-            yield name, (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-        else:
-            yield name, value
+        yield name, _as_array(value) if isinstance(value, torch.Tensor) else value
+
+
+def _as_array(tensor: Tensor) -> Any:
+    """Return a tensor as an array; as it is, which is no vector of numbers, where it has no values to give."""
+    import torch
+
+    try:
+        value = tensor.detach().to_dense().resolve_conj().resolve_neg()
+        if value.is_quantized:
+            value = value.dequantize()
+        half = value.is_floating_point() and value.dtype not in (torch.float32, torch.float64, torch.float16)
+        return (value.float() if half else value).numpy()
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
 
 
 def _read_npz(path: Path) -> Iterable[tuple[Any, Any]]:
@@ -131,7 +151,7 @@ def _read_table(path: Path) -> Iterable[tuple[Any, Any]]:
         raise _unreadable(path, error, expected) from None
     if path.suffix.lower() == ".csv" and not isinstance(table.index, pd.RangeIndex):
         raise DataError(f"{path}: rows have more fields than the header names; give every column a name")
-    if table.index.dtype == object:
+    if not pd.api.types.is_numeric_dtype(table.index.dtype):
         table = table.reset_index()
     if table.shape[1] < 2:
         raise DataError(f"{path}: expected {expected}, got {table.shape[1]} column(s); write a column for each value")
@@ -150,7 +170,10 @@ def _read_table(path: Path) -> Iterable[tuple[Any, Any]]:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     # the gene symbol NA and its like are names here, not gaps
-    return pd.read_csv(path, dtype={0: str}, keep_default_na=False, na_values=[""], low_memory=False)
+    with path.open(encoding="utf-8-sig", errors="replace") as stream:
+        header = stream.readline()
+    separator = next((mark for mark in (",", ";", "\t") if mark in header), ",")
+    return pd.read_csv(path, sep=separator, dtype={0: str}, keep_default_na=False, na_values=[""], low_memory=False)
 
 
 def _as_vector(value: Any) -> Vector | None:
