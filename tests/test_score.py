@@ -340,6 +340,36 @@ def test_season_2026_is_scored_by_cell_eval2_context_by_context(tmp_path: Path) 
         score(pair.predicted, pair.real, season="vcc2026", ceiling=True)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_metric_of_one_context_only_is_named_and_averaged_over_those_that_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell_eval2 = pytest.importorskip("cell_eval2")
+    pair = simulate(tmp_path)
+    paths = []
+    for path in (pair.predicted, pair.real):
+        parts = [ad.read_h5ad(path) for _ in "AB"]
+        for part, context in zip(parts, "AB", strict=True):
+            part.obs["context"] = context
+        ad.concat(parts, index_unique="-").write_h5ad(tmp_path / f"two_{path.name}")
+        paths.append(tmp_path / f"two_{path.name}")
+    alone = score(pair.predicted, pair.real, season="vcc2026")
+    real_aggregate, calls = cell_eval2.aggregate_metrics, []
+
+    def drop_one(table: Any) -> Any:
+        calls.append(1)
+        rows = real_aggregate(table)
+        return rows.filter(rows["metric"] != "pds_cosine") if len(calls) == dropped else rows
+
+    monkeypatch.setattr(cell_eval2, "aggregate_metrics", drop_one)
+    for dropped in (1, 2):
+        calls.clear()
+        found = score(*paths, season="vcc2026")
+        assert found.overall == pytest.approx(alone.overall)
+        lost, kept = ("A", "B") if dropped == 1 else ("B", "A")
+        assert found.notes == (f"pds_cosine is missing in context {lost}: its mean is over {kept}",)
+
+
 def test_season_2026_without_its_scorer_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cell_eval2", None)
     assert official
