@@ -40,7 +40,8 @@ class FewshotConfig(Section):
 class DatasetColumns(Section):
     """What one dataset calls otherwise than the others; what is not given is as in ``[columns]``.
 
-    `control` is its own control label, read as that of the experiment. An empty `batch` says that it has none.
+    `control` is its own control label, read as that of the experiment. An empty `batch` says that it has none;
+    an empty `layer` says that its values are in X.
     """
 
     pert: str | None = None
@@ -48,11 +49,13 @@ class DatasetColumns(Section):
     cell_type: str | None = None
     context: str | None = None
     batch: str | None = None
+    layer: str | None = None
 
 
 class ColumnsConfig(Section):
     """Where obs says what: the perturbation, the control label in it, the cell type (context), the batch.
 
+    `layer` names the matrix that is read in place of X: a key of ``layers``, or "raw" for ``raw.X``.
     `context` names the one context of data that has no cell-type column. `of` says what differs for a dataset:
     ``[columns.of.NAME]``.
     """
@@ -62,6 +65,7 @@ class ColumnsConfig(Section):
     cell_type: str | None = None
     context: str | None = None
     batch: str | None = None
+    layer: str | None = None
     of: dict[str, DatasetColumns] = Field(default_factory=dict)
 
     def in_dataset(self, name: str) -> ColumnsConfig:
@@ -71,7 +75,14 @@ class ColumnsConfig(Section):
             own.setdefault("context", None)
         elif "context" in own:
             own["cell_type"] = None
-        return self.model_copy(update={**own, "batch": own.get("batch", self.batch) or None, "of": {}})
+        return self.model_copy(
+            update={
+                **own,
+                "batch": own.get("batch", self.batch) or None,
+                "layer": own.get("layer", self.layer) or None,
+                "of": {},
+            }
+        )
 
 
 class PrepareConfig(Section):

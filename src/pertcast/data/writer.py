@@ -23,7 +23,7 @@ from pertcast.data.split import Split
 from pertcast.data.values import worth_a_copy, write_hvg_values
 from pertcast.errors import DataError, Problem
 from pertcast.files.csc import row_bands
-from pertcast.files.expression import Scale, ScaleEvidence, common_scale, normalise_log1p
+from pertcast.files.expression import Scale, ScaleEvidence, common_scale, log_problem, normalise_log1p
 from pertcast.files.h5ad import H5adReader, open_h5ad
 from pertcast.progress import Advance
 
@@ -32,6 +32,7 @@ __all__ = ["Fitted", "StoreWriter", "embedding_key"]
 _BLOCK_VALUES = 1 << 22
 _EMBEDDING_ROWS = 8192
 _SAME_TOTAL = 0.01
+_CHECKED_CELLS = 2000
 
 
 def embedding_key(experiment: Experiment) -> str | None:
@@ -77,11 +78,29 @@ class StoreWriter:
     def read_values(self, maps: list[GeneMap], advance: Advance) -> None:
         """Take X of all files into the store, in blocks; gather what each file's values say about their scale."""
         first = 0
-        for (_, path, num_cells), gene_map in zip(self._cells.files, maps, strict=True):
-            with open_h5ad(path) as reader:
-                evidence = ScaleEvidence(str(path), genes=reader.genes)
+        for (dataset, path, num_cells), gene_map in zip(self._cells.files, maps, strict=True):
+            with open_h5ad(path, layer=self._experiment.columns.in_dataset(dataset).layer) as reader:
+                place = str(path) if reader.matrix_name == "X" else f"{path}, {reader.matrix_name}"
+                evidence = ScaleEvidence(place, genes=reader.genes)
+                others = ", ".join(map(repr, reader.layers)) if reader.matrix_name == "X" else ""
+                hint = f"; or set columns.layer to read another matrix of the file ({others})" if others else ""
+                base = reader.log_base() if reader.matrix_name == "X" else None
+                is_log = False
                 for start, block in reader.chunks(max_values=_BLOCK_VALUES):
-                    evidence.add_csr(block, first_cell=start)
+                    if start == 0:
+                        some = block[:_CHECKED_CELLS]
+                        if problem := log_problem(some, place, base):
+                            raise DataError(problems=[problem._replace(remedy=problem.remedy + hint)])
+                        is_log = block.data.dtype.kind == "f" and bool((block.data != np.rint(block.data)).any())
+                        if is_log and base is not None:
+                            self.notes.append(f"{place}: converted from log{base:g} (uns['log1p']['base']) to log1p")
+                    if is_log and base is not None:
+                        block.data *= block.data.dtype.type(np.log(base))
+                    try:
+                        evidence.add_csr(block, first_cell=start)
+                    except DataError as error:
+                        problems = [item._replace(remedy=item.remedy + hint) for item in error.problems]
+                        raise DataError(problems=problems) from error
                     kept = gene_map.apply(block)
                     self._values.append(kept.data, place=f"{path}, X")
                     self._indices.append(kept.indices)

@@ -7,8 +7,9 @@ The rules, by cell (a row with any value other than 0) and then by file:
   values may be so by chance, and goes with the others.
 - Whole cells alone are ``counts``. Where no value is above 1 (presence and absence) they are *ambiguous*: only
   ``prepare.scale`` or the other files of the experiment settle what they are.
-- Fractional cells alone are ``log1p``, unless a value is above 16: log1p of ten million is 16.1, so such values were
-  normalised without log1p, or corrected for ambient RNA.
+- Fractional cells alone are ``log1p``, unless a value is 15 or more (log1p of three million), or no fraction is above
+  0.001: cell-eval takes neither for log1p. Such values were normalised without log1p, corrected for ambient RNA, or
+  are counts with rounding errors.
 - Whole and fractional cells in one file are mixed, which is an error that names the rows of the fewer ones.
 """
 
@@ -22,12 +23,28 @@ from scipy import sparse
 
 from pertcast.errors import DataError, Problem
 
-__all__ = ["MAX_LOG1P", "Scale", "ScaleEvidence", "common_scale", "normalise_log1p"]
+__all__ = [
+    "FAINT",
+    "MAX_LOG1P",
+    "MIN_WHOLE_VALUES",
+    "Scale",
+    "ScaleEvidence",
+    "common_scale",
+    "fractional_rows",
+    "log_problem",
+    "normalise_log1p",
+    "only_faint",
+]
 
 Scale = Literal["counts", "log1p"]
 
-MAX_LOG1P = 16.0
-_MIN_WHOLE_VALUES = 3
+MAX_LOG1P = 15.0
+MIN_WHOLE_VALUES = 3
+# fractions up to here are whole numbers to cell-eval
+FAINT = np.float32(1e-3)
+_NUM_TRIED = 8
+_SAME_TOTAL = 0.01
+_MAX_CHECKED_COUNT = 1000
 _NUM_EXAMPLES = 5
 _RECOUNT = "give raw counts, or log1p of normalised counts"
 
@@ -41,6 +58,8 @@ class ScaleEvidence:
         The file, for messages.
     genes
         Names of the columns, for messages.
+    max_log1p
+        The first value that is too high for log1p.
 
     Attributes
     ----------
@@ -59,9 +78,11 @@ class ScaleEvidence:
     'counts'
     """
 
-    def __init__(self, place: str = "values", *, genes: Sequence[str] = ()) -> None:
+    def __init__(self, place: str = "values", *, genes: Sequence[str] = (), max_log1p: float = MAX_LOG1P) -> None:
         self.place = place
         self.genes = genes
+        self.max_log1p = max_log1p
+        self.only_faint = True
         self.num_whole = self.num_fractional = self.num_weak = self.num_empty = 0
         self.first_whole: list[int] = []
         self.first_fractional: list[int] = []
@@ -117,17 +138,15 @@ class ScaleEvidence:
         starts = indptr[:-1].astype(np.int64)
         filled = np.flatnonzero(np.diff(indptr))
         num_values = np.zeros(len(starts), dtype=np.int64)
-        num_fractions = np.zeros(len(starts), dtype=np.int64)
+        fractional = np.zeros(len(starts), dtype=bool)
         if len(filled):
             num_values[filled] = _count(values != 0, starts[filled])
-            if values.dtype.kind == "f":
-                is_fraction = values != np.rint(values)
-                num_fractions[filled] = _count(is_fraction, starts[filled]) if is_fraction.any() else 0
+            fractional[filled] = fractional_rows(values, starts[filled])
+            self.only_faint = self.only_faint and (not fractional.any() or only_faint(values))
             top = int(values.argmax())
             if values[top] > self.max_value:
                 self.max_value, self.max_place = float(values[top]), self._name(top, indptr, genes, first_cell)
-        fractional = num_fractions > 0
-        whole = ~fractional & (num_values >= _MIN_WHOLE_VALUES)
+        whole = ~fractional & (num_values >= MIN_WHOLE_VALUES)
         weak = ~fractional & ~whole & (num_values > 0)
         self.num_fractional += int(fractional.sum())
         self.num_whole += int(whole.sum())
@@ -161,6 +180,12 @@ class ScaleEvidence:
 
     def problem(self, asked: Literal["auto", "counts", "log1p"] = "auto") -> Problem | None:
         """Return what is wrong with the values alone, or as the scale asked for; ``None`` where nothing is."""
+        if self.num_fractional and self.only_faint:
+            return Problem(
+                f"{self.place}, rows {', '.join(map(str, self.first_fractional))}",
+                f"no fraction is above {FAINT:g}: neither whole counts nor log1p",
+                "round counts to whole numbers",
+            )
         if self.num_whole and self.num_fractional:
             whole_is_fewer = self.num_whole <= self.num_fractional
             rows = self.first_whole if whole_is_fewer else self.first_fractional
@@ -173,7 +198,7 @@ class ScaleEvidence:
                 f"two scales are mixed: {number:,} of {total:,} cells hold {fewer}, the others do not",
                 "bring every cell to one scale, counts or log1p",
             )
-        if self.num_fractional and self.max_value > MAX_LOG1P:
+        if self.num_fractional and self.max_value >= self.max_log1p:
             return Problem(
                 f"{self.place}, {self.max_place}",
                 f"values have fractions and go up to {self.max_value:,.6g}: neither whole counts nor log1p",
@@ -209,6 +234,78 @@ class ScaleEvidence:
         if problem := self.problem():
             raise DataError(problems=[problem])
         return self._found()
+
+
+def fractional_rows(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return which rows hold a fraction, bool (rows,); each row runs from its start to the next and is not empty."""
+    if values.dtype.kind != "f":
+        return np.zeros(len(starts), dtype=bool)
+    # the first values of a row mostly tell
+    last = np.append(starts[1:], len(values)) - 1
+    some = values[np.minimum(starts[:, None] + np.arange(_NUM_TRIED), last[:, None])]
+    found: np.ndarray = (some != np.rint(some)).any(axis=1)
+    if found.all():
+        return found
+    broken = values != np.rint(values)
+    return np.logical_or.reduceat(broken, starts) if broken.any() else found
+
+
+def only_faint(values: np.ndarray) -> bool:
+    """Return whether no value is more than 0.001 above a whole number."""
+    return not bool((values.astype(np.float32, copy=False) % 1 > FAINT).any())
+
+
+def log_problem(cells: sparse.csr_matrix, place: str, base: float | None = None) -> Problem | None:
+    """Return what shows that values with fractions are not log1p of normalised counts; ``None`` without clear evidence.
+
+    Parameters
+    ----------
+    cells
+        Some cells of the file, as they are stored.
+    place
+        The file.
+    base
+        The base of the logarithm that the file states; ``None`` where it states none.
+    """
+    filled = np.flatnonzero(np.diff(cells.indptr))
+    values, starts = cells.data.astype(np.float64), cells.indptr[filled].astype(np.int64)
+    if len(filled) < 2 or not len(values) or values.max() >= MAX_LOG1P or not fractional_rows(values, starts).any():
+        return None
+    stated = np.e if base is None else base
+    undone = {
+        "log1p": np.expm1(values * np.log(stated)),
+        "log2(x + 1)": np.exp2(values) - 1,
+        "log10(x + 1)": np.power(10.0, values) - 1,
+        "natural log1p": np.expm1(values),
+        "not logged": values,
+    }
+    if values.max() < np.log(MAX_LOG1P):
+        undone["log1p taken twice"] = np.expm1(np.expm1(values))
+    same = [name for name, counts in undone.items() if _is_one_total(np.add.reduceat(counts, starts))]
+    says = "" if base is None else f" (uns['log1p']['base'] is {base:g})"
+    if same and "log1p" not in same:
+        found = same[0]
+        remedies = {
+            "log2(x + 1)": "write adata.uns['log1p'] = {'base': 2}, and they are converted; or give raw counts",
+            "log10(x + 1)": "write adata.uns['log1p'] = {'base': 10}, and they are converted; or give raw counts",
+            "natural log1p": "remove 'base' from adata.uns['log1p'], or give raw counts",
+            "not logged": "take log1p of them, or give raw counts",
+        }
+        what = f"values are {found}{says}: undone so, every cell has the same total"
+        return Problem(place, what, remedies.get(found, _RECOUNT))
+    if same:
+        return None
+    for name, counts in undone.items():
+        small = counts < _MAX_CHECKED_COUNT
+        if name != "not logged" and (np.abs(counts - np.rint(counts)) < FAINT)[small].all() and small.any():
+            what = f"values are {name} of whole counts that were never normalised: undone, all are whole numbers"
+            return Problem(place, what, "give the counts themselves")
+    return None
+
+
+def _is_one_total(totals: np.ndarray) -> bool:
+    middle = float(np.median(totals))
+    return bool(np.isfinite(totals).all() and np.abs(totals - middle).max() <= _SAME_TOTAL * middle)
 
 
 def _count(is_so: np.ndarray, starts: np.ndarray) -> np.ndarray:
