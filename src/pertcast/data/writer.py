@@ -81,9 +81,9 @@ class StoreWriter:
         for (dataset, path, num_cells), gene_map in zip(self._cells.files, maps, strict=True):
             with open_h5ad(path, layer=self._experiment.columns.in_dataset(dataset).layer) as reader:
                 place = str(path) if reader.matrix_name == "X" else f"{path}, {reader.matrix_name}"
-                evidence = ScaleEvidence(place, genes=reader.genes)
                 others = ", ".join(map(repr, reader.layers)) if reader.matrix_name == "X" else ""
                 hint = f"; or set columns.layer to read another matrix of the file ({others})" if others else ""
+                evidence = ScaleEvidence(place, genes=reader.genes, hint=hint)
                 base = reader.log_base() if reader.matrix_name == "X" else None
                 is_log = False
                 for start, block in reader.chunks(max_values=_BLOCK_VALUES):
@@ -96,11 +96,7 @@ class StoreWriter:
                             self.notes.append(f"{place}: converted from log{base:g} (uns['log1p']['base']) to log1p")
                     if is_log and base is not None:
                         block.data *= block.data.dtype.type(np.log(base))
-                    try:
-                        evidence.add_csr(block, first_cell=start)
-                    except DataError as error:
-                        problems = [item._replace(remedy=item.remedy + hint) for item in error.problems]
-                        raise DataError(problems=problems) from error
+                    evidence.add_csr(block, first_cell=start)
                     kept = gene_map.apply(block)
                     self._values.append(kept.data, place=f"{path}, X")
                     self._indices.append(kept.indices)

@@ -60,6 +60,8 @@ class ScaleEvidence:
         Names of the columns, for messages.
     max_log1p
         The first value that is too high for log1p.
+    hint
+        What else could be done; remedies end with it.
 
     Attributes
     ----------
@@ -78,10 +80,13 @@ class ScaleEvidence:
     'counts'
     """
 
-    def __init__(self, place: str = "values", *, genes: Sequence[str] = (), max_log1p: float = MAX_LOG1P) -> None:
+    def __init__(
+        self, place: str = "values", *, genes: Sequence[str] = (), max_log1p: float = MAX_LOG1P, hint: str = ""
+    ) -> None:
         self.place = place
         self.genes = genes
         self.max_log1p = max_log1p
+        self.hint = hint
         self.only_faint = True
         self.num_whole = self.num_fractional = self.num_weak = self.num_empty = 0
         self.first_whole: list[int] = []
@@ -163,7 +168,7 @@ class ScaleEvidence:
         where = f"{self.place}, {self._name(first, indptr, genes, first_cell)}"
         message = f"expected a finite value of 0 or more, got {values[first]}"
         raise DataError(
-            problems=[Problem(where, message, "mend or drop this cell; scaled (z-scored) data cannot be used")]
+            problems=[Problem(where, message, f"drop this cell; scaled (z-scored) data cannot be used{self.hint}")]
         )
 
     def _name(self, entry: int, indptr: np.ndarray, genes: np.ndarray, first_cell: int) -> str:
@@ -180,6 +185,10 @@ class ScaleEvidence:
 
     def problem(self, asked: Literal["auto", "counts", "log1p"] = "auto") -> Problem | None:
         """Return what is wrong with the values alone, or as the scale asked for; ``None`` where nothing is."""
+        problem = self._problem(asked)
+        return None if problem is None else problem._replace(remedy=problem.remedy + self.hint)
+
+    def _problem(self, asked: Literal["auto", "counts", "log1p"]) -> Problem | None:
         if self.num_fractional and self.only_faint:
             return Problem(
                 f"{self.place}, rows {', '.join(map(str, self.first_fractional))}",
@@ -268,18 +277,26 @@ def log_problem(cells: sparse.csr_matrix, place: str, base: float | None = None)
         The base of the logarithm that the file states; ``None`` where it states none.
     """
     filled = np.flatnonzero(np.diff(cells.indptr))
-    values, starts = cells.data.astype(np.float64), cells.indptr[filled].astype(np.int64)
-    if len(filled) < 2 or not len(values) or values.max() >= MAX_LOG1P or not fractional_rows(values, starts).any():
+    if not len(filled):
+        return None
+    cells = cells[filled[fractional_rows(cells.data, cells.indptr[filled].astype(np.int64))]]
+    values, starts = cells.data.astype(np.float64), cells.indptr[:-1].astype(np.int64)
+    if len(starts) < 2 or not (np.isfinite(values).all() and values.min() >= 0):
         return None
     stated = np.e if base is None else base
-    undone = {
-        "log1p": np.expm1(values * np.log(stated)),
-        "log2(x + 1)": np.exp2(values) - 1,
-        "log10(x + 1)": np.power(10.0, values) - 1,
-        "natural log1p": np.expm1(values),
-        "not logged": values,
-    }
-    if values.max() < np.log(MAX_LOG1P):
+    could_be_log = values.max() < MAX_LOG1P
+    undone = (
+        {"not logged": values}
+        if not could_be_log
+        else {
+            "log1p": np.expm1(values * np.log(stated)),
+            "log2(x + 1)": np.exp2(values) - 1,
+            "log10(x + 1)": np.power(10.0, values) - 1,
+            "natural log1p": np.expm1(values),
+            "not logged": values,
+        }
+    )
+    if could_be_log and values.max() < np.log(MAX_LOG1P):
         undone["log1p taken twice"] = np.expm1(np.expm1(values))
     same = [name for name, counts in undone.items() if _is_one_total(np.add.reduceat(counts, starts))]
     says = "" if base is None else f" (uns['log1p']['base'] is {base:g})"
@@ -339,10 +356,13 @@ def common_scale(evidence: Sequence[ScaleEvidence], *, asked: Literal["auto", "c
         return asked
     found = {item.place: item.verdict() for item in judged}
     if len(set(found.values())) > 1:
+        hints = {item.place: item.hint for item in judged}
         remedy = "bring all files to one scale; raw counts are best"
         raise DataError(
             "the files of one experiment are on different scales",
-            problems=[Problem(place, f"is on the scale {scale}", remedy) for place, scale in found.items()],
+            problems=[
+                Problem(place, f"is on the scale {scale}", remedy + hints[place]) for place, scale in found.items()
+            ],
         )
     return next(iter(found.values()))
 

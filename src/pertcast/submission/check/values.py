@@ -28,6 +28,8 @@ __all__ = ["check_values"]
 _BLOCK_VALUES = 1 << 18
 _EXACT = 1 << 24
 _NUM_ROWS_NAMED = 5
+_CELLS_UNDONE = 16
+_LARGEST_LOG1P = 30.0
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _ONE_SCALE = "put all cells on one scale; copied control cells are normalised as the predicted ones are"
 
@@ -40,6 +42,7 @@ class _Scan:
         self.num_values = np.zeros(num_cells, dtype=np.int64)
         self.largest = np.zeros(num_cells, dtype=np.float64)
         self.sums = np.zeros(num_cells, dtype=np.float64)
+        self.totals = np.full(num_cells, np.nan)
         self.bad: dict[str, tuple[int, int, int, float]] = {}
         self.only_faint = True
 
@@ -62,6 +65,12 @@ class _Scan:
         # float32 sums of fractions are near enough, and those of whole numbers below 2**24 are exact
         exact = values.dtype == np.float32 and float(self.largest[into].max()) * int(lengths.max()) < _EXACT
         self.sums[into] = np.add.reduceat(values, starts, dtype=np.float32 if exact else np.float64)
+        # of log1p values only some cells are undone, since that takes time; medians are as good
+        few = slice(0, _CELLS_UNDONE)
+        end = int(starts[few][-1] + lengths[few][-1])
+        undone = np.expm1(np.minimum(values[:end], _LARGEST_LOG1P), dtype=np.float64)
+        fractional, plain = self.fractional[into[few]], self.sums[into[few]]
+        self.totals[into[few]] = np.where(fractional, np.add.reduceat(undone, starts[few]), plain)
         self.num_values[into] = lengths if least > 0 else np.add.reduceat(values != 0, starts, dtype=np.int64)
 
     def _clean(self, first: int, block: sparse.csr_matrix) -> NDArray[Any]:
@@ -130,7 +139,7 @@ def check_values(reader: H5adReader, season: Season, progress: Progress) -> Find
     evidence = f"{reader.dtype}, {words.get(scale or '', 'no value above 0')}, largest value {facts['max_value']:.6g}"
     evidence += "".join(", " + counted(number, f"{kind} value") for kind, (number, *_) in scan.bad.items())
     item = CheckItem(_question(season), ok=not problems, evidence=evidence)
-    return Findings(tuple(problems), (item,), facts, tuple(notes), zero_rows=zeros)
+    return Findings(tuple(problems), (item,), facts, tuple(notes), zero_rows=zeros, totals=scan.totals)
 
 
 def _question(season: Season) -> str:
