@@ -24,6 +24,7 @@ from pertcast.ladder import official
 from pertcast.ladder.baseline import TrainingMean
 from pertcast.ladder.score import Score, score
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN
+from pertcast.submission.check import check
 
 Matrix = NDArray[np.floating]
 NAMES = {"mae": "mae", "pds": "discrimination_score_l1", "des": "overlap_at_N", "effect_correlation": "pearson_delta"}
@@ -309,6 +310,35 @@ def test_the_command_prints_json_that_serves_as_a_baseline(tmp_path: Path, capsy
     with pytest.raises(SystemExit) as end:
         main(["score", str(pair.predicted), str(tmp_path / "nowhere.h5ad")])
     assert end.value.code == 1
+
+
+@pytest.mark.parametrize("values", ["top 14.99", "top 15", "faint", "clear", "binary", "zeros", "mixed"])
+def test_score_and_check_see_the_same_scale(tmp_path: Path, values: str) -> None:
+    rng = np.random.default_rng(0)
+    cells = rng.poisson(3.0, size=(60, 12)).astype(np.float32)
+    cells[:, 0] = 5
+    if values.startswith("top"):
+        cells = np.log1p(cells)
+        cells[7, 3] = float(values.split()[1])
+    elif values in ("faint", "clear"):
+        cells += np.float32(0.0005 if values == "faint" else 0.002)
+    elif values == "binary":
+        cells = (cells > 2).astype(np.float32)
+    elif values == "zeros":
+        cells[:] = 0
+    else:
+        cells[1::2] = np.log1p(cells[1::2])
+    genes = [f"G{number}" for number in range(12)]
+    labels = np.repeat(["G1", "G2", CONTROL_LABEL], 20)
+    path = write_cells(tmp_path / "cells.h5ad", cells, labels, genes)
+    (tmp_path / "genes.csv").write_text("\n".join(genes))
+    report = check(path, season="vcc2025", genes=tmp_path / "genes.csv", rules={"num_genes": 12})
+    if report.ok:
+        score(path, path)
+    else:
+        with pytest.raises(DataError):
+            score(path, path)
+    assert report.ok == (values in ("top 14.99", "clear", "binary"))
 
 
 def test_scoring_imports_no_torch() -> None:

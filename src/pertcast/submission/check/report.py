@@ -26,8 +26,10 @@ class CheckItem(NamedTuple):
 
 @dataclass(frozen=True)
 class Findings:
-    """What one family of rules found; once values are read, `zero_rows` are the cells without a value above 0,
-    (n,), and `totals` the sums of cells on the counts scale, (cells,), NaN where not computed.
+    """What one family of rules found.
+
+    Once values are read, `zero_rows` are the cells without a value above 0, (n,), and `totals` are the sums of cells on
+    the counts scale, (cells,), NaN where not computed.
     """
 
     problems: tuple[Problem, ...]

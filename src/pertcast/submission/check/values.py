@@ -66,11 +66,12 @@ class _Scan:
         exact = values.dtype == np.float32 and float(self.largest[into].max()) * int(lengths.max()) < _EXACT
         self.sums[into] = np.add.reduceat(values, starts, dtype=np.float32 if exact else np.float64)
         # of log1p values only some cells are undone, since that takes time; medians are as good
-        few = slice(0, _CELLS_UNDONE)
-        end = int(starts[few][-1] + lengths[few][-1])
-        undone = np.expm1(np.minimum(values[:end], _LARGEST_LOG1P), dtype=np.float64)
-        fractional, plain = self.fractional[into[few]], self.sums[into[few]]
-        self.totals[into[few]] = np.where(fractional, np.add.reduceat(undone, starts[few]), plain)
+        fractional = self.fractional[into]
+        self.totals[into] = np.where(fractional, np.nan, self.sums[into])
+        rows = np.flatnonzero(fractional)
+        for row in rows[:: max(1, len(rows) // _CELLS_UNDONE)]:
+            cell = values[starts[row] : starts[row] + lengths[row]]
+            self.totals[into[row]] = np.expm1(np.minimum(cell, _LARGEST_LOG1P), dtype=np.float64).sum()
         self.num_values[into] = lengths if least > 0 else np.add.reduceat(values != 0, starts, dtype=np.int64)
 
     def _clean(self, first: int, block: sparse.csr_matrix) -> NDArray[Any]:
