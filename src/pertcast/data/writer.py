@@ -23,8 +23,9 @@ from pertcast.data.split import Split
 from pertcast.data.values import worth_a_copy, write_hvg_values
 from pertcast.errors import DataError, Problem
 from pertcast.files.csc import row_bands
-from pertcast.files.expression import Scale, ScaleEvidence, common_scale, log_problem, normalise_log1p
+from pertcast.files.expression import Scale, ScaleEvidence, common_scale, normalise_log1p
 from pertcast.files.h5ad import H5adReader, open_h5ad
+from pertcast.files.logarithms import log_problem
 from pertcast.progress import Advance
 
 __all__ = ["Fitted", "StoreWriter", "embedding_key"]

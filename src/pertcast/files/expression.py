@@ -27,11 +27,11 @@ __all__ = [
     "FAINT",
     "MAX_LOG1P",
     "MIN_WHOLE_VALUES",
+    "RECOUNT",
     "Scale",
     "ScaleEvidence",
     "common_scale",
     "fractional_rows",
-    "log_problem",
     "normalise_log1p",
     "only_faint",
 ]
@@ -43,10 +43,8 @@ MIN_WHOLE_VALUES = 3
 # fractions up to here are whole numbers to cell-eval
 FAINT = np.float32(1e-3)
 _NUM_TRIED = 8
-_SAME_TOTAL = 0.01
-_MAX_CHECKED_COUNT = 1000
 _NUM_EXAMPLES = 5
-_RECOUNT = "give raw counts, or log1p of normalised counts"
+RECOUNT = "give raw counts, or log1p of normalised counts"
 
 
 class ScaleEvidence:
@@ -211,7 +209,7 @@ class ScaleEvidence:
             return Problem(
                 f"{self.place}, {self.max_place}",
                 f"values have fractions and go up to {self.max_value:,.6g}: neither whole counts nor log1p",
-                _RECOUNT,
+                RECOUNT,
             )
         if asked == "auto" and self.ambiguous:
             what = "every value is 0 or 1" if self.max_value else "there is no value other than 0"
@@ -262,67 +260,6 @@ def fractional_rows(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
 def only_faint(values: np.ndarray) -> bool:
     """Return whether no value is more than 0.001 above a whole number."""
     return not bool((values.astype(np.float32, copy=False) % 1 > FAINT).any())
-
-
-def log_problem(cells: sparse.csr_matrix, place: str, base: float | None = None) -> Problem | None:
-    """Return what shows that values with fractions are not log1p of normalised counts; ``None`` without clear evidence.
-
-    Parameters
-    ----------
-    cells
-        Some cells of the file, as they are stored.
-    place
-        The file.
-    base
-        The base of the logarithm that the file states; ``None`` where it states none.
-    """
-    filled = np.flatnonzero(np.diff(cells.indptr))
-    if not len(filled):
-        return None
-    cells = cells[filled[fractional_rows(cells.data, cells.indptr[filled].astype(np.int64))]]
-    values, starts = cells.data.astype(np.float64), cells.indptr[:-1].astype(np.int64)
-    if len(starts) < 2 or not (np.isfinite(values).all() and values.min() >= 0):
-        return None
-    stated = np.e if base is None else base
-    could_be_log = values.max() < MAX_LOG1P
-    undone = (
-        {"not logged": values}
-        if not could_be_log
-        else {
-            "log1p": np.expm1(values * np.log(stated)),
-            "log2(x + 1)": np.exp2(values) - 1,
-            "log10(x + 1)": np.power(10.0, values) - 1,
-            "natural log1p": np.expm1(values),
-            "not logged": values,
-        }
-    )
-    if could_be_log and values.max() < np.log(MAX_LOG1P):
-        undone["log1p taken twice"] = np.expm1(np.expm1(values))
-    same = [name for name, counts in undone.items() if _is_one_total(np.add.reduceat(counts, starts))]
-    says = "" if base is None else f" (uns['log1p']['base'] is {base:g})"
-    if same and "log1p" not in same:
-        found = same[0]
-        remedies = {
-            "log2(x + 1)": "write adata.uns['log1p'] = {'base': 2}, and they are converted; or give raw counts",
-            "log10(x + 1)": "write adata.uns['log1p'] = {'base': 10}, and they are converted; or give raw counts",
-            "natural log1p": "remove 'base' from adata.uns['log1p'], or give raw counts",
-            "not logged": "take log1p of them, or give raw counts",
-        }
-        what = f"values are {found}{says}: undone so, every cell has the same total"
-        return Problem(place, what, remedies.get(found, _RECOUNT))
-    if same:
-        return None
-    for name, counts in undone.items():
-        small = counts < _MAX_CHECKED_COUNT
-        if name != "not logged" and (np.abs(counts - np.rint(counts)) < FAINT)[small].all() and small.any():
-            what = f"values are {name} of whole counts that were never normalised: undone, all are whole numbers"
-            return Problem(place, what, "give the counts themselves")
-    return None
-
-
-def _is_one_total(totals: np.ndarray) -> bool:
-    middle = float(np.median(totals))
-    return bool(np.isfinite(totals).all() and np.abs(totals - middle).max() <= _SAME_TOTAL * middle)
 
 
 def _count(is_so: np.ndarray, starts: np.ndarray) -> np.ndarray:
