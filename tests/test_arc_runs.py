@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -16,8 +17,9 @@ from pertcast.config import load_experiment, rung_overrides
 from pertcast.data.features import PertFeatures, open_features, save_features
 from pertcast.data.store import Split, Store, prepare
 from pertcast.errors import CheckpointError, DataError
-from pertcast.files.artefacts import verify_artefact
+from pertcast.files.artefacts import read_manifest, verify_artefact
 from pertcast.generate import generate
+from pertcast.generate.binding import match_total
 from pertcast.models.arc import convert_run, read_arc_folder
 from pertcast.models.checkpoint import Run, open_run, save_run
 from pertcast.models.spec import StateSpec
@@ -172,6 +174,60 @@ def test_an_unknown_target_is_named_and_never_filled(workspace: Workspace) -> No
         generate(path, workspace.folder / "parts", store_path=workspace.folder / "store", overrides=OVERRIDES)
 
 
+def test_cells_are_normalised_to_the_total_of_an_imported_run(workspace: Workspace, tmp_path: Path) -> None:
+    given = ("generate.cells=model", *OVERRIDES)
+    store = Store.open(workspace.folder / "store")
+    assert store.target_sum is not None
+    unknown = generate(write_imported(workspace), tmp_path / "unknown", store_path=store.path, overrides=given)
+    assert any("normalised to is unknown" in note for note in read_manifest(unknown).notes)
+    ten = 10 * store.target_sum
+    path = write_imported(workspace, path=tmp_path / "ten", target_sum=ten)
+    parts = generate(path, tmp_path / "parts", store_path=store.path, overrides=given)
+    assert any(f"cells are normalised to {ten:,.6g}" in note for note in read_manifest(parts).notes)
+    copied = [gene for gene in store.genes if gene not in ("G7", "G2", "G11")]
+    before, after = (ad.read_h5ad(folder / "H1" / "G1.h5ad")[:, copied].X.toarray() for folder in (unknown, parts))
+    np.testing.assert_allclose(np.expm1(after), 10 * np.expm1(before), rtol=1e-4)
+    # another total makes parts anew
+    again = write_imported(workspace, path=tmp_path / "ten", target_sum=2 * ten)
+    generate(again, tmp_path / "parts", store_path=store.path, overrides=given)
+    third = ad.read_h5ad(parts / "H1" / "G1.h5ad")[:, copied].X.toarray()
+    np.testing.assert_allclose(np.expm1(third), 20 * np.expm1(before), rtol=1e-4)
+
+
+def test_log1p_cells_of_another_total_are_refused(workspace: Workspace, tmp_path: Path) -> None:
+    store = Store.open(workspace.folder / "store")
+    run = open_run(write_imported(workspace, target_sum=1e4))
+    with pytest.raises(CheckpointError, match=r"normalised to 10,000, the store's log1p values to 500.*raw counts"):
+        match_total(run, replace(store, scale="log1p", target_sum=500.0))
+    with pytest.raises(CheckpointError, match="an unknown total"):
+        match_total(run, replace(store, scale="log1p", target_sum=None))
+    assert match_total(run, replace(store, scale="log1p", target_sum=1.005e4))[1] == []
+
+
+def test_an_export_says_which_genes_x_hvg_holds_and_how_to_infer(workspace: Workspace, tmp_path: Path) -> None:
+    path = write_imported(workspace, hvg=np.array([2, 0, 1]), target_sum=1e4)
+    with mock.patch.object(SILENT, "note") as note:
+        folder = export_run(path, tmp_path / "arc", progress=SILENT)
+    assert (folder / "X_hvg_genes.csv").read_text().split() == ["G11", "G7", "G2"]
+    said = " ".join(call.args[0] for call in note.call_args_list)
+    assert f"state tx infer --model-dir {folder} --adata CELLS.h5ad --embed-key X_hvg" in said
+    assert "a total of 10,000" in said
+
+
+@pytest.mark.parametrize(
+    "name", ["pseudobulk", "old_neuralot", "context_mean", "perturb_mean", "decoder_only", "embed_sum"]
+)
+def test_a_network_of_another_kind_is_refused_by_name(workspace: Workspace, tmp_path: Path, name: str) -> None:
+    folder = export_run(write_imported(workspace), tmp_path / "arc")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("name: state", f"name: {name}"))
+    with pytest.raises(CheckpointError, match=rf"model.name: expected a State Transition network.*{name}"):
+        import_run(folder, tmp_path / "run")
+    # the same network under the name that earlier versions gave it
+    config.write_text(config.read_text().replace(f"name: {name}", "name: pertsets"))
+    assert open_run(import_run(folder, tmp_path / "run", target_sum=1e4)).target_sum == 1e4
+
+
 def test_an_imported_run_asks_for_a_store(workspace: Workspace) -> None:
     with pytest.raises(CheckpointError, match="give it with --store"):
         generate(write_imported(workspace), workspace.folder / "parts", overrides=OVERRIDES)
@@ -214,7 +270,8 @@ def test_what_only_training_needs_is_left_out_of_an_export_and_said(workspace: W
     said: list[str] = []
     with mock.patch.object(type(SILENT), "note", lambda _, text: said.append(text)):
         folder = read_arc_folder(export_run(run, tmp_path / "arc"))
-    assert ["DE head" in note for note in said] == [True, False]
+    assert ["DE head" in note for note in said if "left out" in note] == [True, False]
+    assert "state tx infer" in said[-1]
     assert "unknown batch" in said[1]
     assert not [name for name in folder.weights if name.startswith("de_head.")]
     network, ours = convert_run(folder), open_run(run).model()

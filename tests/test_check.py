@@ -77,6 +77,26 @@ def test_the_facts_are_those_of_the_matrix(tmp_path: Path) -> None:
     assert facts["stored_values"] == np.count_nonzero(counts)
 
 
+@pytest.mark.parametrize("scale", ["counts", "log1p"])
+@pytest.mark.parametrize(("factor", "noted"), [(1.0, False), (1.4, False), (3.0, True), (0.3, True)])
+def test_targets_and_controls_of_different_totals_are_noted(
+    tmp_path: Path, scale: str, factor: float, noted: bool
+) -> None:
+    path = write_small_h5ad(tmp_path / "p.h5ad")
+    cells = ad.read_h5ad(path)
+    is_control = (cells.obs["target_gene"] == "non-targeting").to_numpy()
+    values = cells.X.toarray().astype(np.float64)
+    values *= 1000 / values.sum(1, keepdims=True)
+    values[~is_control] *= factor
+    cells.X = sparse.csr_matrix((np.log1p(values) if scale == "log1p" else np.rint(values)).astype(np.float32))
+    cells.write_h5ad(path)
+    report = examine(path)
+    assert report.ok
+    assert any("control cells 1,000" in note or "different totals" in note for note in report.notes) == noted
+    assert report.facts["median_total_targets"] == pytest.approx(1000 * factor, rel=0.02)
+    assert report.facts["median_total_controls"] == pytest.approx(1000, rel=0.02)
+
+
 def test_the_report_is_json(tmp_path: Path) -> None:
     report = examine(write_small_h5ad(tmp_path / "p.h5ad"), cells=23)
     back = json.loads(json.dumps(report.as_json()))

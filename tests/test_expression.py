@@ -13,6 +13,7 @@ from scipy import sparse
 
 from pertcast.errors import DataError
 from pertcast.files.expression import Scale, ScaleEvidence, common_scale, normalise_log1p
+from pertcast.files.logarithms import log_problem
 
 
 def _counts(seed: int = 0, *, cells: int = 12, genes: int = 9) -> np.ndarray:
@@ -149,3 +150,51 @@ def test_normalising_does_not_depend_on_the_block() -> None:
     whole = normalise_log1p(counts, totals, 1e4).toarray()
     rows = [normalise_log1p(counts[i], totals[i : i + 1], 1e4).toarray() for i in range(50)]
     assert np.array_equal(np.concatenate(rows), whole)
+
+
+def _varied(seed: int = 0) -> np.ndarray:
+    """Counts of cells with different totals."""
+    rng = np.random.default_rng(seed)
+    counts: np.ndarray = rng.poisson(rng.gamma(1.0, 5.0, size=30) * rng.uniform(0.5, 3.0, size=(40, 1)))
+    return counts.astype(np.float64)
+
+
+def _normal(target: float) -> np.ndarray:
+    counts = _varied()
+    normal: np.ndarray = counts / counts.sum(1, keepdims=True) * target
+    return normal
+
+
+@pytest.mark.parametrize(
+    ("values", "base", "message"),
+    [
+        (np.log2(1 + _normal(1e4)), None, r"log2\(x \+ 1\): undone so, every cell has the same total"),
+        (np.log10(1 + _normal(1e4)), None, r"log10\(x \+ 1\): undone so"),
+        (np.log1p(np.log1p(_normal(1e4))), None, "log1p taken twice"),
+        (_normal(10.0), None, "not logged"),
+        (_normal(1e4), None, "not logged"),
+        (np.log1p(_normal(1e4)), 2, r"natural log1p \(uns\['log1p'\]\['base'\] is 2\)"),
+        (np.log1p(_varied()), None, "log1p of whole counts that were never normalised"),
+        (np.log2(1 + _varied()), 2, "log1p of whole counts that were never normalised"),
+    ],
+)
+def test_values_of_another_logarithm_are_named(values: np.ndarray, base: float | None, message: str) -> None:
+    problem = log_problem(sparse.csr_matrix(values.astype(np.float32)), "a.h5ad", base)
+    assert problem is not None
+    assert re.search(message, problem.message)
+
+
+@pytest.mark.parametrize(
+    ("values", "base"),
+    [
+        (np.log1p(_normal(1e4)), None),
+        (np.log1p(_normal(1e6)), None),
+        (np.log2(1 + _normal(1e4)), 2),
+        (np.log1p(_normal(1e4))[:, :20], None),  # of some genes, so that no total is the same
+        (_varied(), None),
+        (np.where(np.eye(40, 30) > 0, 0.5, _varied()), None),
+        (np.zeros((3, 3)), None),
+    ],
+)
+def test_without_clear_evidence_of_another_logarithm_nothing_is_said(values: np.ndarray, base: float | None) -> None:
+    assert log_problem(sparse.csr_matrix(values.astype(np.float32)), "a.h5ad", base) is None

@@ -24,6 +24,7 @@ from pertcast.ladder import official
 from pertcast.ladder.baseline import TrainingMean
 from pertcast.ladder.score import Score, score
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN
+from pertcast.submission.check import check
 
 Matrix = NDArray[np.floating]
 NAMES = {"mae": "mae", "pds": "discrimination_score_l1", "des": "overlap_at_N", "effect_correlation": "pearson_delta"}
@@ -311,6 +312,35 @@ def test_the_command_prints_json_that_serves_as_a_baseline(tmp_path: Path, capsy
     assert end.value.code == 1
 
 
+@pytest.mark.parametrize("values", ["top 14.99", "top 15", "faint", "clear", "binary", "zeros", "mixed"])
+def test_score_and_check_see_the_same_scale(tmp_path: Path, values: str) -> None:
+    rng = np.random.default_rng(0)
+    cells = rng.poisson(3.0, size=(60, 12)).astype(np.float32)
+    cells[:, 0] = 5
+    if values.startswith("top"):
+        cells = np.log1p(cells)
+        cells[7, 3] = float(values.split()[1])
+    elif values in ("faint", "clear"):
+        cells += np.float32(0.0005 if values == "faint" else 0.002)
+    elif values == "binary":
+        cells = (cells > 2).astype(np.float32)
+    elif values == "zeros":
+        cells[:] = 0
+    else:
+        cells[1::2] = np.log1p(cells[1::2])
+    genes = [f"G{number}" for number in range(12)]
+    labels = np.repeat(["G1", "G2", CONTROL_LABEL], 20)
+    path = write_cells(tmp_path / "cells.h5ad", cells, labels, genes)
+    (tmp_path / "genes.csv").write_text("\n".join(genes))
+    report = check(path, season="vcc2025", genes=tmp_path / "genes.csv", rules={"num_genes": 12})
+    if report.ok:
+        score(path, path)
+    else:
+        with pytest.raises(DataError):
+            score(path, path)
+    assert report.ok == (values in ("top 14.99", "clear", "binary"))
+
+
 def test_scoring_imports_no_torch() -> None:
     code = "import sys, pertcast.ladder.score, pertcast.cli.score; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -338,6 +368,36 @@ def test_season_2026_is_scored_by_cell_eval2_context_by_context(tmp_path: Path) 
         score(pair.predicted, sides[1], season="vcc2026")
     with pytest.raises(ConfigError, match="season vcc2025"):
         score(pair.predicted, pair.real, season="vcc2026", ceiling=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_metric_of_one_context_only_is_named_and_averaged_over_those_that_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell_eval2 = pytest.importorskip("cell_eval2")
+    pair = simulate(tmp_path)
+    paths = []
+    for path in (pair.predicted, pair.real):
+        parts = [ad.read_h5ad(path) for _ in "AB"]
+        for part, context in zip(parts, "AB", strict=True):
+            part.obs["context"] = context
+        ad.concat(parts, index_unique="-").write_h5ad(tmp_path / f"two_{path.name}")
+        paths.append(tmp_path / f"two_{path.name}")
+    alone = score(pair.predicted, pair.real, season="vcc2026")
+    real_aggregate, calls = cell_eval2.aggregate_metrics, []
+
+    def drop_one(table: Any) -> Any:
+        calls.append(1)
+        rows = real_aggregate(table)
+        return rows.filter(rows["metric"] != "pds_cosine") if len(calls) == dropped else rows
+
+    monkeypatch.setattr(cell_eval2, "aggregate_metrics", drop_one)
+    for dropped in (1, 2):
+        calls.clear()
+        found = score(*paths, season="vcc2026")
+        assert found.overall == pytest.approx(alone.overall)
+        lost, kept = ("A", "B") if dropped == 1 else ("B", "A")
+        assert found.notes == (f"pds_cosine is missing in context {lost}: its mean is over {kept}",)
 
 
 def test_season_2026_without_its_scorer_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from pertcast.config import load_experiment
 from pertcast.data.store import Split, Store
 from pertcast.errors import ConfigError, DataError, SubmissionError
 from pertcast.generate import generate
+from pertcast.ladder.score import score
 from pertcast.run import Outcome, run_experiment
 from pertcast.seasons import season
 from pertcast.submission.cross_check import find_packer
@@ -102,6 +103,26 @@ def test_each_context_is_made_of_its_own_control_cells(outcome: Outcome) -> None
         assert len(rows) == 40
         # a network of six steps predicts next to nothing, but the depth is that of the context's own cells
         assert abs(np.median(made.sum(axis=1)) / np.median(store.totals[rows]) - 1) < 0.4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_prediction_without_controls_is_scored_beside_the_truths_controls(outcome: Outcome, tmp_path: Path) -> None:
+    pytest.importorskip("cell_eval2")
+    predicted = ad.read_h5ad(outcome.prediction)
+    assert "non-targeting" not in set(predicted.obs["target_gene"])
+    real = predicted.copy()
+    controls = predicted[:60].copy()
+    controls.X = np.random.default_rng(0).poisson(5.0, controls.shape).astype(np.float32)
+    controls.obs["target_gene"] = "non-targeting"
+    controls.obs["context"] = ["A", "B", "C"] * 20
+    joined = ad.concat([real, controls], index_unique="-")
+    joined.write_h5ad(tmp_path / "real.h5ad")
+    found = score(outcome.prediction, tmp_path / "real.h5ad", season="vcc2026")
+    assert set(found.targets) == {f"{context}/G{number}" for context in "ABC" for number in (1, 2, 3, 4)}
+    joined.write_h5ad(tmp_path / "with_controls.h5ad")
+    assert score(tmp_path / "with_controls.h5ad", tmp_path / "real.h5ad", season="vcc2026").overall == pytest.approx(
+        found.overall, nan_ok=True
+    )
 
 
 def test_the_bundle_says_which_contexts_are_due(experiment: Path, outcome: Outcome, tmp_path: Path) -> None:

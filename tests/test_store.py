@@ -340,6 +340,60 @@ def test_nothing_is_left_behind_by_an_error(small_h5ad: Builder, tmp_path: Path)
     assert [item.name for item in tmp_path.iterdir()] == ["small.h5ad"]
 
 
+@pytest.mark.parametrize(("base", "kind"), [(2.0, "csr"), (10.0, "dense")])
+def test_a_logarithm_whose_base_is_stated_is_converted(
+    small_h5ad: Builder, tmp_path: Path, base: float, kind: str
+) -> None:
+    path = small_h5ad("a.h5ad", scale="log1p")
+    expected = _dense(path)
+    data = ad.read_h5ad(path)
+    values = expected.astype(np.float32) / np.float32(np.log(base))
+    data.X = sparse.csr_matrix(values) if kind == "csr" else values
+    data.uns["log1p"] = {"base": base}
+    data.write_h5ad(path)
+    progress = _Recorder()
+    store = Store.open(prepare(_experiment(path), tmp_path / "store", progress=progress))
+    np.testing.assert_allclose(store.log1p(np.arange(store.num_cells)), expected, rtol=1e-5)
+    assert any(f"converted from log{base:g}" in note for note in progress.notes)
+
+
+def test_whole_counts_are_not_converted_by_a_stale_base(small_h5ad: Builder, tmp_path: Path) -> None:
+    path = small_h5ad()
+    expected = _dense(path)
+    data = ad.read_h5ad(path)
+    data.uns["log1p"] = {"base": 2}
+    data.write_h5ad(path)
+    store = Store.open(prepare(_experiment(path), tmp_path / "store"))
+    assert store.scale == "counts"
+    np.testing.assert_equal(store.counts(np.arange(store.num_cells)).toarray(), expected)
+
+
+@pytest.mark.parametrize("layer", ["counts", "raw"])
+def test_counts_are_read_from_a_layer_or_raw(small_h5ad: Builder, tmp_path: Path, layer: str) -> None:
+    path = small_h5ad()
+    expected = _dense(path)
+    data = ad.read_h5ad(path)
+    if layer == "raw":
+        data.raw = data.copy()
+        data = data[:, 3:].copy()
+        assert data.raw is not None
+    else:
+        data.layers["counts"] = data.X.copy()
+    dense = np.asarray(data.X.todense(), dtype=np.float32)
+    data.X = dense - dense.mean(0)
+    data.write_h5ad(path)
+    columns = {"cell_type": "cell_type", "batch": "batch"}
+    with pytest.raises(DataError, match=rf"set columns.layer to read another matrix of the file \('{layer}'\)"):
+        prepare(_experiment(path), tmp_path / "store")
+    for given in ({"layer": layer}, {"of": {"d": {"layer": layer}}}):
+        out = tmp_path / f"store_{'of' in given}"
+        store = Store.open(prepare(_experiment(path, columns=columns | given), out))
+        assert store.scale == "counts"
+        np.testing.assert_equal(store.counts(np.arange(store.num_cells)).toarray(), expected)
+    with pytest.raises(DataError, match=rf"expected the layer 'count', got '{layer}'"):
+        prepare(_experiment(path, columns=columns | {"layer": "count"}), tmp_path / "store")
+
+
 def test_files_on_two_scales_are_refused(small_h5ad: Builder, tmp_path: Path) -> None:
     small_h5ad("a.h5ad")
     small_h5ad("b.h5ad", scale="log1p")

@@ -16,9 +16,9 @@ from pertcast.data.build import Survey, survey
 from pertcast.data.features import FeatureStore, load_features
 from pertcast.data.features.labels import genes_of
 from pertcast.data.split import CodedCells
-from pertcast.data.writer import total_of_log1p
+from pertcast.data.writer import natural_log_factor, scale_evidence, total_of_log1p
 from pertcast.errors import ConfigError, DataError, Problem, Problems
-from pertcast.files.expression import Scale, ScaleEvidence, common_scale, log1p_totals
+from pertcast.files.expression import Scale, common_scale, log1p_totals
 from pertcast.files.h5ad import open_h5ad
 from pertcast.files.season_lists import read_targets
 from pertcast.files.space import require_space
@@ -111,12 +111,15 @@ def _check_features(experiment: Experiment, cells: CodedCells, targets: Sequence
 def _sampled_scale(experiment: Experiment, found: Survey) -> tuple[Scale | None, np.ndarray]:
     """Return the scale of the first cells of all files, ``None`` where they do not tell it, and their log1p totals."""
     evidence, totals = [], []
-    for (_, path, _), gene_map in zip(found.files, found.gene_maps, strict=True):
-        with open_h5ad(path) as reader:
+    for (dataset, path, _), gene_map in zip(found.files, found.gene_maps, strict=True):
+        with open_h5ad(path, layer=experiment.columns.in_dataset(dataset).layer) as reader:
             if reader.layout == "csc":
                 continue  # it has no first cells without sorting all of them
             _, block = next(reader.chunks(max_values=_SAMPLED_VALUES))
-            item = ScaleEvidence(str(path), genes=reader.genes)
+            factor = natural_log_factor(reader, block)
+            if factor != 1:
+                block.data *= block.data.dtype.type(factor)
+            item = scale_evidence(reader)
             item.add_csr(block)
             if not item.ambiguous:
                 evidence.append(item)
@@ -128,8 +131,8 @@ def _sampled_scale(experiment: Experiment, found: Survey) -> tuple[Scale | None,
 
 def _require_space(experiment: Experiment, found: Survey, out: Path) -> None:
     stored = 0
-    for _, path, _ in found.files:
-        with open_h5ad(path) as reader:
+    for dataset, path, _ in found.files:
+        with open_h5ad(path, layer=experiment.columns.in_dataset(dataset).layer) as reader:
             stored += reader.num_stored
     predicted = experiment.submission.resolve().max_cells if experiment.submission.targets is not None else 0
     values = stored / max(len(found.split), 1) * predicted

@@ -21,6 +21,7 @@ def import_run(
     checkpoint: Path | None = None,
     genes: Path | None = None,
     hvgs: Path | None = None,
+    target_sum: float | None = None,
 ) -> None:
     """Make a run of a folder that `state tx train` wrote; no code in its files runs.
 
@@ -41,8 +42,13 @@ def import_run(
         Names of all genes, one a line, in the order of training; asked for where the folder does not name them.
     hvgs
         The same of the highly variable genes.
+    target_sum
+        The total that its training cells were normalised to before log1p, such as 10000. `pertcast generate` then
+        normalises the control cells to it.
     """
     from pertcast.cli.console import Console
     from pertcast.train.arc import import_run as convert
 
-    print(convert(folder, out, checkpoint=checkpoint, genes=genes, hvgs=hvgs, progress=Console()))
+    print(
+        convert(folder, out, checkpoint=checkpoint, genes=genes, hvgs=hvgs, target_sum=target_sum, progress=Console())
+    )

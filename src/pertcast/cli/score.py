@@ -83,7 +83,7 @@ def print_score(found: Score) -> None:
     """Print a score for people: the means, then every target."""
     from pertcast.cli.console import stdout_table
 
-    columns = list(next(iter(found.targets.values())))
+    columns = list(dict.fromkeys(name for values in found.targets.values() for name in values))
     stdout_table(
         f"{found.season}: {len(found.targets)} targets",
         ("target", *columns),

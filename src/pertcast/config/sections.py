@@ -40,8 +40,8 @@ class FewshotConfig(Section):
 class DatasetColumns(Section):
     """What one dataset calls otherwise than the others; what is not given is as in ``[columns]``.
 
-    `control` is its own control label, read as that of the experiment. An empty `batch` says that it has none. `rename`
-    adds to that of all datasets.
+    `control` is its own control label, read as that of the experiment. An empty `batch` says that it has none; an empty
+    `layer` says that its values are in X. `rename` adds to that of all datasets.
     """
 
     pert: str | None = None
@@ -50,11 +50,13 @@ class DatasetColumns(Section):
     context: str | None = None
     batch: str | None = None
     rename: dict[str, str] = Field(default_factory=dict)
+    layer: str | None = None
 
 
 class ColumnsConfig(Section):
     """Where obs says what: the perturbation, the control label in it, the cell type (context), the batch.
 
+    `layer` names the matrix that is read in place of X: a key of ``layers``, or "raw" for ``raw.X``.
     `context` names the one context of data that has no cell-type column. `of` says what differs for a dataset:
     ``[columns.of.NAME]``. `rename` gives perturbation labels another name before anything else is done with them, as
     ``ctrl = "non-targeting"``; a label that is renamed to itself is kept although it looks like a mistake.
@@ -66,6 +68,7 @@ class ColumnsConfig(Section):
     context: str | None = None
     batch: str | None = None
     rename: dict[str, str] = Field(default_factory=dict)
+    layer: str | None = None
     of: dict[str, DatasetColumns] = Field(default_factory=dict)
 
     def in_dataset(self, name: str) -> ColumnsConfig:
@@ -75,9 +78,14 @@ class ColumnsConfig(Section):
             own.setdefault("context", None)
         elif "context" in own:
             own["cell_type"] = None
-        rename = {**self.rename, **own.get("rename", {})}
         return self.model_copy(
-            update={**own, "rename": rename, "batch": own.get("batch", self.batch) or None, "of": {}}
+            update={
+                **own,
+                "rename": {**self.rename, **own.get("rename", {})},
+                "batch": own.get("batch", self.batch) or None,
+                "layer": own.get("layer", self.layer) or None,
+                "of": {},
+            }
         )
 
 

@@ -179,7 +179,7 @@ def _file_names(files: Sequence[tuple[str, Path]]) -> list[str]:
 
 def _read_file(experiment: Experiment, dataset: str, path: Path) -> _FileObs:
     columns = experiment.columns.in_dataset(dataset)
-    with open_h5ad(path) as reader:
+    with open_h5ad(path, layer=columns.layer) as reader:
         problems: list[Problem] = []
         if not reader.num_cells or not reader.num_genes:
             message = f"expected cells x genes, got {reader.num_cells} x {reader.num_genes}"

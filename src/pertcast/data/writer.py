@@ -25,13 +25,22 @@ from pertcast.errors import DataError, Problem
 from pertcast.files.csc import row_bands
 from pertcast.files.expression import Scale, ScaleEvidence, common_scale, normalise_log1p, row_sums
 from pertcast.files.h5ad import H5adReader, open_h5ad
+from pertcast.files.logarithms import log_problem
 from pertcast.progress import Advance
 
-__all__ = ["Fitted", "StoreWriter", "embedding_key", "total_of_log1p"]
+__all__ = [
+    "Fitted",
+    "StoreWriter",
+    "embedding_key",
+    "natural_log_factor",
+    "scale_evidence",
+    "total_of_log1p",
+]
 
 _BLOCK_VALUES = 1 << 22
 _EMBEDDING_ROWS = 8192
 _SAME_TOTAL = 0.01
+_CHECKED_CELLS = 2000
 
 
 def embedding_key(experiment: Experiment) -> str | None:
@@ -79,10 +88,19 @@ class StoreWriter:
         self._measured_FG = np.stack([gene_map.measured for gene_map in maps])
         np.save(self._folder / "measured.npy", self._measured_FG)
         first = 0
-        for (_, path, num_cells), gene_map in zip(self._cells.files, maps, strict=True):
-            with open_h5ad(path) as reader:
-                evidence = ScaleEvidence(str(path), genes=reader.genes)
+        for (dataset, path, num_cells), gene_map in zip(self._cells.files, maps, strict=True):
+            with open_h5ad(path, layer=self._experiment.columns.in_dataset(dataset).layer) as reader:
+                evidence = scale_evidence(reader)
+                factor = 1.0
                 for start, block in reader.chunks(max_values=_BLOCK_VALUES):
+                    if start == 0:
+                        factor = natural_log_factor(reader, block)
+                        if factor != 1:
+                            self.notes.append(
+                                f"{evidence.place}: converted from log{np.exp(factor):g} (uns['log1p']['base']) to log1p"
+                            )
+                    if factor != 1:
+                        block.data *= block.data.dtype.type(factor)
                     evidence.add_csr(block, first_cell=start)
                     kept = gene_map.apply(block)
                     self._values.append(kept.data, place=f"{path}, X")
@@ -222,6 +240,36 @@ class StoreWriter:
                 "unused": int((self._flags == 0).sum()),
             },
         }
+
+
+def scale_evidence(reader: H5adReader) -> ScaleEvidence:
+    """Return what gathers the evidence of a file's scale; its errors point to other matrices of the file."""
+    is_x = reader.matrix_name == "X"
+    others = ", ".join(map(repr, reader.layers)) if is_x else ""
+    hint = f"; or set columns.layer to read another matrix of the file ({others})" if others else ""
+    place = str(reader.path) if is_x else f"{reader.path}, {reader.matrix_name}"
+    return ScaleEvidence(place, genes=reader.genes, hint=hint)
+
+
+def natural_log_factor(reader: H5adReader, block: sparse.csr_matrix) -> float:
+    """Return what the values of a file are multiplied by to be natural logarithms; 1 where they are, or are counts.
+
+    Parameters
+    ----------
+    reader, block
+        The file, and its first cells.
+
+    Raises
+    ------
+    DataError
+        If the cells are clearly on another logarithm than the file states.
+    """
+    evidence = scale_evidence(reader)
+    base = reader.log_base() if reader.matrix_name == "X" else None
+    if problem := log_problem(block[:_CHECKED_CELLS], evidence.place, base):
+        raise DataError(problems=[problem._replace(remedy=problem.remedy + evidence.hint)])
+    is_log = block.data.dtype.kind == "f" and bool((block.data != np.rint(block.data)).any())
+    return float(np.log(base)) if is_log and base is not None else 1.0
 
 
 def total_of_log1p(totals: np.ndarray, *, asked: float | Literal["median"]) -> tuple[float | None, str | None]:

@@ -7,8 +7,9 @@ The rules, by cell (a row with any value other than 0) and then by file:
   values may be so by chance, and goes with the others.
 - Whole cells alone are ``counts``. Where no value is above 1 (presence and absence) they are *ambiguous*: only
   ``prepare.scale`` or the other files of the experiment settle what they are.
-- Fractional cells alone are ``log1p``, unless a value is above 16: log1p of ten million is 16.1, so such values were
-  normalised without log1p, or corrected for ambient RNA.
+- Fractional cells alone are ``log1p``, unless a value is 15 or more (log1p of three million), or no fraction is above
+  0.001: cell-eval takes neither for log1p. Such values were normalised without log1p, corrected for ambient RNA, or
+  are counts with rounding errors.
 - Whole and fractional cells in one file are mixed, which is an error that names the rows of the fewer ones.
 """
 
@@ -22,14 +23,30 @@ from scipy import sparse
 
 from pertcast.errors import DataError, Problem
 
-__all__ = ["MAX_LOG1P", "Scale", "ScaleEvidence", "common_scale", "log1p_totals", "normalise_log1p", "row_sums"]
+__all__ = [
+    "FAINT",
+    "MAX_LOG1P",
+    "MIN_WHOLE_VALUES",
+    "RECOUNT",
+    "Scale",
+    "ScaleEvidence",
+    "common_scale",
+    "fractional_rows",
+    "log1p_totals",
+    "normalise_log1p",
+    "only_faint",
+    "row_sums",
+]
 
 Scale = Literal["counts", "log1p"]
 
-MAX_LOG1P = 16.0
-_MIN_WHOLE_VALUES = 3
+MAX_LOG1P = 15.0
+MIN_WHOLE_VALUES = 3
+# fractions up to here are whole numbers to cell-eval
+FAINT = np.float32(1e-3)
+_NUM_TRIED = 8
 _NUM_EXAMPLES = 5
-_RECOUNT = "give raw counts, or log1p of normalised counts"
+RECOUNT = "give raw counts, or log1p of normalised counts"
 
 
 class ScaleEvidence:
@@ -41,6 +58,10 @@ class ScaleEvidence:
         The file, for messages.
     genes
         Names of the columns, for messages.
+    max_log1p
+        The first value that is too high for log1p.
+    hint
+        What else could be done; remedies end with it.
 
     Attributes
     ----------
@@ -59,9 +80,14 @@ class ScaleEvidence:
     'counts'
     """
 
-    def __init__(self, place: str = "values", *, genes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, place: str = "values", *, genes: Sequence[str] = (), max_log1p: float = MAX_LOG1P, hint: str = ""
+    ) -> None:
         self.place = place
         self.genes = genes
+        self.max_log1p = max_log1p
+        self.hint = hint
+        self.only_faint = True
         self.num_whole = self.num_fractional = self.num_weak = self.num_empty = 0
         self.first_whole: list[int] = []
         self.first_fractional: list[int] = []
@@ -117,17 +143,15 @@ class ScaleEvidence:
         starts = indptr[:-1].astype(np.int64)
         filled = np.flatnonzero(np.diff(indptr))
         num_values = np.zeros(len(starts), dtype=np.int64)
-        num_fractions = np.zeros(len(starts), dtype=np.int64)
+        fractional = np.zeros(len(starts), dtype=bool)
         if len(filled):
             num_values[filled] = _count(values != 0, starts[filled])
-            if values.dtype.kind == "f":
-                is_fraction = values != np.rint(values)
-                num_fractions[filled] = _count(is_fraction, starts[filled]) if is_fraction.any() else 0
+            fractional[filled] = fractional_rows(values, starts[filled])
+            self.only_faint = self.only_faint and (not fractional.any() or only_faint(values))
             top = int(values.argmax())
             if values[top] > self.max_value:
                 self.max_value, self.max_place = float(values[top]), self._name(top, indptr, genes, first_cell)
-        fractional = num_fractions > 0
-        whole = ~fractional & (num_values >= _MIN_WHOLE_VALUES)
+        whole = ~fractional & (num_values >= MIN_WHOLE_VALUES)
         weak = ~fractional & ~whole & (num_values > 0)
         self.num_fractional += int(fractional.sum())
         self.num_whole += int(whole.sum())
@@ -144,7 +168,7 @@ class ScaleEvidence:
         where = f"{self.place}, {self._name(first, indptr, genes, first_cell)}"
         message = f"expected a finite value of 0 or more, got {values[first]}"
         raise DataError(
-            problems=[Problem(where, message, "mend or drop this cell; scaled (z-scored) data cannot be used")]
+            problems=[Problem(where, message, f"drop this cell; scaled (z-scored) data cannot be used{self.hint}")]
         )
 
     def _name(self, entry: int, indptr: np.ndarray, genes: np.ndarray, first_cell: int) -> str:
@@ -161,6 +185,16 @@ class ScaleEvidence:
 
     def problem(self, asked: Literal["auto", "counts", "log1p"] = "auto") -> Problem | None:
         """Return what is wrong with the values alone, or as the scale asked for; ``None`` where nothing is."""
+        problem = self._problem(asked)
+        return None if problem is None else problem._replace(remedy=problem.remedy + self.hint)
+
+    def _problem(self, asked: Literal["auto", "counts", "log1p"]) -> Problem | None:
+        if self.num_fractional and self.only_faint:
+            return Problem(
+                f"{self.place}, rows {', '.join(map(str, self.first_fractional))}",
+                f"no fraction is above {FAINT:g}: neither whole counts nor log1p",
+                "round counts to whole numbers",
+            )
         if self.num_whole and self.num_fractional:
             whole_is_fewer = self.num_whole <= self.num_fractional
             rows = self.first_whole if whole_is_fewer else self.first_fractional
@@ -173,11 +207,11 @@ class ScaleEvidence:
                 f"two scales are mixed: {number:,} of {total:,} cells hold {fewer}, the others do not",
                 "bring every cell to one scale, counts or log1p",
             )
-        if self.num_fractional and self.max_value > MAX_LOG1P:
+        if self.num_fractional and self.max_value >= self.max_log1p:
             return Problem(
                 f"{self.place}, {self.max_place}",
                 f"values have fractions and go up to {self.max_value:,.6g}: neither whole counts nor log1p",
-                _RECOUNT,
+                RECOUNT,
             )
         if asked == "auto" and self.ambiguous:
             what = "every value is 0 or 1" if self.max_value else "there is no value other than 0"
@@ -211,6 +245,25 @@ class ScaleEvidence:
         return self._found()
 
 
+def fractional_rows(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return which rows hold a fraction, bool (rows,); each row runs from its start to the next and is not empty."""
+    if values.dtype.kind != "f":
+        return np.zeros(len(starts), dtype=bool)
+    # the first values of a row mostly tell
+    last = np.append(starts[1:], len(values)) - 1
+    some = values[np.minimum(starts[:, None] + np.arange(_NUM_TRIED), last[:, None])]
+    found: np.ndarray = (some != np.rint(some)).any(axis=1)
+    if found.all():
+        return found
+    broken = values != np.rint(values)
+    return np.logical_or.reduceat(broken, starts) if broken.any() else found
+
+
+def only_faint(values: np.ndarray) -> bool:
+    """Return whether no value is more than 0.001 above a whole number."""
+    return not bool((values.astype(np.float32, copy=False) % 1 > FAINT).any())
+
+
 def _count(is_so: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Return how many are so from each start to the next, int64."""
     if is_so.all():
@@ -242,10 +295,13 @@ def common_scale(evidence: Sequence[ScaleEvidence], *, asked: Literal["auto", "c
         return asked
     found = {item.place: item.verdict() for item in judged}
     if len(set(found.values())) > 1:
+        hints = {item.place: item.hint for item in judged}
         remedy = "bring all files to one scale; raw counts are best"
         raise DataError(
             "the files of one experiment are on different scales",
-            problems=[Problem(place, f"is on the scale {scale}", remedy) for place, scale in found.items()],
+            problems=[
+                Problem(place, f"is on the scale {scale}", remedy + hints[place]) for place, scale in found.items()
+            ],
         )
     return next(iter(found.values()))
 

@@ -28,8 +28,8 @@ __all__ = ["CsrWriter", "H5adReader", "open_h5ad"]
 
 
 @contextmanager
-def open_h5ad(path: Path) -> Iterator[H5adReader]:
-    """Open a .h5ad or .h5 file in AnnData layout for reading.
+def open_h5ad(path: Path, *, layer: str | None = None) -> Iterator[H5adReader]:
+    """Open a .h5ad or .h5 file in AnnData layout for reading: X, ``layers[layer]``, or raw.X where it is "raw".
 
     Raises
     ------
@@ -62,7 +62,7 @@ def open_h5ad(path: Path) -> Iterator[H5adReader]:
         raise DataError(problems=[Problem(str(path), f"{what} ({error})", remedy)]) from error
     with file:
         with reading(path, "its structure"):
-            reader = H5adReader(path, file)
+            reader = H5adReader(path, file, layer)
         try:
             yield reader
         finally:
@@ -88,11 +88,13 @@ class H5adReader:
         Stored entries of X, explicit zeros counted (dense: cells x genes).
     obs_columns, obsm_keys
         What annotations and embeddings there are.
+    layers
+        Other matrices that can be read in place of X; "raw" is raw.X.
     in_order
         Whether the rows read so far lay in the file with their column indices sorted.
     """
 
-    def __init__(self, path: Path, file: Any) -> None:
+    def __init__(self, path: Path, file: Any, layer: str | None = None) -> None:
         self.path = path
         self._file = file
         missing = [name for name in ("X", "obs", "var") if name not in file]
@@ -103,8 +105,19 @@ class H5adReader:
                     Problem(str(path), f"expected X, obs and var, got {found}", "give a file in AnnData layout (.h5ad)")
                 ]
             )
-        self.genes: tuple[str, ...] = tuple(read_index(file, path, "var"))
-        self._matrix = Matrix(path, file)
+        layers = file.get("layers")
+        self.layers: tuple[str, ...] = tuple(layers) if isinstance(layers, h5py.Group) else ()
+        if "raw" in file and "X" in file["raw"] and "raw" not in self.layers:
+            self.layers += ("raw",)
+        if layer is not None and layer not in self.layers:
+            message = f"expected the layer {layer!r}, got {', '.join(map(repr, self.layers)) or 'none'}"
+            raise DataError(problems=[Problem(f"{path}, layers", message, "set columns.layer to one of these")])
+        self.matrix_name = "X" if layer is None else f"layers/{layer}"
+        var = "var"
+        if layer == "raw" and self.matrix_name not in file:
+            self.matrix_name, var = "raw/X", "raw/var"
+        self.genes: tuple[str, ...] = tuple(read_index(file, path, var))
+        self._matrix = Matrix(path, file, self.matrix_name)
         self.num_cells, self.num_genes = self._matrix.shape
         self.layout: Layout = self._matrix.layout
         self.dtype, self.num_stored = self._matrix.dtype, self._matrix.num_stored
@@ -151,6 +164,14 @@ class H5adReader:
     def obs_names(self) -> np.ndarray:
         """Return the names of the cells, (num_cells,) str objects."""
         return read_index(self._file, self.path, "obs")
+
+    def log_base(self) -> float | None:
+        """Return the base of the logarithm that scanpy recorded in ``uns["log1p"]``, or ``None``."""
+        node = self._file.get("uns/log1p/base")
+        if not isinstance(node, h5py.Dataset) or node.shape != () or node.dtype.kind not in "iuf":
+            return None
+        base = float(node[()])
+        return base if base > 1 else None
 
     def chunks(self, *, max_values: int = 1 << 24) -> Iterator[tuple[int, sparse.csr_matrix]]:
         """Yield ``(first row, block)`` of consecutive rows; see :meth:`pertcast.files.matrix.Matrix.chunks`."""

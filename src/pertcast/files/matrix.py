@@ -51,7 +51,9 @@ class Matrix:
     path
         The file, for messages and for plain reads.
     file
-        The same, opened with h5py; it has an X.
+        The same, opened with h5py.
+    name
+        Where the matrix is in it: ``X``, ``layers/counts``, ``raw/X``.
 
     Attributes
     ----------
@@ -72,17 +74,18 @@ class Matrix:
         If X is no matrix of numbers in a layout of AnnData's, or larger than the file can hold.
     """
 
-    def __init__(self, path: Path, file: Any) -> None:
+    def __init__(self, path: Path, file: Any, name: str = "X") -> None:
         self.in_order = True
+        self._name = name
         self._path, self._file = path, file
         self._descriptor = -1
         self._raw: dict[str, RawColumn | None] = {}
         self._rows_of_csc: tuple[int, CscRows] | None = None
         self.layout: Layout
-        with reading(path, "X"):
-            self._open(file["X"])
+        with reading(path, name):
+            self._open(file[name])
         if self.dtype.kind not in "fiub":
-            self._broken("X", f"expected numbers, got {self.dtype}")
+            self._broken(name, f"expected numbers, got {self.dtype}")
 
     def _open(self, node: Any) -> None:
         if isinstance(node, h5py.Dataset):
@@ -139,39 +142,41 @@ class Matrix:
     def _dense_chunks(self, max_values: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
         step = max(1, max_values // max(1, self.shape[1]))
         for start in range(0, self.shape[0], step):
-            with reading(self._path, f"X, rows from {start}"):
-                block = np.asarray(self._file["X"][start : start + step])
+            with reading(self._path, f"{self._name}, rows from {start}"):
+                block = np.asarray(self._file[self._name][start : start + step])
             yield start, sparse.csr_matrix(block.astype(_usable(block.dtype), copy=False))
 
     def _indptr(self, length: int) -> np.ndarray:
-        with reading(self._path, "X/indptr"):
-            node = self._file["X/indptr"]
-            shapes = {name: self._file[f"X/{name}"].shape for name in ("data", "indices", "indptr")}
+        with reading(self._path, f"{self._name}/indptr"):
+            node = self._file[f"{self._name}/indptr"]
+            shapes = {name: self._file[f"{self._name}/{name}"].shape for name in ("data", "indices", "indptr")}
             for name in ("data", "indices"):
                 if shapes[name] != (self.num_stored,):
-                    self._broken("X", f"{shapes[name]} {name} for {self.num_stored} values")
+                    self._broken(self._name, f"{shapes[name]} {name} for {self.num_stored} values")
             if shapes["indptr"] != (length + 1,):
-                self._broken("X/indptr", f"expected {length + 1} entries, got {shapes['indptr']}")
+                self._broken(f"{self._name}/indptr", f"expected {length + 1} entries, got {shapes['indptr']}")
             if node.dtype.kind not in "iu":
-                self._broken("X/indptr", f"expected whole numbers, got {node.dtype}")
+                self._broken(f"{self._name}/indptr", f"expected whole numbers, got {node.dtype}")
             indptr = np.asarray(node[()], dtype=np.int64)
         if indptr[0] != 0 or indptr[-1] != self.num_stored:
-            self._broken("X/indptr", f"expected 0 to {self.num_stored}, got {indptr[0]} to {indptr[-1]}")
+            self._broken(f"{self._name}/indptr", f"expected 0 to {self.num_stored}, got {indptr[0]} to {indptr[-1]}")
         falls = np.flatnonzero(np.diff(indptr) < 0)
         if len(falls):
-            self._broken("X/indptr", f"it falls at position {falls[0] + 1}")
+            self._broken(f"{self._name}/indptr", f"it falls at position {falls[0] + 1}")
         return indptr
 
     def _stored(self, start: int, stop: int, *, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the indices (checked against `limit`) and the values of a range of stored entries."""
-        with reading(self._path, f"X, stored entries from {start}"):
-            indices = self._entries("X/indices", start, stop)
-            values = self._entries("X/data", start, stop)
+        with reading(self._path, f"{self._name}, stored entries from {start}"):
+            indices = self._entries(f"{self._name}/indices", start, stop)
+            values = self._entries(f"{self._name}/data", start, stop)
         if indices.dtype.kind not in "iu":
-            self._broken("X/indices", f"expected whole numbers, got {indices.dtype}")
+            self._broken(f"{self._name}/indices", f"expected whole numbers, got {indices.dtype}")
         if indices.size and (indices.min() < 0 or int(indices.max()) >= limit):
             wrong = int(np.flatnonzero((indices < 0) | (indices >= limit))[0])
-            self._broken("X/indices", f"entry {start + wrong} is {indices[wrong]}, outside 0 to {limit - 1}")
+            self._broken(
+                f"{self._name}/indices", f"entry {start + wrong} is {indices[wrong]}, outside 0 to {limit - 1}"
+            )
         return indices.astype(np.int32, copy=False), values.astype(_usable(values.dtype), copy=False)
 
     def _entries(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -207,7 +212,7 @@ class Matrix:
                 max_values=max_values,
             )
         except OSError as error:
-            place = f"{self._path}, X (csc)"
+            place = f"{self._path}, {self._name} (csc)"
             message = f"its columns cannot be sorted into rows in the temporary folder ({error})"
             remedy = f"set TMPDIR to a disk with {self.num_stored * (8 + self.dtype.itemsize) / 1e9:.1f} GB free"
             raise DataError(problems=[Problem(place, message, remedy)]) from error
@@ -236,7 +241,7 @@ class Matrix:
             raise DataError(
                 problems=[
                     Problem(
-                        f"{self._path}, X, row {start + row}",
+                        f"{self._path}, {self._name}, row {start + row}",
                         "a gene stands twice in this cell",
                         "call adata.X.sum_duplicates(), if the sum is what is meant, and write the file again",
                     )

@@ -32,7 +32,7 @@ from pertcast.files.artefacts import (
 from pertcast.files.lock import claimed, clean, locked
 from pertcast.files.origin import Origin
 from pertcast.files.season_lists import write_genes
-from pertcast.generate.binding import bind, is_imported
+from pertcast.generate.binding import bind, is_imported, match_total
 from pertcast.generate.calibration import calibrated
 from pertcast.generate.parts import PartMaker
 from pertcast.generate.plan import Part, Plan, plan_parts
@@ -103,9 +103,12 @@ def generate(
     if chosen != experiment.generate:
         progress.note(f'generate.cells = "auto": {chosen.cells}, since the store has {_HAS[store.scale]}')
         experiment = experiment.model_copy(update={"generate": chosen})
+    total_notes: list[str] = []
     if is_imported(run):
         run = bind(run, store)
+        store, total_notes = match_total(run, store)
     plan = plan_parts(store, experiment)
+    plan = dataclasses.replace(plan, notes=(*plan.notes, *total_notes))
     features = _features(run, run_path, experiment, store, plan)
     plan = _with_notes(plan, experiment, features, run)
     weights = hash_file(run_path / "weights.safetensors")

@@ -13,11 +13,12 @@ from pertcast.data.store import Split, Store
 from pertcast.errors import CheckpointError, Problem
 from pertcast.models.checkpoint import Run
 
-__all__ = ["batch_codes", "bind", "is_imported"]
+__all__ = ["batch_codes", "bind", "is_imported", "match_total"]
 
 _SHOWN = 8
 _ALL = Split.TRAIN | Split.VAL | Split.TEST
 _OBSM = "obsm:"
+_SAME_TOTAL = 0.01
 
 
 def is_imported(run: Run) -> bool:
@@ -44,6 +45,28 @@ def bind(run: Run, store: Store) -> Run:
     place = {gene: position for position, gene in enumerate(store.genes)}
     outputs = np.array([place[gene] for gene in run.genes], dtype=np.int64)
     return replace(run, genes=store.genes, output_genes=outputs[run.output_genes], hvg=outputs[run.hvg])
+
+
+def match_total(run: Run, store: Store) -> tuple[Store, list[str]]:
+    """Return the store normalised to the total of an imported run's cells, and a note on it.
+
+    Raises
+    ------
+    CheckpointError
+        If the store has log1p values of another or an unknown total.
+    """
+    has = "an unknown total" if store.target_sum is None else f"{store.target_sum:,.6g}"
+    if run.target_sum is None:
+        remedy = "import it again with --target-sum to have it matched"
+        return store, [f"the total that the run's cells were normalised to is unknown, the store's is {has}; {remedy}"]
+    if store.target_sum is not None and abs(store.target_sum / run.target_sum - 1) <= _SAME_TOTAL:
+        return store, []
+    if store.scale != "counts":
+        message = f"the run's cells were normalised to {run.target_sum:,.6g}, the store's log1p values to {has}"
+        problem = Problem(f"{store.path}, target_sum", message, "prepare the store from raw counts")
+        raise CheckpointError(f"{store.path}: the store does not fit the imported run {run.path}", problems=[problem])
+    note = f"cells are normalised to {run.target_sum:,.6g}, as the run's were (the store's total is {has})"
+    return replace(store, target_sum=run.target_sum), [note]
 
 
 def batch_codes(run: Run, store: Store) -> NDArray[np.int64]:

@@ -109,6 +109,7 @@ class PartMaker:
             "num_cells": part.num_cells,
             "copied": part.copied,
             "season": submission.season,
+            "target_sum": self._store.target_sum,
         }
         if not part.copied:
             settings |= {"cells": generate.cells, "spread": generate.spread, "centred": generate.centred}

@@ -23,7 +23,7 @@ from scipy import sparse
 from pertcast.errors import DataError, Problem
 from pertcast.files.artefacts import atomic_file, hash_file
 from pertcast.files.cpus import available_cpus
-from pertcast.files.expression import Scale, ScaleEvidence
+from pertcast.files.expression import MAX_LOG1P, Scale, ScaleEvidence
 from pertcast.files.h5ad import H5adReader, open_h5ad
 from pertcast.progress import SILENT, Progress
 from pertcast.seasons import Season
@@ -132,7 +132,7 @@ def read_side(path: Path, rules: Season, *, cache: Path | None = None, progress:
         return side
     if not path.is_file():
         raise DataError(problems=[Problem(str(path), "no such file", "give the path of a .h5ad file")])
-    content = _FORMAT, hash_file(path), rules.pert_column, rules.control_label
+    content = _FORMAT, hash_file(path), rules.pert_column, rules.control_label, str(rules.max_log1p)
     key = hashlib.sha256("\0".join(content).encode()).hexdigest()
     kept = cache / f"truth-{key[:32]}.npz"
     found = _load(kept)
@@ -184,7 +184,9 @@ def read_groups(
             codes, kept = _halve(codes, labels, names, halves)
             if control_label not in names[kept] or len(kept) < 2:
                 raise DataError(f"{path}: too few cells to halve; the ceiling needs two control cells and two others")
-        groups = _read_values(reader, codes, (1 if halves is None else 2) * len(names), progress)
+        limit = MAX_LOG1P if rules.max_log1p is None else rules.max_log1p
+        num_groups = (1 if halves is None else 2) * len(names)
+        groups = _read_values(reader, codes, num_groups, max_log1p=limit, progress=progress)
         control = int(np.flatnonzero(names == control_label)[0])
         return LabelledGroups(groups, tuple(map(str, names)), kept, control, reader.genes, reader.layout == "dense")
 
@@ -251,9 +253,11 @@ def _halve(
     return halved, np.sort(np.array(kept, dtype=np.int64))
 
 
-def _read_values(reader: H5adReader, codes: NDArray[np.int64], num_groups: int, progress: Progress) -> CellGroups:
+def _read_values(
+    reader: H5adReader, codes: NDArray[np.int64], num_groups: int, *, max_log1p: float, progress: Progress
+) -> CellGroups:
     """Read the file twice: what its scale is and where each value goes, then the values."""
-    evidence = ScaleEvidence(str(reader.path), genes=reader.genes)
+    evidence = ScaleEvidence(str(reader.path), genes=reader.genes, max_log1p=max_log1p)
     counts = np.zeros((num_groups, reader.num_genes), dtype=np.int64)
     totals = np.zeros(reader.num_cells)
     with progress.task(f"survey {reader.path.name}", reader.num_cells, "cells") as advance:
@@ -263,7 +267,8 @@ def _read_values(reader: H5adReader, codes: NDArray[np.int64], num_groups: int, 
             totals[rows] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
             count_entries(block, codes[rows], counts)
             advance(block.shape[0])
-    scale = evidence.verdict()
+    # a file of 0 and 1 is on the counts scale to `check` and cell-eval
+    scale: Scale = "counts" if evidence.ambiguous and evidence.max_value else evidence.verdict()
     dtype = np.dtype(np.float64 if reader.dtype == np.float64 else np.float32)
     factors = _factors(totals.astype(dtype), from_dense=reader.layout == "dense")
     starts = entry_starts(counts)

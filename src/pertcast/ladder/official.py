@@ -19,11 +19,11 @@ __all__ = ["score_by_cell_eval2"]
 
 def score_by_cell_eval2(
     predicted: Path, real: Path, *, rules: Season, progress: Progress = SILENT
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return metric → mean, and target → metric → value; each context is scored by itself.
+) -> tuple[dict[str, float], dict[str, dict[str, float]], list[str]]:
+    """Return metric → mean, target → metric → value, and notes; each context is scored by itself.
 
-    With several contexts a target is named ``context/target``, and means are means of the contexts' own aggregates. The
-    control cells are those of the real file.
+    With several contexts a target is named ``context/target``, and means are means of the contexts' own aggregates: of
+    those that have the metric. The control cells are those of the real file. The third value names missing metrics.
 
     Raises
     ------
@@ -49,6 +49,11 @@ def score_by_cell_eval2(
     with progress.task("score with cell-eval2", len(contexts), "contexts") as advance:
         for context in contexts:
             ours, theirs = (_cells_of(side, rules.context_column, context) for side in sides)
+            own = ours.obs[rules.pert_column].astype(str)
+            if rules.control_label not in set(own):
+                is_control = theirs.obs[rules.pert_column].astype(str) == rules.control_label
+                joined = ad.concat([ours, theirs[is_control.to_numpy()]], index_unique="-")
+                ours = joined[:, ours.var_names].copy() if set(joined.var_names) == set(ours.var_names) else ours
             try:
                 table = official.compute_metrics(ours, theirs, config=config)
             except ValueError as error:
@@ -58,7 +63,21 @@ def score_by_cell_eval2(
                 name = row["perturbation"] if len(contexts) == 1 else f"{context}/{row['perturbation']}"
                 targets.setdefault(name, {})[row["metric"]] = row["value"]
             advance(1)
-    return {name: float(np.mean([values[name] for values in aggregates])) for name in aggregates[0]}, targets
+    means: dict[str, float] = {}
+    notes = []
+    for name in dict.fromkeys(name for values in aggregates for name in values):
+        known = {
+            context: values[name]
+            for context, values in zip(contexts, aggregates, strict=True)
+            if values.get(name) is not None and not np.isnan(values[name])
+        }
+        means[name] = float(np.mean(list(known.values()))) if known else float("nan")
+        missing = [context for context in contexts if context not in known]
+        if missing and known:
+            notes.append(f"{name} is missing in context {', '.join(missing)}: its mean is over {', '.join(known)}")
+        elif missing:
+            notes.append(f"{name} has no value in any context")
+    return means, targets, notes
 
 
 def _import_cell_eval2(rules: Season) -> Any:

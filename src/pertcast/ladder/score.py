@@ -97,7 +97,8 @@ def score(
     Parameters
     ----------
     predicted, real
-        h5ad files on either scale, with control cells; the statistics of the real one are kept under its content.
+        h5ad files on either scale, with control cells (season 2026: a prediction has none; the real ones serve both);
+        the statistics of the real one are kept under its content.
     season
         Whose metrics.
     rules
@@ -126,8 +127,8 @@ def score(
             raise ConfigError(
                 f"season {rules_of.name}: a baseline and a ceiling are for season vcc2025; leave them out"
             )
-        values, targets = score_by_cell_eval2(predicted, real, rules=rules_of, progress=progress)
-        return Score(rules_of.name, values, targets, notes=tuple(rules_of.describe_overrides()))
+        values, targets, missing = score_by_cell_eval2(predicted, real, rules=rules_of, progress=progress)
+        return Score(rules_of.name, values, targets, notes=(*rules_of.describe_overrides(), *missing))
     truth = read_side(real, rules_of, cache=cache_folder(), progress=progress)
     scored = compare_sides(read_side(predicted, rules_of, progress=progress), truth, places=(predicted, real))
     values = _means(scored)

@@ -36,6 +36,7 @@ def import_run(
     checkpoint: Path | None = None,
     genes: Path | None = None,
     hvgs: Path | None = None,
+    target_sum: float | None = None,
     progress: Progress = SILENT,
 ) -> Path:
     """Make a run of a folder that ``state tx train`` wrote; no code in it runs.
@@ -53,6 +54,8 @@ def import_run(
     genes, hvgs
         Names of all genes, and of the highly variable ones, one a line, in the order that the network was trained
         with; needed where the folder does not name them.
+    target_sum
+        The total that the training cells were normalised to before log1p; arc-state does not record it.
 
     Returns
     -------
@@ -65,6 +68,8 @@ def import_run(
     DataError
         If `out` is there already and is no run.
     """
+    if target_sum is not None and not 0 < target_sum < float("inf"):
+        raise DataError(f"--target-sum: expected a number above 0, got {target_sum}")
     if any_content(out) and not (out / "run.json").is_file():
         raise DataError(f"{out}: it is there already and holds no run; give another --out, or remove it first")
     arc = read_arc_folder(folder, checkpoint=checkpoint)
@@ -73,7 +78,7 @@ def import_run(
     control = str(arc.options.get("control_pert") or arc.data.get("control_pert") or "non-targeting")
     if control not in arc.perts:
         raise CheckpointError(f"{folder / 'pert_onehot_map.pt'}: expected the control label {control!r} in it")
-    run = _run_of(arc, network, names, out=out, control=control)
+    run = _run_of(arc, network, names, out=out, control=control, target_sum=target_sum)
     features = PertFeatures(
         names=tuple(arc.perts),
         matrix=torch.stack(list(arc.perts.values())).numpy(),
@@ -88,7 +93,9 @@ def import_run(
     return out
 
 
-def _run_of(arc: ArcFolder, network: ArcNetwork, names: ArcNames, *, out: Path, control: str) -> Run:
+def _run_of(
+    arc: ArcFolder, network: ArcNetwork, names: ArcNames, *, out: Path, control: str, target_sum: float | None
+) -> Run:
     spec, position = network.spec, {gene: place for place, gene in enumerate(names.outputs)}
     experiment = Experiment(
         datasets={"imported": str(arc.path.absolute())},
@@ -116,7 +123,7 @@ def _run_of(arc: ArcFolder, network: ArcNetwork, names: ArcNames, *, out: Path, 
         contexts=arc.contexts,
         batches=arc.batches,
         control=control,
-        target_sum=None,
+        target_sum=target_sum,
         scale="log1p",
         store_path=arc.path,
         store_fingerprint="",

@@ -18,9 +18,11 @@ from pertcast.models.checkpoint import WEIGHTS, Run, load_tensors
 from pertcast.models.heads import COUNTS_HEAD_PREFIX, DE_HEAD_PREFIX
 from pertcast.models.spec import StateSpec
 
-__all__ = ["write_arc_folder"]
+__all__ = ["HVG_LIST", "write_arc_folder"]
 
 _OBSM = "obsm:"
+# which genes, in which order, the cells must hold in obsm["X_hvg"]
+HVG_LIST = "X_hvg_genes.csv"
 _BATCHES = "batch_encoder.weight"
 
 
@@ -91,6 +93,22 @@ def write_arc_folder(run: Run, vectors: Mapping[str, Tensor], out: Path) -> tupl
         torch.save(_one_hot(run.batches or ("batch",)), folder / "batch_onehot_map.torch")
         torch.save(_one_hot(run.contexts or ("context",)), folder / "cell_type_onehot_map.torch")
         torch.save(saved, folder / "checkpoints" / "final.ckpt")
+        if options["embed_key"] == "X_hvg":
+            genes = "".join(f"{run.genes[place]}\n" for place in run.hvg)
+            (folder / HVG_LIST).write_text(genes, encoding="utf-8")
+    return (*notes, *_how_to_infer(run, out, options["embed_key"]))
+
+
+def _how_to_infer(run: Run, out: Path, embed_key: str | None) -> list[str]:
+    total = "an unknown total" if run.target_sum is None else f"a total of {run.target_sum:,.6g}"
+    notes = [f"the network reads log1p of cells that were normalised to {total}; bring your cells to the same"]
+    if embed_key == "X_hvg":
+        notes.append(f'obsm["X_hvg"] of your cells must hold the {len(run.hvg):,} genes of {out / HVG_LIST}, in order')
+    reads = f"--embed-key {embed_key} " if embed_key else ""
+    notes.append(
+        f"predict with: state tx infer --model-dir {out} --adata CELLS.h5ad {reads}--pert-col target_gene "
+        "--celltype-col cell_type --batch-col batch --output PREDICTED.h5ad"
+    )
     return notes
 
 

@@ -20,6 +20,8 @@ from pertcast.models.arc.unpickle import read_pickle, read_tensors
 __all__ = ["ArcFolder", "read_arc_folder"]
 
 _CHECKPOINT = "checkpoints/final.ckpt"
+# names of the State Transition network in config.yaml; the last two are of earlier versions
+_STATE = ("state", "pertsets", "neuralot")
 _NESTED = ("transformer_backbone_kwargs", "lora")
 
 
@@ -81,6 +83,7 @@ def read_arc_folder(path: Path, *, checkpoint: Path | None = None) -> ArcFolder:
     chosen = checkpoint or path / _CHECKPOINT
     _require_files(path, chosen)
     config = _read_config(path / "config.yaml")
+    _require_state(path, config["model"])
     dims = _mapping(path / "var_dims.pkl", read_pickle(path / "var_dims.pkl"))
     saved = _mapping(chosen, read_tensors(chosen))
     weights = _mapping(chosen, saved.get("state_dict"), "state_dict")
@@ -125,6 +128,14 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in ("data", "model")):
         raise CheckpointError(f"{path}: expected the sections `data` and `model`; is it of `state tx train`?")
     return config
+
+
+def _require_state(path: Path, model: Mapping[str, Any]) -> None:
+    name = model.get("name")
+    if name is not None and str(name).lower() not in _STATE:
+        message = f"expected a State Transition network (state), got {str(name)!r}: pertcast has no such network"
+        remedy = "import a run that was trained with `state tx train model=state`"
+        raise CheckpointError(problems=[Problem(f"{path / 'config.yaml'}, model.name", message, remedy)])
 
 
 def _is_early(training: Any) -> bool:

@@ -26,13 +26,18 @@ class CheckItem(NamedTuple):
 
 @dataclass(frozen=True)
 class Findings:
-    """What one family of rules found; `zero_rows` are the cells without a value above 0, (n,), once values are read."""
+    """What one family of rules found.
+
+    Once values are read, `zero_rows` are the cells without a value above 0, (n,), and `totals` are the sums of cells on
+    the counts scale, (cells,), NaN where not computed.
+    """
 
     problems: tuple[Problem, ...]
     items: tuple[CheckItem, ...]
     facts: Mapping[str, Fact] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     zero_rows: NDArray[np.int64] | None = None
+    totals: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from pertcast.submission.budget import plan_budget
 from pertcast.submission.check.labels import Groups, control_alikes
 from pertcast.submission.check.report import CheckItem, Findings, counted, named
 
-__all__ = ["check_targets", "check_zero_targets"]
+__all__ = ["check_targets", "check_totals", "check_zero_targets"]
 
+_TOTALS_DIFFER = 1.5
 _NUM_NAMED = 10
 Group = tuple[str, str]
 
@@ -98,6 +99,26 @@ def _without_list_but_even(labels: list[str], groups: Groups, season: Season, pl
     wanted = {(context, label): season.cells_per_target or 0 for context in groups.contexts for label in labels}
     there = {key: number for key, number in groups.cells.items() if key in wanted}
     return problems + _counts(wanted, there, season, groups.num_controls, place, f"season {season.name}")[1]
+
+
+def check_totals(groups: Groups, season: Season, totals: NDArray[np.float64]) -> Findings:
+    """Compare the median total of the targets' cells with the controls', both on the counts scale."""
+    labels = groups.label_of_row
+    names = [str(name) for name in labels.categories]
+    code = names.index(season.control_label) if season.control_label in names else -1
+    known = ~np.isnan(totals) & (labels.codes >= 0)
+    control = labels.codes == code
+    if code < 0 or not (known & control).any() or not (known & ~control).any():
+        return Findings((), ())
+    ours, theirs = float(np.median(totals[known & ~control])), float(np.median(totals[known & control]))
+    facts = {"median_total_targets": ours, "median_total_controls": theirs}
+    if max(ours, theirs) <= _TOTALS_DIFFER * min(ours, theirs):
+        return Findings((), (), facts)
+    note = (
+        f"the targets' cells have a median total of {ours:,.0f}, the control cells {theirs:,.0f} (log1p undone): "
+        "they were normalised to different totals, or have another depth; bring both to one"
+    )
+    return Findings((), (), facts, (note,))
 
 
 def check_zero_targets(groups: Groups, season: Season, zero_rows: NDArray[np.int64], *, path: Path) -> Findings:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pertcast.errors import DataError, Problem
+from pertcast.files.expression import FAINT, MIN_WHOLE_VALUES, fractional_rows, only_faint
 from pertcast.files.h5ad import H5adReader
 from pertcast.progress import Progress
 from pertcast.seasons import Season
@@ -26,11 +27,9 @@ __all__ = ["check_values"]
 # blocks that lie in a processor's cache are checked several times as fast as larger ones
 _BLOCK_VALUES = 1 << 18
 _EXACT = 1 << 24
-_NUM_TRIED = 8
 _NUM_ROWS_NAMED = 5
-_MIN_WHOLE_VALUES = 3
-# fractions up to here are whole numbers to the official packer of log1p, which asks for one above it in all the file
-_FAINT = np.float32(1e-3)
+_CELLS_UNDONE = 16
+_LARGEST_LOG1P = 30.0
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _ONE_SCALE = "put all cells on one scale; copied control cells are normalised as the predicted ones are"
 
@@ -43,6 +42,7 @@ class _Scan:
         self.num_values = np.zeros(num_cells, dtype=np.int64)
         self.largest = np.zeros(num_cells, dtype=np.float64)
         self.sums = np.zeros(num_cells, dtype=np.float64)
+        self.totals = np.full(num_cells, np.nan)
         self.bad: dict[str, tuple[int, int, int, float]] = {}
         self.only_faint = True
 
@@ -58,13 +58,20 @@ class _Scan:
         filled = np.diff(indptr) > 0
         starts, into = indptr[:-1][filled].astype(np.int64), np.flatnonzero(filled) + first
         lengths = np.diff(np.append(starts, len(values)))
-        self.fractional[into] = _fractional(values, starts, lengths)
+        self.fractional[into] = fractional_rows(values, starts)
         if self.only_faint and self.fractional[into].any():
-            self.only_faint = not bool((values.astype(np.float32, copy=False) % 1 > _FAINT).any())
+            self.only_faint = only_faint(values)
         self.largest[into] = np.maximum.reduceat(values, starts)
         # float32 sums of fractions are near enough, and those of whole numbers below 2**24 are exact
         exact = values.dtype == np.float32 and float(self.largest[into].max()) * int(lengths.max()) < _EXACT
         self.sums[into] = np.add.reduceat(values, starts, dtype=np.float32 if exact else np.float64)
+        # of log1p values only some cells are undone, since that takes time; medians are as good
+        fractional = self.fractional[into]
+        self.totals[into] = np.where(fractional, np.nan, self.sums[into])
+        rows = np.flatnonzero(fractional)
+        for row in rows[:: max(1, len(rows) // _CELLS_UNDONE)]:
+            cell = values[starts[row] : starts[row] + lengths[row]]
+            self.totals[into[row]] = np.expm1(np.minimum(cell, _LARGEST_LOG1P), dtype=np.float64).sum()
         self.num_values[into] = lengths if least > 0 else np.add.reduceat(values != 0, starts, dtype=np.int64)
 
     def _clean(self, first: int, block: sparse.csr_matrix) -> NDArray[Any]:
@@ -85,18 +92,6 @@ class _Scan:
         new = (0, first + row, int(block.indices[position]), float(block.data[position]))
         number, *place = self.bad.get(kind, new)
         self.bad[kind] = (number + int(wrong.sum()), *place)  # type: ignore[assignment]
-
-
-def _fractional(values: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which rows hold a fraction; the first values of a row mostly tell; the others do where they don't."""
-    if values.dtype.kind != "f":
-        return np.zeros(len(starts), dtype=bool)
-    some = values[starts[:, None] + np.minimum(np.arange(_NUM_TRIED), lengths[:, None] - 1)]
-    found: NDArray[np.bool_] = (some != np.rint(some)).any(axis=1)
-    if found.all():
-        return found
-    broken = values != np.rint(values)
-    return np.logical_or.reduceat(broken, starts) if broken.any() else found
 
 
 def _rows_text(rows: NDArray[np.int64]) -> str:
@@ -145,7 +140,7 @@ def check_values(reader: H5adReader, season: Season, progress: Progress) -> Find
     evidence = f"{reader.dtype}, {words.get(scale or '', 'no value above 0')}, largest value {facts['max_value']:.6g}"
     evidence += "".join(", " + counted(number, f"{kind} value") for kind, (number, *_) in scan.bad.items())
     item = CheckItem(_question(season), ok=not problems, evidence=evidence)
-    return Findings(tuple(problems), (item,), facts, tuple(notes), zero_rows=zeros)
+    return Findings(tuple(problems), (item,), facts, tuple(notes), zero_rows=zeros, totals=scan.totals)
 
 
 def _question(season: Season) -> str:
@@ -162,7 +157,7 @@ def _size_problems(num_stored: int, season: Season, path: Path) -> list[Problem]
 def _scale(scan: _Scan, season: Season, path: Path) -> tuple[str | None, list[Problem]]:
     place = f"{path}, X"
     fractional = np.flatnonzero(scan.fractional)
-    few_values = _MIN_WHOLE_VALUES if len(fractional) else 1
+    few_values = MIN_WHOLE_VALUES if len(fractional) else 1
     whole = np.flatnonzero(~scan.fractional & (scan.num_values >= few_values))
     if not len(whole) and not len(fractional):
         return None, [Problem(place, "no value is above 0 in any cell", "generate the cells again")]
@@ -173,7 +168,7 @@ def _scale(scan: _Scan, season: Season, path: Path) -> tuple[str | None, list[Pr
         remedy = f"season {season.name} takes counts, not normalised values"
         return "mixed" if len(whole) else "log1p", [Problem(place, message, remedy)]
     if len(fractional) and scan.only_faint:
-        message = f"no fraction above {_FAINT:g} in any cell, the first in {_rows_text(fractional[:1])}"
+        message = f"no fraction above {FAINT:g} in any cell, the first in {_rows_text(fractional[:1])}"
         remedy = "round counts to whole numbers, or generate the cells again: cell-eval takes such values for counts"
         return "mixed" if len(whole) else "log1p", [Problem(place, f"{message}: neither counts nor log1p", remedy)]
     if len(whole) and len(fractional):

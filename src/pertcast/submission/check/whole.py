@@ -17,7 +17,7 @@ from pertcast.submission.bundle import contexts_in_force
 from pertcast.submission.check.genes import check_genes
 from pertcast.submission.check.labels import check_labels
 from pertcast.submission.check.report import CheckItem, CheckReport, Findings, problems_of
-from pertcast.submission.check.targets import check_targets, check_zero_targets
+from pertcast.submission.check.targets import check_targets, check_totals, check_zero_targets
 from pertcast.submission.check.values import check_values
 
 __all__ = ["Examination", "UnreadableError", "check", "examination", "resolve_season"]
@@ -133,6 +133,8 @@ class Examination:
         findings = [*self._first, values, *self._last]
         if self._groups is not None and values.zero_rows is not None:
             findings.append(check_zero_targets(self._groups, self.season, values.zero_rows, path=self.reader.path))
+        if self._groups is not None and values.totals is not None:
+            findings.append(check_totals(self._groups, self.season, values.totals))
         return CheckReport(
             str(self.reader.path),
             self.season.name,
