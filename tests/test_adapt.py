@@ -303,7 +303,7 @@ def test_words_that_mean_nothing_are_refused(text: str) -> None:
 
 def test_features_of_new_targets_come_from_the_file_of_the_training(bench: Bench, tmp_path: Path) -> None:
     names = np.array(SMALL_GENES)
-    np.savez(tmp_path / "features.npz", gene=names, embedding=np.eye(20, 6, dtype=np.float32))
+    np.savez(tmp_path / "features.npz", gene=names, embedding=np.eye(20, 8, dtype=np.float32))
     given = ["features.kind='file'", f"features.path={str(tmp_path / 'features.npz')!r}"]
     run = bench.train("filed", *given)
     other = Bench(tmp_path)
@@ -311,7 +311,7 @@ def test_features_of_new_targets_come_from_the_file_of_the_training(bench: Bench
     adapted: Run = open_run(other.adapt(run, "out"))
     assert "G7" in adapted.perts
     assert parts_of(other, adapted.path, "parts").shape == (12, 20)
-    np.savez(tmp_path / "features.npz", gene=names, embedding=2 * np.eye(20, 6, dtype=np.float32))
+    np.savez(tmp_path / "features.npz", gene=names, embedding=2 * np.eye(20, 8, dtype=np.float32))
     with pytest.raises(CheckpointError, match="other features than it was trained with"):
         other.adapt(run, "out2")
 

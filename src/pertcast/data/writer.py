@@ -97,7 +97,8 @@ class StoreWriter:
                         factor = natural_log_factor(reader, block)
                         if factor != 1:
                             self.notes.append(
-                                f"{evidence.place}: converted from log{np.exp(factor):g} (uns['log1p']['base']) to log1p"
+                                f"{evidence.place}: converted from log{np.exp(factor):g} "
+                                "(uns['log1p']['base']) to log1p"
                             )
                     if factor != 1:
                         block.data *= block.data.dtype.type(factor)

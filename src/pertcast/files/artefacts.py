@@ -288,7 +288,7 @@ def read_manifest(artefact: Path, *, kind: str | None = None) -> Manifest:
         If there is none, it is broken, or it is of another kind than asked for.
     """
     path = manifest_path(artefact)
-    if not artefact.exists():
+    if not artefact.exists() and not path.exists():
         what = f"a {kind}" if kind else "something that pertcast wrote"
         raise CheckpointError(f"{artefact}: it is not there; give the path of {what}")
     raw = read_json(path)
