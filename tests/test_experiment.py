@@ -236,7 +236,7 @@ def test_a_file_without_cells_is_an_error(small_h5ad: Builder) -> None:
 
 def test_a_file_belongs_to_one_dataset(small_h5ad: Builder) -> None:
     path = str(small_h5ad())
-    with pytest.raises(DataError, match="stands in dataset d and in e"):
+    with pytest.raises(DataError, match="is in dataset d and in e; list each file once"):
         read_cells(_experiment(datasets={"d": path, "e": path}))
 
 

@@ -77,6 +77,30 @@ def test_a_list_is_checked_even_if_the_cells_cannot_be_read(workspace: Workspace
     assert "guide" in said
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("model.heads=7",), "[model] heads: expected a divisor"),
+        (("train.select_by=pds", "prepare.holdout_cells=0.0"), "[train] select_by"),
+        (("loss.energy=0",), "every term is switched off"),
+        (("submission.dataset=small", "submission.context=H2"), "no control cells of 'H2'"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before(workspace: Workspace, overrides: tuple[str, ...], said: str) -> None:
+    assert said in problems_of(workspace, *overrides)
+
+
+def test_the_counts_head_wants_counts(workspace: Workspace) -> None:
+    write_small_h5ad(workspace.data, scale="log1p")
+    assert "[loss] nb: the counts head learns from whole counts" in problems_of(workspace, "loss.nb=1")
+
+
+def test_a_context_is_checked_without_a_target_list(workspace: Workspace) -> None:
+    workspace.experiment.write_text(workspace.experiment.read_text().replace('targets = "targets.csv"\n', ""))
+    with pytest.raises(PertcastError, match="no control cells of 'rpe1'"):
+        preflight(load_experiment(workspace.experiment, ["submission.context=rpe1"]))
+
+
 def test_a_disk_without_room_is_said_before(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage(NamedTuple):
         free: int = 1 << 20

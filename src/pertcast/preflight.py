@@ -15,14 +15,14 @@ from pertcast.config import Experiment
 from pertcast.data.build import Survey, survey
 from pertcast.data.features import FeatureStore, load_features
 from pertcast.data.features.labels import genes_of
-from pertcast.data.split import CodedCells
+from pertcast.data.split import CodedCells, Split
 from pertcast.data.writer import natural_log_factor, scale_evidence, total_of_log1p
 from pertcast.errors import ConfigError, DataError, Problem, Problems
 from pertcast.files.expression import Scale, common_scale, log1p_totals
 from pertcast.files.h5ad import open_h5ad
 from pertcast.files.season_lists import read_targets
 from pertcast.files.space import require_space
-from pertcast.generate.plan import plan_parts
+from pertcast.generate.plan import plan_parts, prediction_sources
 from pertcast.progress import SILENT, Progress
 
 __all__ = ["preflight"]
@@ -77,11 +77,37 @@ def preflight(
                 place = f"[generate] scale = {experiment.generate.scale!r}, cells = {experiment.generate.cells!r}"
                 message = "they need control cells in counts, and the data are log1p values"
                 raise ConfigError(problems=[Problem(place, message, "give raw counts, or choose others")])
+    elif cells is not None and (experiment.submission.context or experiment.submission.dataset):
+        with problems.collect():
+            prediction_sources(cells, experiment, experiment.submission.resolve())
     if cells is not None:
         with problems.collect():
             _check_features(experiment, cells, targets)
+    if cells is not None and experiment.model.kind == "state":
+        with problems.collect():
+            _check_network(experiment, cells, scale)
     problems.raise_if_any()
     progress.note("checked before training: data, split, submission and features fit one another")
+
+
+def _check_network(experiment: Experiment, cells: CodedCells, scale: Scale | None) -> None:
+    """Refuse a network, a loss or a selection that cannot be trained on these cells."""
+    from pertcast.models.spec import spec_for
+    from pertcast.train.stage import require_losses
+
+    require_losses(experiment)
+    size = len(cells.genes)
+    spec_for(
+        experiment.model, num_genes=size, input_dim=size, output_dim=size, pert_dim=1, num_batches=1, num_contexts=1
+    )
+    if experiment.loss.nb and scale == "log1p":
+        message = "the counts head learns from whole counts, and the data are log1p values"
+        raise ConfigError(problems=[Problem("[loss] nb", message, "give raw counts, or set loss.nb to 0")])
+    rows = cells.rows(split=Split.VAL)
+    if experiment.train.select_by != "loss" and not (cells.pert_codes[rows] != cells.control_code).any():
+        message = f'"{experiment.train.select_by}" is of validation perturbations, and there are none'
+        remedy = 'list some as val in [fewshot], or set train.select_by = "loss"'
+        raise ConfigError(problems=[Problem("[train] select_by", message, remedy)])
 
 
 def _check_features(experiment: Experiment, cells: CodedCells, targets: Sequence[str]) -> None:

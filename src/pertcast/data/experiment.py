@@ -115,9 +115,10 @@ def experiment_files(experiment: Experiment) -> list[tuple[str, Path]]:
         for path in paths:
             if path.resolve() in owner:
                 other = owner[path.resolve()]
-                problems.append(
-                    Problem(str(path), f"stands in dataset {other} and in {name}", "give each file to one dataset")
+                message = (
+                    f"is in dataset {other} and in {name}" if other != name else "is in the dataset twice, by a link"
                 )
+                problems.append(Problem(str(path), message, "list each file once"))
             owner[path.resolve()] = name
             files.append((name, path))
     if problems:

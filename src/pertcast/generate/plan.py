@@ -21,7 +21,7 @@ from pertcast.seasons import Season
 from pertcast.submission.budget import Budget, plan_budget, room_for_controls
 from pertcast.submission.bundle import contexts_in_force
 
-__all__ = ["Part", "Plan", "control_rows", "plan_parts"]
+__all__ = ["Part", "Plan", "control_rows", "plan_parts", "prediction_sources"]
 
 _USED = Split.TRAIN | Split.VAL | Split.TEST
 
@@ -70,7 +70,7 @@ def _split_of(experiment: Experiment) -> Split:
     return Split.TRAIN if experiment.generate.controls_from == "train" else _USED
 
 
-def _sources(cells: CodedCells, experiment: Experiment, season: Season) -> dict[str, str]:
+def prediction_sources(cells: CodedCells, experiment: Experiment, season: Season) -> dict[str, str]:
     """Return the contexts to predict, by the season's rules, and the dataset whose control cells each is made from."""
     there = ", ".join(repr(name) for name in cells.contexts)
     asked = experiment.submission.context
@@ -198,7 +198,7 @@ def plan_parts(cells: CodedCells, experiment: Experiment) -> Plan:
     with problems.collect():
         targets = read_targets(submission.targets, season)
     with problems.collect():
-        datasets = _sources(cells, experiment, season)
+        datasets = prediction_sources(cells, experiment, season)
         context, dataset = next(iter(datasets.items()))
         label = season.control_label
         controls = Part(_file(context, label), dataset, context, label, 0, submission.controls == "copied")
