@@ -21,6 +21,7 @@ from pertcast.data.labels import de_labels
 from pertcast.data.sets import CellSets, training_sets
 from pertcast.data.store import Split, Store, prepare
 from pertcast.errors import ConfigError, DataError
+from pertcast.files.artefacts import read_manifest
 from pertcast.generate import generate
 from pertcast.models.baselines import BaselineKind, Examples, fit_baseline, predict_effects
 from pertcast.progress import SILENT
@@ -354,3 +355,32 @@ def test_real_cells_of_several_contexts_are_taken_of_the_predictions_own(tmp_pat
     assert wrong.contexts != alone.contexts
     with pytest.raises(DataError, match="no cell has 'RPE'"):
         realism(outcome.prediction, tmp_path / "both.h5ad", season="vcc2025", rules=rules, where={"cell_type": "RPE"})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("loss.mae=1", "loss.de=0.5", "loss.rank=0.5", "loss.nb=0.1", "train.select_by=pds"),
+        ("loss.mae=1", "loss.mae_of=set", "loss.de=0.5", "loss.de_head=learned"),
+        ("model.residual=shift", "model.base=ridge", "loss.mae=1", "train.select_by=overall"),
+        ("model.input=hvg", "model.output=hvg", "generate.other_genes=control", "loss.rank=1"),
+        ("model.batch_embedding=true", "model.context_embedding=true"),
+    ],
+)
+def test_every_loss_trains_on_two_panels_and_predicts_no_effect_of_what_was_not_measured(
+    tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    path = write_experiment(tmp_path, dataset="b")
+    write_screen(tmp_path / "b.h5ad", seed=2, perts=("G1", "G3", "G4"), genes=GENES[:30])
+    text = path.read_text().replace(
+        'kind = "mean"', 'preset = "tiny"\nset_size = 8\nhidden = 16\nfeedforward = 32\nheads = 2'
+    )
+    path.write_text(text + '\n[prepare]\nmissing_genes = "zero"\nnum_hvgs = 20\n[features]\nmissing = "mean"\n')
+    few = ("train.steps=4", "train.val_every=2", "train.precision=fp32", 'fewshot."b.K562".val=["G4"]')
+    outcome = run_experiment(path, tmp_path / "out", overrides=[*few, *more])
+    assert outcome.report.ok
+    cells = ad.read_h5ad(outcome.prediction)
+    # real control cells of this panel show none of these genes, and no effect adds any
+    assert cells[:, 30:].X.sum() == 0
+    assert cells[:, :30].X.sum() > 0
+    assert any("10 genes that b did not measure are 0" in note for note in read_manifest(outcome.parts).notes)

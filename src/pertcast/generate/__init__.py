@@ -110,7 +110,7 @@ def generate(
     plan = plan_parts(store, experiment)
     plan = dataclasses.replace(plan, notes=(*plan.notes, *total_notes))
     features = _features(run, run_path, experiment, store, plan)
-    plan = _with_notes(plan, experiment, features, run)
+    plan = _with_notes(plan, experiment, features, run, store)
     weights = hash_file(run_path / "weights.safetensors")
     num_cells = sum(part.num_cells for part in plan.parts if not part.copied)
     maker = PartMaker(run, store, experiment, features, weights, num_cells=num_cells)
@@ -239,7 +239,7 @@ def _features(run: Run, run_path: Path, experiment: Experiment, store: Store, pl
     return features
 
 
-def _with_notes(plan: Plan, experiment: Experiment, features: PertFeatures, run: Run) -> Plan:
+def _with_notes(plan: Plan, experiment: Experiment, features: PertFeatures, run: Run, store: Store) -> Plan:
     """Return the plan with a note on everything that is not predicted from what the data themselves say."""
     notes = list(plan.notes)
     filled = {part.target: features.filled[part.target] for part in plan.parts if part.target in features.filled}
@@ -254,6 +254,11 @@ def _with_notes(plan: Plan, experiment: Experiment, features: PertFeatures, run:
     if calibration is not None:
         notes.append(f"calibrated on {calibration.num_targets} held-out targets: {calibration}")
     notes += _how_made(experiment.generate)
+    for dataset in sorted({part.dataset for part in plan.parts}):
+        files = np.unique(store.file_codes[store.dataset_codes == store.datasets.index(dataset)])
+        lacking = int((~store.measured_FG[files]).any(axis=0).sum())
+        if lacking:
+            notes.append(f"{lacking:,} genes that {dataset} did not measure are 0 in cells made from its control cells")
     others = len(run.genes) - len(run.output_genes)
     if others:
         notes.append(f"{others:,} genes that the model does not predict are copied from control cells, as asked for")

@@ -213,12 +213,16 @@ class PartMaker:
 
     def _predict(self, part: Part, sets_BS: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return (B * S, all genes) what is predicted of cells, in the order of their control cells."""
+        rows = sets_BS.reshape(-1)
         output_CO = self._predictor.predict(sets_BS, target=self._label(part.target), context=part.context)
         if np.array_equal(self._run.output_genes, np.arange(len(self._run.genes))):
-            return output_CO
-        if self._from_head:
-            cells_CG = np.zeros((len(output_CO), len(self._run.genes)), dtype=np.float32)
+            cells_CG = output_CO
         else:
-            cells_CG = self._store.log1p(sets_BS.reshape(-1))
-        cells_CG[:, self._run.output_genes] = output_CO
+            cells_CG = np.zeros((len(rows), len(self._run.genes)), dtype=np.float32)
+            if not self._from_head:
+                cells_CG = self._store.log1p(rows)
+            cells_CG[:, self._run.output_genes] = output_CO
+        if self._store.measured_SG is not None:
+            # control cells show 0 of what their panel did not measure, and no target changes that
+            cells_CG[~self._store.measured_FG[self._store.file_codes[rows]]] = 0
         return cells_CG
