@@ -21,6 +21,7 @@ from pertcast.data.features import load_features, read_vectors
 from pertcast.data.store import Store, prepare
 from pertcast.errors import ConfigError, DataError
 from pertcast.files.h5ad import open_h5ad
+from pertcast.files.labels import too_long
 from pertcast.files.season_lists import read_targets, read_written_genes, write_genes
 from pertcast.run import run_experiment
 from pertcast.seasons import season
@@ -236,6 +237,15 @@ def test_a_target_that_is_too_long_for_a_file_is_said_before_training(workspace:
     with pytest.raises(DataError, match="too long for a file name"):
         run_experiment(workspace.experiment, workspace.out, overrides=["submission.rules.num_targets=2"])
     assert not workspace.out.exists()
+
+
+def test_the_longest_label_that_is_allowed_can_be_written(workspace: Workspace) -> None:
+    long = "T" * (255 - 32 - len(".h5ad"))
+    assert too_long(long) is None
+    assert too_long(f"{long}T") is not None
+    workspace.targets.write_text(f"target_gene,n_cells\nG1,30\n{long},41\n")
+    overrides = ["submission.rules.num_targets=2", "features.missing=mean", "train.steps=1", "generate.cells=donors"]
+    assert run_experiment(workspace.experiment, workspace.out, overrides=overrides).report.ok
 
 
 def test_hidden_files_of_macos_are_no_data(workspace: Workspace) -> None:

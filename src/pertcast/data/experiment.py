@@ -321,12 +321,12 @@ def _label_problems(
                     places.setdefault(str(label), []).append(path.name)
         for label, why, meant in dubious_labels(cells, control=control, kept=kept):
             where = f"{what} {label!r} ({cells[label]:,} cells in {', '.join(places[label])})"
-            entry = f"{json.dumps(label)} = {json.dumps(meant)}"
+            quoted, wanted = (json.dumps(text, ensure_ascii=False) for text in (label, meant))
             remedy = "correct the cell types in the file"
             if control is not None and meant:
-                remedy = f"add {entry} to [columns.rename], or keep it with {json.dumps(label)} = {json.dumps(label)}"
+                remedy = f"add {quoted} = {wanted} to [columns.rename], or keep it with {quoted} = {quoted}"
             elif control is not None:
-                remedy = f'give it a label: {json.dumps(label)} = "..." in [columns.rename]'
+                remedy = 'give it another name in [columns.rename]: "..." = "..."'
             problems.append(Problem(where, why, remedy))
     return problems
 

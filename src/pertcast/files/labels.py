@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 from urllib.parse import quote
 
-__all__ = ["DubiousLabel", "dubious_labels", "file_name", "is_control_name", "is_no_label", "plain"]
+__all__ = ["DubiousLabel", "dubious_labels", "file_name", "is_control_name", "is_no_label", "plain", "too_long"]
 
 _CONTROL_NAMES = frozenset(
     {
@@ -30,7 +30,8 @@ _CONTROL_NAMES = frozenset(
 )
 _NUMBERED_CONTROLS = ("nontargeting", "negativecontrol", "negctrl", "safetargeting", "scramble")
 _NO_LABELS = frozenset({"", "nan", "none", "null", "na", "n/a", "<na>", "nat"})
-_LONGEST_FILE_NAME = 255
+# file systems take 255 bytes; the manifest of a part, while it is written, has 32 more than the part
+_LONGEST_FILE_NAME = 255 - len("..manifest.json.partial-01234567")
 _SEPARATOR = "+"
 
 
@@ -61,6 +62,14 @@ def is_no_label(label: str) -> bool:
 def file_name(label: str) -> str:
     """Return the name of a label's part file."""
     return f"{quote(label, safe=' +-_.')}.h5ad"
+
+
+def too_long(label: str) -> str | None:
+    """Return why a label cannot name a file, or ``None``."""
+    size = len(file_name(label))
+    if size <= _LONGEST_FILE_NAME:
+        return None
+    return f"it is too long for a file name ({size} bytes with escapes, at most {_LONGEST_FILE_NAME})"
 
 
 class DubiousLabel(NamedTuple):
@@ -106,8 +115,6 @@ def dubious_labels(cells: Mapping[str, int], *, control: str | None, kept: Itera
             found.append(DubiousLabel(label, f"it is another name for the control {control!r}", control))
         elif control is not None and same_genes != label:
             found.append(DubiousLabel(label, f"it names the same genes as {same_genes!r}", same_genes))
-        elif control is not None and len(file_name(label)) > _LONGEST_FILE_NAME:
-            size = len(file_name(label))
-            why = f"it is too long for a file name ({size} bytes with escapes, at most {_LONGEST_FILE_NAME})"
+        elif control is not None and (why := too_long(label)):
             found.append(DubiousLabel(label, why, ""))
     return sorted(found)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pertcast.errors import DataError, Problem
-from pertcast.files.labels import file_name
+from pertcast.files.labels import too_long
 from pertcast.files.wrong_kind import wrong_kind
 from pertcast.seasons import Season
 
@@ -171,8 +171,8 @@ def _parse_targets(path: Path, season: Season, header: list[str], rows: list[tup
 
 
 def _label_problems(place: str, label: str, seen: dict[str, int], season: Season) -> list[Problem]:
-    if len(file_name(label)) > 255:
-        return [Problem(place, f"{label[:40]!r}... is too long for a file name", "give the target a shorter label")]
+    if why := too_long(label):
+        return [Problem(place, f"{label[:40]!r}...: {why}", "give the target a shorter label")]
     if not label.strip():
         return [Problem(place, f"{season.pert_column} is empty", "name the target, or remove the line")]
     if label != label.strip():
