@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from scipy import sparse
 
 from conftest import SMALL_GENES, write_small_h5ad
 from pertcast.errors import ConfigError, DataError
+from pertcast.seasons import SEASONS
 from pertcast.submission.check import CheckReport, check
+from pertcast.submission.check.labels import Groups
+from pertcast.submission.check.targets import check_targets, check_totals, check_zero_targets
 
 RULES = {"num_genes": 20, "num_targets": 3, "max_cells": 100}
 Mutator = Callable[[ad.AnnData, np.random.Generator], ad.AnnData | None]
@@ -447,3 +452,100 @@ def test_a_target_lost_in_one_context(tmp_path: Path) -> None:
 def test_the_context_column_is_missing(tmp_path: Path) -> None:
     path = write_small_h5ad(tmp_path / "p.h5ad", perts=("G1", "G2", "G3"), batches=("b",), cells_per_group=8)
     assert "expected a column 'context'" in messages(examine_2026(path))
+
+
+def groups_of(labels: list[str | None], contexts: list[str] | None = None) -> Groups:
+    places = contexts or [""] * len(labels)
+    cells = Counter((place, label) for place, label in zip(places, labels, strict=True) if label is not None)
+    num_controls = sum(number for (_, label), number in cells.items() if label == "non-targeting")
+    return Groups(dict(cells), num_controls, pd.Categorical(labels))
+
+
+def test_targets_of_zeros_alone_are_named_where_the_season_forbids_them() -> None:
+    groups = groups_of(["A", "B", "B", "C", None, "D", "D"])
+    season = SEASONS["vcc2026"]
+
+    def found(*rows: int) -> str:
+        zeros = np.array(rows, dtype=np.int64)
+        return "\n".join(map(str, check_zero_targets(groups, season, zeros, path=Path("p.h5ad")).problems))
+
+    assert found() == ""
+    assert found(1) == found(4) == found(5) == ""
+    assert "in any cell of 1 target: 'B';" in found(1, 2, 5)
+    assert "in any cell of 3 targets: 'A', 'C', 'D';" in found(0, 3, 4, 5, 6)
+    free = replace(season, zero_targets="allowed")
+    assert check_zero_targets(groups, free, np.array([0]), path=Path("p.h5ad")).problems == ()
+
+
+def test_totals_are_of_the_controls_wherever_their_label_stands() -> None:
+    season = SEASONS["vcc2025"]
+    totals = np.array([10.0, 30.0, 100.0, 200.0, np.nan, 1.0])
+    both = check_totals(groups_of(["A", "z", "non-targeting", "non-targeting", "z", None]), season, totals)
+    assert both.facts == {"median_total_targets": 20.0, "median_total_controls": 150.0}
+    assert check_totals(groups_of(["A", "z", "B", "B", "z", None]), season, totals).facts == {}
+
+
+@pytest.mark.parametrize(
+    ("num", "wrong"), [(2, "expected 3 targets, got 2"), (3, ""), (4, "expected 3 targets, got 4")]
+)
+def test_without_a_list_the_season_knows_how_many_there_are(num: int, wrong: str) -> None:
+    season = replace(SEASONS["vcc2026"], num_targets=3, cells_per_target=2)
+    genes = tuple(f"G{number:02}" for number in range(num))
+    labels = [gene for gene in genes for _ in range(2)] + ["G00"]
+    found = check_targets(
+        groups_of([*labels], ["A"] * len(labels)), season, path=Path("p"), genes=genes, targets=None, list_name="-"
+    )
+    text = "\n".join(map(str, found.problems))
+    assert "1 target with other cells than season vcc2026: A/G00: expected 2, got 3;" in text
+    assert (wrong in text) if wrong else ("targets, got" not in text)
+
+
+def test_of_many_targets_with_other_cells_ten_are_named() -> None:
+    season = replace(SEASONS["vcc2026"], num_targets=12, cells_per_target=2)
+    genes = tuple(f"G{number:02}" for number in range(12))
+    found = check_targets(
+        groups_of([*genes], ["A"] * 12), season, path=Path("p"), genes=genes, targets=None, list_name="-"
+    )
+    (problem,) = found.problems
+    assert "12 targets with other cells" in problem.message
+    assert problem.message.endswith("A/G09: expected 2, got 1; and 2 more")
+
+
+@pytest.mark.parametrize("layout", ["csr", "dense"])
+def test_zeros_of_a_dense_matrix_are_not_packed_and_do_not_count(tmp_path: Path, layout: str) -> None:
+    path = write_small_h5ad(tmp_path / "p.h5ad", layout=layout)
+    nonzero = np.count_nonzero(ad.read_h5ad(write_small_h5ad(tmp_path / "q.h5ad")).X.toarray())
+    facts = examine(path).facts
+    assert facts["stored_values"] == facts["nonzero_values"] == nonzero
+
+
+def test_a_stored_zero_is_stored_and_no_value_above_0(tmp_path: Path) -> None:
+    def blank(cells: ad.AnnData) -> None:
+        cells.X.data[cells.X.indptr[2] : cells.X.indptr[3]] = 0
+
+    path = edit(write_small_h5ad(tmp_path / "p.h5ad"), blank)
+    stored = ad.read_h5ad(path).X
+    facts = examine(path).facts
+    assert facts["zero_cells"] == 1
+    assert facts["stored_values"] == stored.nnz
+    assert facts["nonzero_values"] == np.count_nonzero(stored.data) < stored.nnz
+
+
+def test_a_missing_column_says_which_there_are(tmp_path: Path) -> None:
+    def keep_none(cells: ad.AnnData) -> None:
+        cells.obs = cells.obs[[]]
+
+    def rename(cells: ad.AnnData) -> None:
+        cells.obs = cells.obs.rename(columns={"target_gene": "target"})
+
+    assert "got no columns" in messages(examine(edit(write_small_h5ad(tmp_path / "p.h5ad"), keep_none)))
+    assert "got 'cell_type', 'target', 'batch'" in messages(
+        examine(edit(write_small_h5ad(tmp_path / "q.h5ad"), rename))
+    )
+
+
+def test_an_extra_gene_without_a_likeness_has_no_suggestion(tmp_path: Path) -> None:
+    def strange(cells: ad.AnnData) -> None:
+        cells.var_names = ["QQQQQQQQ", *cells.var_names[1:]]
+
+    assert "did you mean" not in messages(examine(edit(write_small_h5ad(tmp_path / "p.h5ad"), strange)))

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ __all__ = [
     "hash_file",
     "hash_files",
     "manifest_path",
+    "package_version",
     "read_json",
     "read_manifest",
     "remove_leftovers",
@@ -81,11 +82,19 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _PACKAGES})
+    versions: dict[str, str] = field(default_factory=lambda: {name: package_version(name) for name in _PACKAGES})
 
     def matches(self, *, inputs: Mapping[str, str], config: Mapping[str, Any]) -> bool:
         """Return whether the artefact was made from just these inputs with just this configuration."""
         return dict(inputs) == self.inputs and _plain(config) == self.config
+
+
+def package_version(name: str) -> str:
+    """Return the version of an installed package, or "not installed": pertcast may run from its source folder."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _plain(value: Any) -> Any:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pertcast.files.artefacts import package_version
 from pertcast.files.season_lists import read_targets
 from pertcast.seasons import Season
 from pertcast.submission.bundle import read_bundle
@@ -51,7 +51,7 @@ def meta_json(season: Season, *, facts: Mapping[str, Any], targets: Path | None)
         "nnz": int(facts["stored_values"]),
         "n_obs": int(facts["cells"]),
         "n_vars": int(facts["genes"]),
-        "packer": f"pertcast {version('pertcast')}",
+        "packer": f"pertcast {package_version('pertcast')}",
     }
     if contexts:
         meta["contexts"] = contexts
