@@ -462,7 +462,7 @@ def groups_of(labels: list[str | None], contexts: list[str] | None = None) -> Gr
 
 
 def test_targets_of_zeros_alone_are_named_where_the_season_forbids_them() -> None:
-    groups = groups_of(["A", "B", "B", "C", None, "D", "D"])
+    groups = groups_of(["A", "B", "B", "C", None, "D", "D", "E"])
     season = SEASONS["vcc2026"]
 
     def found(*rows: int) -> str:

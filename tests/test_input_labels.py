@@ -53,6 +53,7 @@ def swap(old: str, new: object, every: int = 1) -> Callable[[int, str], object]:
         (swap("G1", "nan", 2), "nan", "no label", None),
         (swap("G1", "None", 2), "None", "no label", None),
         (swap("G1", "G1 ", 3), "G1 ", "spaces around it", '"G1 " = "G1"'),
+        (swap("G1", "G1\u00a0", 3), "G1\u00a0", "spaces around it", '"G1\u00a0" = "G1"'),
         (swap("G1", "g1", 3), "g1", "another case of 'G1'", '"g1" = "G1"'),
         (swap(CONTROL, "ctrl", 3), "ctrl", "another name for the control", '"ctrl" = "non-targeting"'),
         (swap(CONTROL, "Non-Targeting", 3), "Non-Targeting", "another case", '"Non-Targeting" = "non-targeting"'),

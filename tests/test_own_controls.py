@@ -16,6 +16,7 @@ import pytest
 from scipy import sparse
 
 from pertcast.config import Experiment, load_experiment
+from pertcast.data.batch_effects import batch_effects
 from pertcast.data.features import load_features
 from pertcast.data.labels import de_labels
 from pertcast.data.sets import CellSets, training_sets
@@ -177,6 +178,20 @@ def test_a_file_without_controls_takes_those_of_its_dataset_and_says_so(tmp_path
     sets = sets_of(store)
     np.testing.assert_array_equal(store.dataset_codes[sets.pert_rows], store.dataset_codes[sets.control_rows])
     assert sets.num_other_file == len(store.rows(split=Split.TRAIN, pert=store.perts.index("G2")))
+
+
+def test_batches_are_compared_within_one_target_of_one_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "store", two_datasets(tmp_path))
+    seen: list[int] = []
+
+    def count(_values: np.ndarray, _batches: np.ndarray, within: np.ndarray) -> float:
+        seen.append(len(np.unique(within)))
+        return 0.0
+
+    monkeypatch.setattr("pertcast.data.batch_effects.explained_share", count)
+    batch_effects(store)
+    perturbed = store.pert_codes != store.control_code
+    assert seen == [len({*zip(store.screen_codes[perturbed], store.pert_codes[perturbed], strict=True)})] * 2
 
 
 def test_panels_that_measured_other_genes_give_no_effect_there(tmp_path: Path) -> None:

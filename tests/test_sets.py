@@ -197,6 +197,20 @@ def test_controls_of_a_batch_do_not_repeat_in_a_set_while_it_has_enough() -> Non
         assert len(set(rows.tolist())) == 32
 
 
+def test_control_cells_that_alternate_between_batches_meet_all_of_their_batch() -> None:
+    zeros = np.zeros(12, dtype=np.int32)
+    table = Table(
+        pert_codes=zeros, context_codes=zeros, batch_codes=np.arange(12, dtype=np.int32) % 2,
+        split=np.full(12, TRAIN, dtype=np.uint8), perts=("control",), contexts=("K562",), file_codes=zeros,
+        files=("a.h5ad",), dataset_of_file=(0,),
+    )  # fmt: skip
+    for seed in range(5):
+        sets = cut(table, set_size=12, seed=seed)
+        assert np.array_equal(sets.pert_rows % 2, sets.control_rows % 2)
+        # one that would have met itself takes the next
+        assert len(set(sets.control_rows.ravel().tolist())) >= 10
+
+
 @settings(deadline=None)
 @given(tables, st.integers(0, 5), st.integers(0, 5))
 def test_the_same_seed_and_epoch_give_the_same_sets(table: Table, seed: int, epoch: int) -> None:
