@@ -181,7 +181,9 @@ def test_a_file_without_controls_takes_those_of_its_dataset_and_says_so(tmp_path
 
 
 def test_batches_are_compared_within_one_target_of_one_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = make_store(tmp_path / "store", two_datasets(tmp_path))
+    perts = ("G1", "G2", "G3", "G4", "G5")
+    paths = {name: write_screen(tmp_path / f"{name}.h5ad", seed=seed, perts=perts) for seed, name in enumerate("ab")}
+    store = make_store(tmp_path / "store", paths)
     seen: list[int] = []
 
     def count(_values: np.ndarray, _batches: np.ndarray, within: np.ndarray) -> float:
@@ -191,7 +193,8 @@ def test_batches_are_compared_within_one_target_of_one_screen(tmp_path: Path, mo
     monkeypatch.setattr("pertcast.data.batch_effects.explained_share", count)
     batch_effects(store)
     perturbed = store.pert_codes != store.control_code
-    assert seen == [len({*zip(store.screen_codes[perturbed], store.pert_codes[perturbed], strict=True)})] * 2
+    assert len({*zip(store.screen_codes[perturbed], store.pert_codes[perturbed], strict=True)}) == 10
+    assert seen == [10, 10]
 
 
 def test_panels_that_measured_other_genes_give_no_effect_there(tmp_path: Path) -> None:
