@@ -117,9 +117,9 @@ class Screen:
 
     genes: tuple[str, ...]
     targets: tuple[str, ...]
-    share_CG: Floats  # noqa: N815
-    batch_CBG: Floats  # noqa: N815
-    effects_CPG: Floats  # noqa: N815
+    share_CG: Floats
+    batch_CBG: Floats
+    effects_CPG: Floats
     features: dict[str, NDArray[np.float32]]
 
 

@@ -44,12 +44,10 @@ class Clock:
 
 def main() -> None:
     """Prepare, train, write the times."""
-    from pertcast.ahead import import_ahead
     from pertcast.config import load_experiment
     from pertcast.data.store import prepare
 
     # both as the command line does
-    import_ahead("pertcast.train.stage")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     out, experiment_path, store, run, *overrides = sys.argv[1:]
     clock = Clock()

@@ -14,7 +14,6 @@ from pertcast.config import Experiment, load_experiment
 from pertcast.data.store import prepare
 from pertcast.errors import CheckpointError, ConfigError
 from pertcast.models.backbone import Backbone
-from pertcast.models.brief import attend, is_brief, normalise, swiglu
 from pertcast.models.checkpoint import open_run
 from pertcast.progress import SILENT
 from pertcast.train import train
@@ -32,10 +31,9 @@ def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def with_gradients(work: Any, values: list[Tensor]) -> list[Tensor]:
+def with_gradients(work: Any, values: list[Tensor], outer: Tensor) -> list[Tensor]:
     leaves = [value.clone().requires_grad_() for value in values]
     output = work(*leaves)
-    outer = drawn(*output.shape, seed=99).to(output.dtype)
     return [output.detach(), *torch.autograd.grad(output, leaves, outer)]
 
 
@@ -57,54 +55,49 @@ def slow_attention(values_BSH: Tensor, *weights: Tensor, head_dim: int) -> Tenso
     return torch.stack(sets)
 
 
-@needs_bf16
+def slow_norm(values: Tensor, weight: Tensor) -> Tensor:
+    return values / (values.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def slow_layer(cells_BSH: Tensor, *weights: Tensor, head_dim: int) -> Tensor:
+    first_norm, query, key, value, output, second_norm, gate, up, down, last_norm = weights
+    attended = slow_attention(slow_norm(cells_BSH, first_norm), query, key, value, head_dim=head_dim)
+    cells_BSH = cells_BSH + attended @ output.T
+    normed = slow_norm(cells_BSH, second_norm)
+    cells_BSH = cells_BSH + (functional.silu(normed @ gate.T) * (normed @ up.T)) @ down.T
+    return slow_norm(cells_BSH, last_norm)
+
+
+LAYER = (
+    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(("sets", "size", "heads", "head_dim"), [(3, 16, 4, 12), (1, 1, 1, 8), (2, 33, 2, 20)])
-def test_attention_is_the_slow_one(sets: int, size: int, heads: int, head_dim: int) -> None:
-    weights = [drawn(heads * head_dim, 24, seed=seed, scale=0.3) for seed in (1, 2, 3)]
-    inputs = [drawn(sets, size, 24), *weights]
-    found = with_gradients(lambda values, *three: attend(values, three, head_dim=head_dim), inputs)
-    expected = with_gradients(lambda *given: slow_attention(*given, head_dim=head_dim), inputs)
-    assert found[0].dtype == torch.bfloat16
-    assert all(gradient.dtype == torch.float32 for gradient in found[1:])
+@pytest.mark.parametrize("short", [False, pytest.param(True, marks=needs_bf16)])
+def test_a_backbone_is_the_slow_one(sets: int, size: int, heads: int, head_dim: int, short: bool) -> None:
+    torch.manual_seed(0)
+    backbone = Backbone(24, 1, heads=heads, head_dim=head_dim, feedforward=40)
+    parameters = [backbone.get_parameter(f"layers.0.{name}.weight") for name in LAYER] + [backbone.norm.weight]
+    cells = drawn(sets, size, 24).requires_grad_()
+    outer = drawn(sets, size, 24, seed=99)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=short):
+        found = backbone(cells)
+    assert found.dtype == torch.float32
+    gradients = torch.autograd.grad(found, [cells, *parameters], outer)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    twin = [value.detach().clone() for value in (cells, *parameters)]
+    expected = with_gradients(lambda *values: slow_layer(*values, head_dim=head_dim), twin, outer)
     if size == 1:  # one cell has all of its own attention: no gradient reaches queries and keys
-        assert found[2].abs().max() < BF16
-        assert found[3].abs().max() < BF16
-        del found[2:4], expected[2:4]
-    assert_near(found, expected, 4 * BF16)
+        assert gradients[2].abs().max() < BF16
+        assert gradients[3].abs().max() < BF16
+        gradients, expected = gradients[:2] + gradients[4:], expected[:3] + expected[5:]
+    assert_near([found.detach(), *gradients], expected, 6 * BF16 if short else 1e-5)
 
 
 @needs_bf16
-def test_swiglu_is_silu_times_linear() -> None:
-    inputs = [drawn(3, 16, 24), drawn(40, 24, seed=1, scale=0.3), drawn(40, 24, seed=2, scale=0.3)]
-    found = with_gradients(swiglu, inputs)
-    expected = with_gradients(lambda x, gate, up: functional.silu(x @ gate.T) * (x @ up.T), inputs)
-    assert found[0].dtype == torch.bfloat16
-    assert_near(found, expected, 4 * BF16)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
-def test_normalisation_is_torchs_own(dtype: torch.dtype, scale: float) -> None:
-    inputs = [drawn(3, 16, 24, scale=scale), drawn(24, seed=1)]
-    found = with_gradients(lambda x, weight: normalise(x, weight, epsilon=1e-6, dtype=dtype), inputs)
-    expected = with_gradients(lambda x, weight: functional.rms_norm(x, (24,), weight, 1e-6), inputs)
-    assert_near(found, expected, 1e-6 if dtype == torch.float32 else 2 * BF16)
-
-
-@needs_bf16
-def test_frozen_weights_and_values_get_no_gradient() -> None:
-    query, key, value = (drawn(24, 24, seed=seed) for seed in (1, 2, 3))
-    key.requires_grad_()
-    attend(drawn(2, 8, 24), (query, key, value), head_dim=12).float().sum().backward()  # type: ignore[no-untyped-call]
-    assert key.grad is not None
-    assert query.grad is None
-    gate, up, cells = drawn(40, 24), drawn(40, 24), drawn(2, 8, 24).requires_grad_()
-    swiglu(cells, gate, up).float().sum().backward()  # type: ignore[no-untyped-call]
-    assert cells.grad is not None
-
-
-@needs_bf16
-def test_a_backbone_under_autocast_is_as_near_to_float32_as_torchs_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backbone_under_autocast_is_near_to_float32() -> None:
     torch.manual_seed(0)
     backbone = Backbone(48, 2, heads=4, head_dim=12, feedforward=96)
     parameters = list(backbone.parameters())
@@ -117,24 +110,8 @@ def test_a_backbone_under_autocast_is_as_near_to_float32_as_torchs_own_layers(mo
         return [output.detach(), *torch.autograd.grad(output, [cells, *parameters], drawn(4, 16, 48, seed=5))]
 
     exact, brief = results(short=False), results(short=True)
-    monkeypatch.setattr("pertcast.models.backbone.is_brief", lambda _: False)
-    own = results(short=True)
-
-    def errors(found: list[Tensor]) -> Tensor:
-        return torch.stack([(one - two).norm() / two.norm() for one, two in zip(found, exact, strict=True)])
-
-    assert 0 < errors(brief).mean() < 1.3 * errors(own).mean() < 0.05
-
-
-def test_it_is_for_bfloat16_autocast_on_a_cpu_alone() -> None:
-    values = drawn(1, 2, 3)
-    assert not is_brief(values)
-    with torch.autocast("cpu", dtype=torch.float16):
-        assert not is_brief(values)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert is_brief(values) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        assert not is_brief(values.to("meta"))
-        assert not is_brief(values[:0])
+    errors = torch.stack([(one - two).norm() / two.norm() for one, two in zip(brief, exact, strict=True)])
+    assert 0 < errors.mean() < 0.04
 
 
 @pytest.fixture(scope="module")

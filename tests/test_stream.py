@@ -21,7 +21,6 @@ from pertcast.errors import SubmissionError
 from pertcast.files.artefacts import hash_file, read_manifest
 from pertcast.files.csr_writer import CsrWriter
 from pertcast.files.h5ad import open_h5ad
-from pertcast.files.raw import raw_column
 from pertcast.seasons import SEASONS
 from pertcast.submission import pack as packing
 from pertcast.submission.check.values import check_values
@@ -117,7 +116,7 @@ def test_a_slim_prediction_is_compressed_as_it_lies(
     tmp_path: Path, genes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slim = write_slim(tmp_path / "slim.h5ad")
-    monkeypatch.setattr(packing, "rewrite_slim", None)
+    monkeypatch.setattr(packing, "rewrite_canonical", None)
     vcc = pack(slim, tmp_path / "p.vcc", season="vcc2025", genes=genes, rules=RULES)
     assert unpack(vcc, tmp_path / "back.h5ad").read_bytes() == slim.read_bytes()
     manifest = read_manifest(vcc)
@@ -139,43 +138,6 @@ def test_the_size_of_an_archive_is_estimated_from_samples(tmp_path: Path) -> Non
     path = tmp_path / "a"
     path.write_bytes(os.urandom(3_000_000) + bytes(3_000_000))
     assert 2_500_000 < estimate_packed(path, level=3) < 3_600_000
-
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "contiguous": {},
-    "chunked": {"chunks": (7,), "maxshape": (None,)},
-    "gzipped": {"chunks": (7,), "compression": "gzip"},
-    "shuffled": {"chunks": (7,), "shuffle": True},
-    "foreign": {"dtype": ">i4"},
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_raw_reads_equal_those_of_hdf5_or_are_left_to_it(tmp_path: Path, layout: str) -> None:
-    numbers = np.arange(100, dtype=np.int32)
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        options = LAYOUTS[layout]
-        file.create_dataset("x", data=numbers.astype(options.get("dtype", "i4")), **{**options, "dtype": None})
-    with h5py.File(tmp_path / "a.h5") as file, (tmp_path / "a.h5").open("rb") as stream:
-        raw = raw_column(file["x"], stream.fileno())
-        assert (raw is not None) == (layout in ("contiguous", "chunked"))
-        for start, stop in ((0, 100), (3, 4), (6, 29), (99, 100)) if raw else ():
-            assert np.array_equal(raw.read(start, stop), numbers[start:stop])  # type: ignore[union-attr]
-
-
-def test_raw_reads_leave_holes_to_hdf5_and_tell_where_a_file_ends(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.create_dataset("holes", (100,), chunks=(10,), dtype=np.int32)[5] = 1
-        file["x"] = np.zeros(10_000)
-        end = file["x"].id.get_offset()
-    with h5py.File(tmp_path / "a.h5") as file, (tmp_path / "a.h5").open("rb+") as stream:
-        assert raw_column(file["holes"], stream.fileno()) is None
-        raw = raw_column(file["x"], stream.fileno())
-        assert raw is not None
-        stream.truncate(end + 80)
-        assert raw.read(0, 10).tolist() == [0.0] * 10
-        with pytest.raises(OSError, match="the file ends at byte"):
-            raw.read(0, 11)
 
 
 def plain_facts(dense: np.ndarray) -> dict[str, object]:

@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-__all__ = ["import_ahead", "one_ahead"]
-
-_TURN_SECONDS = 1e-3
+__all__ = ["one_ahead"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def import_ahead(module: str) -> threading.Thread:
-    """Begin to import a module in a thread; an ``import`` of it waits until it is there.
-
-    For large modules of others that the caller needs only after work that lets go of the interpreter. A module that
-    cannot be imported raises where it is imported, not here. Until it is there, threads take turns more often: the
-    caller, who asks for the interpreter after every array operation, would wait for 5 ms each time.
-
-    Examples
-    --------
-    >>> import_ahead("json").join()
-    """
-
-    def work() -> None:
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(min(before, _TURN_SECONDS))
-        try:
-            with contextlib.suppress(ImportError):
-                importlib.import_module(module)
-        finally:
-            sys.setswitchinterval(before)
-
-    thread = threading.Thread(target=work, name=f"pertcast-import-{module}")
-    thread.start()
-    return thread
 
 
 def one_ahead(items: Iterable[Item], work: Callable[[Item], Result], *, threads: int = 1) -> Iterator[Result]:

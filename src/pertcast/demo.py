@@ -116,12 +116,10 @@ def _rows(store: Store, prediction: ad.AnnData) -> list[TargetRow]:
 
 
 def _mean(prediction: ad.AnnData, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    mean: NDArray[np.float64] = np.asarray(prediction.X[mask].mean(axis=0), dtype=np.float64).ravel()
-    return mean
+    return np.asarray(prediction.X[mask].mean(axis=0), dtype=np.float64).ravel()
 
 
 def _held_out_mean(store: Store, label: str) -> NDArray[np.float64]:
     """Return mean log1p of the cells of a label that training has not seen."""
     rows = store.rows(split=Split.VAL, pert=store.perts.index(label))
-    mean: NDArray[np.float64] = store.log1p(rows).mean(axis=0, dtype=np.float64)
-    return mean
+    return store.log1p(rows).mean(axis=0, dtype=np.float64)

@@ -15,7 +15,7 @@ __all__ = ["SILENT", "Advance", "Progress"]
 class Advance(Protocol):
     """Moves a task on by `amount` of its units; `detail` is a short text beside the bar."""
 
-    def __call__(self, amount: int, detail: str = "") -> None: ...  # noqa: D102
+    def __call__(self, amount: int, detail: str = "") -> None: ...
 
 
 class Progress(Protocol):

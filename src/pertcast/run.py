@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pertcast.ahead import import_ahead
 from pertcast.config import load_experiment
 from pertcast.errors import ConfigError, Problem
 from pertcast.files.artefacts import write_json
@@ -74,7 +73,6 @@ def run_experiment(path: Path, out: Path, *, overrides: Sequence[str] = (), prog
     from pertcast.data.store import prepare
     from pertcast.preflight import preflight
 
-    import_ahead("pertcast.train.stage")
     season, genes, targets = submission.resolve(), submission.genes, submission.targets
     preflight(experiment, out=out, progress=progress)
     store = prepare(experiment, out / "store", progress=progress)

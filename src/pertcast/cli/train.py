@@ -48,7 +48,6 @@ def train(
     store
         The folder that `pertcast prepare` wrote; default: the folder `store` beside the run, prepared if need be.
     """
-    from pertcast.ahead import import_ahead
     from pertcast.cli.console import console, say
     from pertcast.config import load_experiment, model_overrides, rung_overrides
     from pertcast.data.store import Store, prepare
@@ -65,7 +64,6 @@ def train(
             raise ConfigError(
                 "under torchrun or srun the store must be there: run `pertcast prepare`, and give --store"
             )
-        import_ahead("pertcast.train.stage")
         preflight(resolved, out=out.parent, progress=progress)
         store = prepare(resolved, out.parent / "store", progress=progress)
     else:

@@ -250,8 +250,7 @@ class Experiment(Section):
 
     def as_json(self) -> dict[str, Any]:
         """Return the resolved configuration as JSON values, as manifests store it."""
-        result: dict[str, Any] = self.model_dump(mode="json")
-        return result
+        return self.model_dump(mode="json")
 
     def cross_problems(self, place: str) -> list[Problem]:
         """Return what no section can see alone: names that must be datasets, labels that are no target, lost files."""

@@ -113,9 +113,9 @@ class _Tested(NamedTuple):
     """The rank-sum tests of one perturbation in one screen: cells, p-values, signs of the change, genes measured."""
 
     num_cells: int
-    p_value_G: NDArray[np.float64]  # noqa: N815
-    sign_G: NDArray[np.float64]  # noqa: N815
-    measured_G: NDArray[np.bool_]  # noqa: N815
+    p_value_G: NDArray[np.float64]
+    sign_G: NDArray[np.float64]
+    measured_G: NDArray[np.bool_]
 
 
 def _significant(tested: list[_Tested]) -> NDArray[np.bool_]:

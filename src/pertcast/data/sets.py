@@ -29,25 +29,25 @@ class CellTable(Protocol):
     """The codes of each cell and their names, as a store has them; batch -1 is unknown."""
 
     @property
-    def pert_codes(self) -> Int32: ...  # noqa: D102
+    def pert_codes(self) -> Int32: ...
     @property
-    def context_codes(self) -> Int32: ...  # noqa: D102
+    def context_codes(self) -> Int32: ...
     @property
-    def file_codes(self) -> Int32: ...  # noqa: D102
+    def file_codes(self) -> Int32: ...
     @property
-    def screen_codes(self) -> Int32: ...  # noqa: D102
+    def screen_codes(self) -> Int32: ...
     @property
-    def batch_codes(self) -> Int32: ...  # noqa: D102
+    def batch_codes(self) -> Int32: ...
     @property
-    def split(self) -> NDArray[np.uint8]: ...  # noqa: D102
+    def split(self) -> NDArray[np.uint8]: ...
     @property
-    def perts(self) -> Sequence[str]: ...  # noqa: D102
+    def perts(self) -> Sequence[str]: ...
     @property
-    def contexts(self) -> Sequence[str]: ...  # noqa: D102
+    def contexts(self) -> Sequence[str]: ...
     @property
-    def files(self) -> Sequence[str]: ...  # noqa: D102
+    def files(self) -> Sequence[str]: ...
     @property
-    def control_code(self) -> int: ...  # noqa: D102
+    def control_code(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class Store(CodedCells):
     context_codes: np.ndarray = field(repr=False)
     dataset_codes: np.ndarray = field(repr=False)
     file_codes: np.ndarray = field(repr=False)
-    measured_FG: np.ndarray = field(repr=False)  # noqa: N815
+    measured_FG: np.ndarray = field(repr=False)
     batch_codes: np.ndarray = field(repr=False)
     split: np.ndarray = field(repr=False)
     totals: np.ndarray = field(repr=False)
@@ -244,7 +244,7 @@ class Store(CodedCells):
         return self._screens[1]
 
     @cached_property
-    def measured_SG(self) -> np.ndarray | None:  # noqa: N802
+    def measured_SG(self) -> np.ndarray | None:
         """Which genes each screen measured, bool (screens, genes); ``None`` where all measured all."""
         measured_SG: np.ndarray = self.measured_FG[[screen.panel for screen in self.screens]]
         return None if measured_SG.all() else measured_SG

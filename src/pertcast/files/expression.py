@@ -268,8 +268,7 @@ def _count(is_so: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Return how many are so from each start to the next, int64."""
     if is_so.all():
         return np.diff(starts, append=len(is_so))
-    counted: np.ndarray = np.add.reduceat(is_so, starts, dtype=np.int64)
-    return counted
+    return np.add.reduceat(is_so, starts, dtype=np.int64)
 
 
 def common_scale(evidence: Sequence[ScaleEvidence], *, asked: Literal["auto", "counts", "log1p"] = "auto") -> Scale:

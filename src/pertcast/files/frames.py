@@ -147,8 +147,7 @@ def _whole(dataset: Any) -> np.ndarray:
 def _as_strings(dataset: Any) -> np.ndarray:
     require_plausible(dataset)
     if h5py.check_string_dtype(dataset.dtype) is not None:
-        values: np.ndarray = np.asarray(dataset.asstr()[()], dtype=object)
-        return values
+        return np.asarray(dataset.asstr()[()], dtype=object)
     raw = np.asarray(dataset[()])
     if raw.dtype.kind not in "biuf":
         raise TypeError(f"a column of type {raw.dtype}")

@@ -7,7 +7,6 @@ is a DataError, never a crash or a wrong value.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,6 @@ from pertcast.errors import DataError, Problem
 from pertcast.files.bounds import require_plausible
 from pertcast.files.csc import CscRows, Entries, row_bands
 from pertcast.files.frames import reading
-from pertcast.files.raw import RawColumn, raw_column
 
 __all__ = ["DAMAGED", "Layout", "Matrix"]
 
@@ -49,7 +47,7 @@ class Matrix:
     Parameters
     ----------
     path
-        The file, for messages and for plain reads.
+        The file, for messages.
     file
         The same, opened with h5py.
     name
@@ -78,8 +76,6 @@ class Matrix:
         self.in_order = True
         self._name = name
         self._path, self._file = path, file
-        self._descriptor = -1
-        self._raw: dict[str, RawColumn | None] = {}
         self._rows_of_csc: tuple[int, CscRows] | None = None
         self.layout: Layout
         with reading(path, name):
@@ -107,10 +103,6 @@ class Matrix:
 
     def close(self) -> None:
         """Remove temporary files; chunks() may be called again."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-            self._raw.clear()
         if self._rows_of_csc is not None:
             self._rows_of_csc[1].close()
             self._rows_of_csc = None
@@ -168,8 +160,8 @@ class Matrix:
     def _stored(self, start: int, stop: int, *, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the indices (checked against `limit`) and the values of a range of stored entries."""
         with reading(self._path, f"{self._name}, stored entries from {start}"):
-            indices = self._entries(f"{self._name}/indices", start, stop)
-            values = self._entries(f"{self._name}/data", start, stop)
+            indices = np.asarray(self._file[f"{self._name}/indices"][start:stop])
+            values = np.asarray(self._file[f"{self._name}/data"][start:stop])
         if indices.dtype.kind not in "iu":
             self._broken(f"{self._name}/indices", f"expected whole numbers, got {indices.dtype}")
         if indices.size and (indices.min() < 0 or int(indices.max()) >= limit):
@@ -178,14 +170,6 @@ class Matrix:
                 f"{self._name}/indices", f"entry {start + wrong} is {indices[wrong]}, outside 0 to {limit - 1}"
             )
         return indices.astype(np.int32, copy=False), values.astype(_usable(values.dtype), copy=False)
-
-    def _entries(self, name: str, start: int, stop: int) -> np.ndarray:
-        if name not in self._raw:
-            if self._descriptor < 0:
-                self._descriptor = os.open(self._path, os.O_RDONLY)
-            self._raw[name] = raw_column(self._file[name], self._descriptor)
-        raw = self._raw[name]
-        return np.asarray(self._file[name][start:stop]) if raw is None else raw.read(start, stop)
 
     def _csr_chunks(self, max_values: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
         indptr = self._indptr(self.shape[0])

@@ -112,8 +112,7 @@ def generate(
     features = _features(run, run_path, experiment, store, plan)
     plan = _with_notes(plan, experiment, features, run, store)
     weights = hash_file(run_path / "weights.safetensors")
-    num_cells = sum(part.num_cells for part in plan.parts if not part.copied)
-    maker = PartMaker(run, store, experiment, features, weights, num_cells=num_cells)
+    maker = PartMaker(run, store, experiment, features, weights)
     _show(plan, progress)
     _require_parts(out)
     if ranks is None:

@@ -32,8 +32,7 @@ def shapes_of(run: Run) -> NDArray[np.float64]:
             f'{run.path}: generate.cells = "nb_head" draws cells from a counts head, and this run has none; train one '
             "with loss.nb above 0, or choose another way to make cells (donors)"
         )
-    shapes: NDArray[np.float64] = log_shape_O.double().clamp(*LOG_SHAPES).exp().numpy()
-    return shapes
+    return log_shape_O.double().clamp(*LOG_SHAPES).exp().numpy()
 
 
 class CountsHeadPredictor:

@@ -49,8 +49,6 @@ class PartMaker:
         The model, what its control cells are read from, how cells are made, and features of every target.
     weights
         The hash of the run's weights.
-    num_cells
-        How many cells all parts of all processes have that are predicted.
     """
 
     def __init__(
@@ -60,17 +58,13 @@ class PartMaker:
         experiment: Experiment,
         features: PertFeatures,
         weights: str,
-        *,
-        num_cells: int,
     ) -> None:
         self._calibration, experiment = calibrated(run, experiment)
         self._run, self._store, self._experiment, self._features = run, store, experiment, features
         self._from_head = experiment.generate.cells == "nb_head"
         shapes = self._shapes() if self._from_head else None
         self._predictor: Predictor = (
-            CountsHeadPredictor(run, store, features)
-            if self._from_head
-            else make_predictor(run, store, features, num_cells=num_cells)
+            CountsHeadPredictor(run, store, features) if self._from_head else make_predictor(run, store, features)
         )
         if experiment.generate.centred:
             self._predictor = CentredPredictor(self._predictor, store, output_genes=run.output_genes)

@@ -16,7 +16,6 @@ from pertcast.data.inputs import read_inputs
 from pertcast.data.store import Store
 from pertcast.data.tensors import as_tensor
 from pertcast.generate.binding import batch_codes, is_imported
-from pertcast.generate.encoded import EncodedControls, FoldedPredictor
 from pertcast.models.baselines import Baseline, BaselineSpec, predict_effects
 from pertcast.models.checkpoint import Run
 from pertcast.models.state import Prediction, StateTransition
@@ -46,16 +45,10 @@ class Predictor(Protocol):
         ...
 
 
-def make_predictor(run: Run, store: Store, features: PertFeatures, *, num_cells: int = 0) -> Predictor:
-    """Return what predicts a run's cells; weights are read when the first cells are wanted.
-
-    Where `num_cells`, how many cells will be asked for in all, make it worth while and the network allows it, control
-    cells are encoded once for all targets; values are the same up to rounding.
-    """
+def make_predictor(run: Run, store: Store, features: PertFeatures) -> Predictor:
+    """Return the predictor of a run; its weights are read when the first cells are needed."""
     if isinstance(run.spec, BaselineSpec):
         return BaselinePredictor(run, store, features)
-    if EncodedControls.pays(run.spec, store, num_cells):
-        return FoldedPredictor(NetworkPredictor(run, store, features), store)
     return NetworkPredictor(run, store, features)
 
 
@@ -125,8 +118,7 @@ class NetworkPredictor:
     def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
         """Return (B * S, output genes) log1p values; see :class:`Predictor`."""
         prediction = self.prediction(rows_BS, target=target, context=context)
-        output_CO: NDArray[np.float32] = prediction.uncut_BSG.flatten(0, 1).float().cpu().numpy()
-        return output_CO
+        return prediction.uncut_BSG.flatten(0, 1).float().cpu().numpy()
 
     @property
     def network(self) -> StateTransition:
@@ -138,27 +130,16 @@ class NetworkPredictor:
     @torch.inference_mode()
     def prediction(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> Prediction:
         """Return all that the network says of sets of rows of control cells."""
-        control_CI = self.read(rows_BS.reshape(-1))
-        prediction: Prediction = self.network(
-            control_CI.reshape(*rows_BS.shape, -1),
-            *self.conditions(rows_BS, target=target, context=context),
-            base_BG=self._base_of(target, context, num_sets=len(rows_BS)),
-        )
-        return prediction
-
-    def read(self, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Return what the network reads of control cells, (cells, I), on its device."""
-        return self._tensor(read_inputs(self._store, rows, source=self._source, genes=self._input_genes))
-
-    def conditions(
-        self, rows_BS: NDArray[np.int64], *, target: str, context: str
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the feature of each set, the batch code of each cell, and the context code of each set."""
-        code = self._run.contexts.index(context) if context in self._run.contexts else -1
-        return (
-            self._tensor(self._features.of([target])).expand(len(rows_BS), -1),
-            self._tensor(self._batch_codes[self._store.batch_codes[rows_BS.reshape(-1)]].reshape(rows_BS.shape)),
-            torch.full((len(rows_BS),), code, device=self._device),
+        inputs_CI = read_inputs(self._store, rows_BS.reshape(-1), source=self._source, genes=self._input_genes)
+        batch_C = self._batch_codes[self._store.batch_codes[rows_BS.reshape(-1)]]
+        context_code = self._run.contexts.index(context) if context in self._run.contexts else -1
+        num_sets = len(rows_BS)
+        return self.network(
+            self._tensor(inputs_CI).reshape(*rows_BS.shape, -1),
+            self._tensor(self._features.of([target])).expand(num_sets, -1),
+            self._tensor(batch_C.reshape(rows_BS.shape)),
+            torch.full((num_sets,), context_code, device=self._device),
+            base_BG=self._base_of(target, context, num_sets=num_sets),
         )
 
     def _base_of(self, target: str, context: str, *, num_sets: int) -> torch.Tensor | None:

@@ -180,8 +180,7 @@ def reference_scores(
     ``ceiling``: one half of the real cells, and of the control cells, for the other half.
     """
     if kept.is_file():
-        found: dict[str, Scores] = read_json(kept)
-        return found
+        return read_json(kept)
     scores: dict[str, Scores] = {"baseline": {}, "ceiling": {}}
     for part in held:
         truth = read_side(part.truth, rules, cache=kept.parent, progress=progress)
@@ -212,8 +211,7 @@ def _training_mean(store: Store, held: HeldOut) -> NDArray[np.float32]:
     rows = own if len(own) else rows[store.pert_codes[rows] != store.control_code]
     keys = store.screen_codes[rows].astype(np.int64) * len(store.perts) + store.pert_codes[rows]
     means = [_mean(store, rows[keys == key], held.target_sum) for key in np.unique(keys)]
-    mean_G: NDArray[np.float32] = np.mean(means, axis=0).astype(np.float32)
-    return mean_G
+    return np.mean(means, axis=0).astype(np.float32)
 
 
 def _mean(store: Store, rows: NDArray[np.int64], target_sum: float | None) -> NDArray[np.float64]:

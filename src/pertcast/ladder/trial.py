@@ -83,8 +83,7 @@ def run_trial(trial: Trial, *, progress: Progress = SILENT) -> Scores:
     if kept.is_file():
         found = read_json(kept)
         if found.get("key") == key:
-            scores: Scores = found["scores"]
-            return scores
+            return found["scores"]
     from pertcast.train import train
 
     run = train(trial.experiment, trial.store, trial.out / "run", progress=progress)

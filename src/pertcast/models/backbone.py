@@ -5,12 +5,8 @@ Shapes: B sets, S cells in a set, H hidden, N heads, D width of a head, F feedfo
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-from pertcast.models.brief import attend, is_brief, normalise, swiglu
-from pertcast.models.linear import Linear
 
 __all__ = ["Backbone", "Gpt2Backbone"]
 
@@ -19,30 +15,24 @@ _LAYER_NORM_EPSILON = 1e-5
 
 
 class _Attention(nn.Module):
-    """Every cell of a set attends to every other."""
+    """Multi-head attention of every cell of a set to every other."""
 
     def __init__(self, hidden: int, *, heads: int, head_dim: int) -> None:
         super().__init__()
         width = heads * head_dim
         self.head_dim = head_dim
-        self.q_proj = Linear(hidden, width, bias=False)
-        self.k_proj = Linear(hidden, width, bias=False)
-        self.v_proj = Linear(hidden, width, bias=False)
-        self.o_proj = Linear(width, hidden, bias=False)
+        self.q_proj = nn.Linear(hidden, width, bias=False)
+        self.k_proj = nn.Linear(hidden, width, bias=False)
+        self.v_proj = nn.Linear(hidden, width, bias=False)
+        self.o_proj = nn.Linear(width, hidden, bias=False)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
-        """Return the attended cells, ``(B, S, H)``."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        if is_brief(hidden_BSH):
-            weights = [projection.weight for projection in projections]
-            brief_BSH: Tensor = self.o_proj(attend(hidden_BSH, weights, head_dim=self.head_dim))
-            return brief_BSH
         query_BNSD, key_BNSD, value_BNSD = (
-            projection(hidden_BSH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for projection in projections
+            projection(hidden_BSH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         attended_BNSD = functional.scaled_dot_product_attention(query_BNSD, key_BNSD, value_BNSD)
-        attended_BSH: Tensor = self.o_proj(attended_BNSD.transpose(1, 2).flatten(2))
-        return attended_BSH
+        return self.o_proj(attended_BNSD.transpose(1, 2).flatten(2))
 
 
 class _GatedMlp(nn.Module):
@@ -50,48 +40,26 @@ class _GatedMlp(nn.Module):
 
     def __init__(self, hidden: int, *, feedforward: int) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden, feedforward, bias=False)
-        self.up_proj = Linear(hidden, feedforward, bias=False)
-        self.down_proj = Linear(feedforward, hidden, bias=False)
+        self.gate_proj = nn.Linear(hidden, feedforward, bias=False)
+        self.up_proj = nn.Linear(hidden, feedforward, bias=False)
+        self.down_proj = nn.Linear(feedforward, hidden, bias=False)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
-        """Return ``(B, S, H)``."""
-        if is_brief(hidden_BSH):
-            gated_BSF = swiglu(hidden_BSH, self.gate_proj.weight, self.up_proj.weight)
-        else:
-            gated_BSF = functional.silu(self.gate_proj(hidden_BSH)) * self.up_proj(hidden_BSH)
-        output_BSH: Tensor = self.down_proj(gated_BSF)
-        return output_BSH
-
-
-class _RmsNorm(nn.RMSNorm):
-    """``nn.RMSNorm``; what products alone read is rounded for them at once."""
-
-    def __init__(self, hidden: int, *, for_products: bool) -> None:
-        super().__init__(hidden, eps=_RMS_EPSILON)
-        self._for_products = for_products
-
-    def forward(self, hidden_BSH: Tensor) -> Tensor:
-        """Return ``(B, S, H)``."""
-        if not is_brief(hidden_BSH):
-            return super().forward(hidden_BSH)
-        dtype = torch.bfloat16 if self._for_products else hidden_BSH.dtype
-        return normalise(hidden_BSH, self.weight, epsilon=_RMS_EPSILON, dtype=dtype)
+        gated_BSF = functional.silu(self.gate_proj(hidden_BSH)) * self.up_proj(hidden_BSH)
+        return self.down_proj(gated_BSF)
 
 
 class _Layer(nn.Module):
     def __init__(self, hidden: int, *, heads: int, head_dim: int, feedforward: int) -> None:
         super().__init__()
-        self.input_layernorm = _RmsNorm(hidden, for_products=True)
+        self.input_layernorm = nn.RMSNorm(hidden, eps=_RMS_EPSILON)
         self.self_attn = _Attention(hidden, heads=heads, head_dim=head_dim)
-        self.post_attention_layernorm = _RmsNorm(hidden, for_products=True)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=_RMS_EPSILON)
         self.mlp = _GatedMlp(hidden, feedforward=feedforward)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
-        """Return ``(B, S, H)``."""
         hidden_BSH = hidden_BSH + self.self_attn(self.input_layernorm(hidden_BSH))
-        output_BSH: Tensor = hidden_BSH + self.mlp(self.post_attention_layernorm(hidden_BSH))
-        return output_BSH
+        return hidden_BSH + self.mlp(self.post_attention_layernorm(hidden_BSH))
 
 
 class Backbone(nn.Module):
@@ -108,16 +76,14 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(
             _Layer(hidden, heads=heads, head_dim=head_dim, feedforward=feedforward) for _ in range(layers)
         )
-        self.norm = _RmsNorm(hidden, for_products=False)
+        self.norm = nn.RMSNorm(hidden, eps=_RMS_EPSILON)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
-        """Return ``(B, S, H)``."""
         # Under bf16 autocast the residual stream stays float32: sums of many layers need its digits.
         hidden_BSH = hidden_BSH.to(self.norm.weight.dtype)
         for layer in self.layers:
             hidden_BSH = layer(hidden_BSH)
-        output_BSH: Tensor = self.norm(hidden_BSH)
-        return output_BSH
+        return self.norm(hidden_BSH)
 
 
 class _Gpt2Attention(nn.Module):
@@ -126,17 +92,15 @@ class _Gpt2Attention(nn.Module):
     def __init__(self, hidden: int, *, heads: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.c_attn = Linear(hidden, 3 * heads * head_dim)
-        self.c_proj = Linear(heads * head_dim, hidden)
+        self.c_attn = nn.Linear(hidden, 3 * heads * head_dim)
+        self.c_proj = nn.Linear(heads * head_dim, hidden)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
-        """Return the attended cells, ``(B, S, H)``."""
         query_BNSD, key_BNSD, value_BNSD = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.c_attn(hidden_BSH).chunk(3, dim=-1)
         )
         attended_BNSD = functional.scaled_dot_product_attention(query_BNSD, key_BNSD, value_BNSD, is_causal=True)
-        attended_BSH: Tensor = self.c_proj(attended_BNSD.transpose(1, 2).flatten(2))
-        return attended_BSH
+        return self.c_proj(attended_BNSD.transpose(1, 2).flatten(2))
 
 
 class _Gpt2Mlp(nn.Module):
@@ -144,13 +108,11 @@ class _Gpt2Mlp(nn.Module):
 
     def __init__(self, hidden: int, *, feedforward: int) -> None:
         super().__init__()
-        self.c_fc = Linear(hidden, feedforward)
-        self.c_proj = Linear(feedforward, hidden)
+        self.c_fc = nn.Linear(hidden, feedforward)
+        self.c_proj = nn.Linear(feedforward, hidden)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
-        """Return ``(B, S, H)``."""
-        output_BSH: Tensor = self.c_proj(functional.gelu(self.c_fc(hidden_BSH), approximate="tanh"))
-        return output_BSH
+        return self.c_proj(functional.gelu(self.c_fc(hidden_BSH), approximate="tanh"))
 
 
 class _Gpt2Layer(nn.Module):
@@ -162,10 +124,8 @@ class _Gpt2Layer(nn.Module):
         self.mlp = _Gpt2Mlp(hidden, feedforward=feedforward)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
-        """Return ``(B, S, H)``."""
         hidden_BSH = hidden_BSH + self.attn(self.ln_1(hidden_BSH))
-        output_BSH: Tensor = hidden_BSH + self.mlp(self.ln_2(hidden_BSH))
-        return output_BSH
+        return hidden_BSH + self.mlp(self.ln_2(hidden_BSH))
 
 
 class Gpt2Backbone(nn.Module):
@@ -188,10 +148,8 @@ class Gpt2Backbone(nn.Module):
         self.ln_f = nn.LayerNorm(hidden, eps=_LAYER_NORM_EPSILON)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
-        """Return ``(B, S, H)``."""
         # as in Backbone: the residual stream stays float32 under autocast
         hidden_BSH = hidden_BSH.to(self.ln_f.weight.dtype)
         for layer in self.h:
             hidden_BSH = layer(hidden_BSH)
-        output_BSH: Tensor = self.ln_f(hidden_BSH)
-        return output_BSH
+        return self.ln_f(hidden_BSH)

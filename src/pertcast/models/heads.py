@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from pertcast.models.dropout import SetDropout
-from pertcast.models.linear import Linear
 
 __all__ = [
     "COUNTS_HEAD_PREFIX",
@@ -42,7 +41,7 @@ def mlp(width_in: int, hidden: int, width_out: int, *, layers: int, dropout: flo
     widths = [width_in, *[hidden] * (layers - 1), width_out]
     modules: list[nn.Module] = []
     for before, after in pairwise(widths):
-        modules += [Linear(before, after), nn.GELU(), SetDropout(dropout)]
+        modules += [nn.Linear(before, after), nn.GELU(), SetDropout(dropout)]
     return nn.Sequential(*modules[:-2])
 
 
@@ -50,13 +49,13 @@ def normed_mlp(widths: Sequence[int], *, dropout: float) -> nn.Sequential:
     """Return linear layers through these widths, with LayerNorm, GELU and dropout between them."""
     modules: list[nn.Module] = []
     for before, after in pairwise(widths):
-        modules += [Linear(before, after), nn.LayerNorm(after), nn.GELU(), SetDropout(dropout)]
+        modules += [nn.Linear(before, after), nn.LayerNorm(after), nn.GELU(), SetDropout(dropout)]
     return nn.Sequential(*modules[:-3])
 
 
 def bottleneck(width: int) -> nn.Sequential:
     """Return two linear layers with a GELU between them, an eighth as wide there."""
-    return nn.Sequential(Linear(width, width // 8), nn.GELU(), Linear(width // 8, width))
+    return nn.Sequential(nn.Linear(width, width // 8), nn.GELU(), nn.Linear(width // 8, width))
 
 
 class ConfidenceToken(nn.Module):
@@ -77,8 +76,7 @@ class ConfidenceToken(nn.Module):
 
     def forward(self, token_B1H: Tensor) -> Tensor:
         """Return the confidence of each set, ``(B,)``, at least 0; the token's own output goes in."""
-        confidence_B: Tensor = self.confidence_projection(token_B1H).relu().flatten()
-        return confidence_B
+        return self.confidence_projection(token_B1H).relu().flatten()
 
 
 class DeHead(nn.Module):
@@ -96,7 +94,7 @@ class DeHead(nn.Module):
     def __init__(self, hidden: int, num_genes: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden)
-        self.state = Linear(hidden, num_genes)
+        self.state = nn.Linear(hidden, num_genes)
         self.gain_G = nn.Parameter(torch.empty(num_genes))
 
     @torch.no_grad()
@@ -110,8 +108,7 @@ class DeHead(nn.Module):
 
     def forward(self, pooled_BH: Tensor, effect_BG: Tensor) -> Tensor:
         """Return the logits, ``(B, G)``."""
-        logits_BG: Tensor = self.state(self.norm(pooled_BH)) + self.gain_G * effect_BG.abs()
-        return logits_BG
+        return self.state(self.norm(pooled_BH)) + self.gain_G * effect_BG.abs()
 
 
 class CountsPrediction(NamedTuple):
@@ -125,8 +122,8 @@ class CountsPrediction(NamedTuple):
         Logarithm of 1 / dispersion.
     """
 
-    log_fold_BG: Tensor  # noqa: N815
-    log_shape_G: Tensor  # noqa: N815
+    log_fold_BG: Tensor
+    log_shape_G: Tensor
 
 
 class CountsHead(nn.Module):
@@ -146,7 +143,7 @@ class CountsHead(nn.Module):
     def __init__(self, hidden: int, num_genes: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden)
-        self.state = Linear(hidden, num_genes)
+        self.state = nn.Linear(hidden, num_genes)
         self.log_shape_G = nn.Parameter(torch.empty(num_genes))
 
     @torch.no_grad()

@@ -6,13 +6,10 @@ perturbations. Every loss is computed in float32 (float64 stays float64), whatev
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from pertcast.models.linear import times_transposed
 
 __all__ = ["energy_distance", "pseudobulk_mae", "ranking_loss", "working_dtype"]
 
@@ -53,83 +50,20 @@ def energy_distance(pred_BSG: Tensor, real_BSG: Tensor) -> Tensor:
     """
     with torch.autocast(device_type=pred_BSG.device.type, enabled=False):
         dtype = working_dtype(pred_BSG)
-        distance_B: Tensor = _EnergyDistance.apply(  # type: ignore[no-untyped-call]
-            pred_BSG.to(dtype), real_BSG.detach().to(dtype)
-        )
-        return distance_B
+        # distances do not depend on the origin, but their rounding does: near the cells it is smallest
+        origin_B1G = real_BSG.detach().to(dtype).mean(-2, keepdim=True)
+        pred_BSG, real_BSG = pred_BSG.to(dtype) - origin_B1G, real_BSG.detach().to(dtype) - origin_B1G
+        between_BST = _distances(pred_BSG, real_BSG)
+        within_pred_BSS, within_real_BTT = _distances(pred_BSG, pred_BSG), _distances(real_BSG, real_BSG)
+        return between_BST.mean((1, 2)) - (within_pred_BSS.mean((1, 2)) + within_real_BTT.mean((1, 2))) / 2
 
 
-class _EnergyDistance(torch.autograd.Function):
-    """The gradient is found beside the value, while the cells of a set are still in the cache; it alone is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, pred_BSG: Tensor, real_BTG: Tensor) -> Tensor:
-        contiguous = torch.contiguous_format
-        gradient_BSG = torch.empty_like(pred_BSG, memory_format=contiguous) if ctx.needs_input_grad[0] else None
-        if pred_BSG.device.type == "cpu":
-            gradients = [None] * len(pred_BSG) if gradient_BSG is None else list(gradient_BSG)
-            distance_B = torch.stack([_energy(*one) for one in zip(pred_BSG, real_BTG, gradients, strict=True)])
-        else:
-            distance_B = _energy(pred_BSG, real_BTG, gradient_BSG)
-        if gradient_BSG is not None:
-            ctx.save_for_backward(gradient_BSG)
-        return distance_B
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
-        (gradient_BSG,) = ctx.saved_tensors
-        return gradient_BSG * outer[0][:, None, None], None
-
-
-def _energy(x_SG: Tensor, y_TG: Tensor, gradient_SG: Tensor | None) -> Tensor:
-    """Return the energy distance of one set (or of all, with a leading dimension), and write its gradient in x.
-
-    Squared distances come from products of cells about their own means, where these lose the fewest digits; between
-    the two the difference of the means comes back in.
-    """
-    num_x, num_y = x_SG.shape[-2], y_TG.shape[-2]
-    x_mean_1G, y_mean_1G = x_SG.mean(-2, keepdim=True), y_TG.mean(-2, keepdim=True)
-    # both sets and the difference of their means, one below the other: two products give all, one the gradient
-    all_AG = x_SG.new_empty((*x_SG.shape[:-2], num_x + num_y + 1, x_SG.shape[-1]))
-    own_SG, other_TG = all_AG[..., :num_x, :], all_AG[..., num_x:-1, :]
-    torch.sub(x_SG, x_mean_1G, out=own_SG)
-    torch.sub(y_TG, y_mean_1G, out=other_TG)
-    torch.sub(x_mean_1G, y_mean_1G, out=all_AG[..., -1:, :])
-    x_products_SA = times_transposed(own_SG, all_AG)
-    y_products_TT = times_transposed(other_TG, all_AG[..., num_x:, :])
-    x_squares_S1 = x_products_SA.diagonal(dim1=-2, dim2=-1)[..., None]
-    y_squares_T1 = y_products_TT.diagonal(dim1=-2, dim2=-1)[..., None]
-    shift_S1, shift_T1 = x_products_SA[..., -1:], y_products_TT[..., -1:]
-    shift_11 = all_AG[..., -1:, :].square().sum(-1, keepdim=True)
-    to_x_S1 = x_squares_S1 + 2 * shift_S1 + shift_11
-    to_y_T1 = y_squares_T1 - 2 * shift_T1
-    between_ST, between_inverse_ST = _roots(to_x_S1 + to_y_T1.mT - 2 * x_products_SA[..., num_x:-1])
-    within_x_SS, within_x_inverse_SS = _roots(
-        _without_diagonal(x_squares_S1 + x_squares_S1.mT - 2 * x_products_SA[..., :num_x])
-    )
-    within_y_TT, _ = _roots(_without_diagonal(y_squares_T1 + y_squares_T1.mT - 2 * y_products_TT[..., :-1]))
-    if gradient_SG is not None:
-        # d/dx of |x - y| is (x - y) / |x - y|: a row of sums of cells, each over its distance
-        to_y_ST = between_inverse_ST / (num_x * num_y)
-        to_x_SS = within_x_inverse_SS / num_x**2
-        to_all_S1 = to_y_ST.sum(-1, keepdim=True)
-        to_x_SS.diagonal(dim1=-2, dim2=-1).add_((to_all_S1 - to_x_SS.sum(-1, keepdim=True))[..., 0])
-        weights_SA = torch.cat([to_x_SS, -to_y_ST, to_all_S1], dim=-1)
-        gradient_SG.copy_(times_transposed(weights_SA, all_AG.mT))
-    return between_ST.mean((-2, -1)) - (within_x_SS.mean((-2, -1)) + within_y_TT.mean((-2, -1))) / 2
-
-
-def _roots(squared_ST: Tensor) -> tuple[Tensor, Tensor]:
-    """Return distances of at least the floor, and one over them, 0 where the floor holds."""
-    root_ST = squared_ST.clamp_min(_SQUARED_FLOOR).sqrt_()
-    return root_ST, torch.where(squared_ST > _SQUARED_FLOOR, root_ST.reciprocal(), 0)
-
-
-def _without_diagonal(squared_SS: Tensor) -> Tensor:
-    """Return it with 0 where a cell's distance to itself stands: left to rounding it would be the largest error."""
-    squared_SS.diagonal(dim1=-2, dim2=-1).zero_()
-    return squared_SS
+def _distances(x_BSG: Tensor, y_BTG: Tensor) -> Tensor:
+    """Return the distances of all pairs of cells, ``(B, S, T)``, at least 1e-4; a cell's to itself is exactly that."""
+    squared_BST = x_BSG.square().sum(-1, keepdim=True) + y_BTG.square().sum(-1)[:, None] - 2 * x_BSG @ y_BTG.mT
+    if x_BSG is y_BTG:
+        squared_BST = squared_BST - torch.diag_embed(squared_BST.diagonal(dim1=-2, dim2=-1))
+    return squared_BST.clamp_min(_SQUARED_FLOOR).sqrt()
 
 
 def pseudobulk_mae(pred_BSG: Tensor, real_BSG: Tensor) -> Tensor:

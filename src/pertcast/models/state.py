@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from pertcast.models.backbone import Backbone, Gpt2Backbone
 from pertcast.models.heads import ConfidenceToken, CountsHead, CountsPrediction, DeHead, bottleneck, mlp, normed_mlp
-from pertcast.models.linear import Linear
 from pertcast.models.spec import PRESETS, Preset, StateSpec, spec_for
 from pertcast.stats.draws import key_hash
 
@@ -43,20 +42,20 @@ class Prediction(NamedTuple):
         What cells that cannot fall below 0 lost of the effect of the baseline that the network stands on, 0 or less.
     """
 
-    latent_BSO: Tensor  # noqa: N815
-    genes_BSG: Tensor | None  # noqa: N815
-    confidence_B: Tensor | None = None  # noqa: N815
-    de_BG: Tensor | None = None  # noqa: N815
+    latent_BSO: Tensor
+    genes_BSG: Tensor | None
+    confidence_B: Tensor | None = None
+    de_BG: Tensor | None = None
     counts: CountsPrediction | None = None
-    cut_BG: Tensor | None = None  # noqa: N815
+    cut_BG: Tensor | None = None
 
     @property
-    def log1p_BSG(self) -> Tensor:  # noqa: N802
+    def log1p_BSG(self) -> Tensor:
         """Predicted log1p expression, in either space."""
         return self.latent_BSO if self.genes_BSG is None else self.genes_BSG
 
     @property
-    def uncut_BSG(self) -> Tensor:  # noqa: N802
+    def uncut_BSG(self) -> Tensor:
         """The same, on a baseline with all of its effect in the mean over cells: values may be below 0."""
         return self.log1p_BSG if self.cut_BG is None else self.log1p_BSG + self.cut_BG[:, None]
 
@@ -100,7 +99,7 @@ class StateTransition(nn.Module):
         with torch.device("meta"):
             self.pert_encoder = mlp(spec.pert_dim, hidden, hidden, layers=spec.encoder_layers, dropout=dropout)
             self.basal_encoder = (
-                Linear(spec.input_dim, hidden)
+                nn.Linear(spec.input_dim, hidden)
                 if spec.basal_layers == 1
                 else mlp(spec.input_dim, hidden, hidden, layers=spec.basal_layers, dropout=dropout)
             )

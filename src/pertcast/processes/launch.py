@@ -199,8 +199,7 @@ class _Watch:
             return OSError(told[0]["errno"], told[0]["text"], told[0]["filename"] or None)
         if told:
             kind = getattr(errors, told[0]["kind"], PertcastError)
-            found: PertcastError = kind(told[0]["text"])
-            return found
+            return kind(told[0]["text"])
         rank = next((rank for rank in self._failed if rank not in self._told), self._failed[0])
         code, place = self._processes[rank].returncode, f"process {rank + 1} of {len(self._processes)}"
         if code == -signal.SIGKILL:

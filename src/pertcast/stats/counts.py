@@ -105,8 +105,7 @@ def _shares(first: Float, sizes: Float, batch: NDArray[np.int64]) -> Float:
     overall = np.maximum(first.sum(axis=0), 0.5) / total
     prior = _PRIOR_CELLS * sizes.mean()
     in_batch = np.bincount(batch, weights=sizes, minlength=len(first))
-    shares: Float = (first + prior * overall) / (in_batch + prior)[:, None]
-    return shares
+    return (first + prior * overall) / (in_batch + prior)[:, None]
 
 
 def _shapes(sums: list[Float], share: Float, sizes: Float, batch: NDArray[np.int64]) -> Float:
@@ -123,8 +122,7 @@ def _shapes(sums: list[Float], share: Float, sizes: Float, batch: NDArray[np.int
     common = max(float(np.average(np.clip(own, 0, 10), weights=np.minimum(weight, most) + 1e-12)), 1e-3)
     pull = 1 / common**2
     dispersion = (weight * own + pull * common) / (weight + pull)
-    shapes: Float = 1 / np.maximum(dispersion, 1 / _MAX_SHAPE)
-    return shapes
+    return 1 / np.maximum(dispersion, 1 / _MAX_SHAPE)
 
 
 def _with_inflation(share: Float, shape: Float, zeros: Float, sizes: Float) -> CountsFit:

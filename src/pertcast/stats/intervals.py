@@ -37,8 +37,8 @@ class Interval(NamedTuple):
 class Resamples(NamedTuple):
     """How often each seed and unit is drawn: (R, S) and (R, U) float64."""
 
-    seeds_RS: Floats  # noqa: N815
-    units_RU: Floats  # noqa: N815
+    seeds_RS: Floats
+    units_RU: Floats
 
 
 def draw_resamples(targets: Sequence[str], *, num_seeds: int, num: int = 4000, seed: int = 0) -> Resamples:
@@ -82,8 +82,7 @@ def resampled_means(values_SU: Floats, resamples: Resamples) -> Floats:
     there_SU = ~np.isnan(values_SU)
     sums_R = ((resamples.seeds_RS @ np.where(there_SU, values_SU, 0.0)) * resamples.units_RU).sum(axis=1)
     weights_R = ((resamples.seeds_RS @ there_SU.astype(np.float64)) * resamples.units_RU).sum(axis=1)
-    means_R: Floats = np.divide(sums_R, weights_R, out=np.full(len(sums_R), np.nan), where=weights_R > 0)
-    return means_R
+    return np.divide(sums_R, weights_R, out=np.full(len(sums_R), np.nan), where=weights_R > 0)
 
 
 def interval(value: float, resampled_R: Floats, *, level: float = 0.95) -> Interval:

@@ -137,8 +137,7 @@ def mean_absolute_error(real_means: NDArray[np.floating], predicted_means: NDArr
     >>> mean_absolute_error(np.array([[1.0, 2.0]]), np.array([[1.5, 1.0]])).tolist()
     [0.75]
     """
-    errors: NDArray[np.float64] = np.abs(predicted_means.astype(np.float64) - real_means).mean(axis=1)
-    return errors
+    return np.abs(predicted_means.astype(np.float64) - real_means).mean(axis=1)
 
 
 def effect_correlation(

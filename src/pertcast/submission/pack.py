@@ -8,10 +8,7 @@ that is refused, or a disk that is full, leaves nothing behind.
 from __future__ import annotations
 
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +25,17 @@ from pertcast.files.artefacts import (
 from pertcast.files.h5ad import open_h5ad
 from pertcast.files.lock import claimed
 from pertcast.files.origin import prediction_origin
-from pertcast.files.season_lists import read_gene_list
 from pertcast.files.space import describe_write_error, require_space
-from pertcast.progress import SILENT, Advance, Progress
+from pertcast.progress import SILENT, Progress
 from pertcast.seasons import Season
 from pertcast.submission.archive import META, extract_archive
 from pertcast.submission.bundle import read_bundle
 from pertcast.submission.check import CheckReport
-from pertcast.submission.check.whole import Examination, UnreadableError, examination, resolve_season
+from pertcast.submission.check.whole import UnreadableError, examination, resolve_season
 from pertcast.submission.meta import meta_json
 from pertcast.submission.reuse import is_current
-from pertcast.submission.slim import is_slim, rewrite_slim
-from pertcast.submission.stream import DEFAULT_LEVEL, LEVELS, Packed, StoppedError, estimate_packed, write_archive
+from pertcast.submission.slim import is_canonical, rewrite_canonical
+from pertcast.submission.stream import DEFAULT_LEVEL, LEVELS, Packed, estimate_packed, write_archive
 
 __all__ = ["DEFAULT_LEVEL", "pack", "unpack"]
 
@@ -110,14 +106,6 @@ def pack(
     return out
 
 
-class _NotSlimError(Exception):
-    """The file has to be rewritten, which only its values tell; the check stands."""
-
-    def __init__(self, report: CheckReport) -> None:
-        super().__init__(report)
-        self.report = report
-
-
 class _Job:
     """One prediction to be packed."""
 
@@ -149,94 +137,48 @@ class _Job:
         return True
 
     def do(self) -> None:
-        """Check and pack: at once where the file is slim already, after rewriting it where not."""
+        """Check the prediction, rewrite it if it is not in the packed form already, and write the archive."""
         try:
-            opened = examination(self._path, season=self._season, genes=self._genes, targets=self._targets)
-            with opened as examined:
-                if examined.ok and is_slim(examined.reader, self._season, examined.genes):
-                    self._pack_as_it_is(examined)
-                    return
-                raise _NotSlimError(self._accepted(examined.finish(self._progress)))
+            with examination(self._path, season=self._season, genes=self._genes, targets=self._targets) as examined:
+                report = examined.finish(self._progress)
+                genes = examined.genes
+                as_it_is = is_canonical(examined.reader, self._season, genes) and examined.reader.in_order
         except UnreadableError as error:
             raise self._refused(error.report) from error
-        except _NotSlimError as found:
-            self._pack_rewritten(found.report)
+        if not report.ok:
+            raise self._refused(report)
+        if as_it_is and not self._normalises(report):
+            require_space(self._out, estimate_packed(self._path, level=self._level), what="the archive")
+            with atomic_file(self._out) as temporary:
+                packed = self._write(self._path, temporary, report.facts)
+                self._finish(packed, report, packed.source, report.facts)
+            return
+        values = int(report.facts["nonzero_values"])  # type: ignore[arg-type]
+        require_space(self._out, int(values * 8 * 1.5), what="the rewritten prediction and its archive")
+        with (
+            atomic_file(self._out) as temporary,
+            tempfile.TemporaryDirectory(prefix=f".{self._out.name}.partial-", dir=self._out.parent) as folder,
+        ):
+            source, normalise = Path(folder) / "pred.h5ad", self._normalises(report)
+            stored = rewrite_canonical(
+                self._path, source, season=self._season, genes=genes, normalise=normalise, progress=self._progress
+            )
+            facts = {**report.facts, "stored_values": stored}
+            packed = self._write(source, temporary, facts)
+            self._finish(packed, report, hash_file(self._path), facts)
 
     def _refused(self, report: CheckReport) -> SubmissionError:
         head = f"{self._path}: not packed, {len(report.problems)} problem(s) found by the check"
         return SubmissionError(head, problems=report.problems)
 
-    def _accepted(self, report: CheckReport) -> CheckReport:
-        if not report.ok:
-            raise self._refused(report)
-        return report
-
-    def _pack_as_it_is(self, examined: Examination) -> None:
-        """Compress the file while another thread checks its values."""
-        require_space(self._out, estimate_packed(self._path, level=self._level), what="the archive")
-        with ThreadPoolExecutor(1) as pool, atomic_file(self._out) as temporary:
-            watch = _Watch()
-            checking = pool.submit(examined.finish, watch)
-
-            def stop() -> bool:
-                return checking.done() and (checking.exception() is not None or not self._stands(checking.result()))
-
-            try:
-                meta = self._meta(examined.facts)
-                packed = self._write(self._path, temporary, meta, stop)
-            except StoppedError:
-                packed = None
-            except BaseException:
-                watch.cancelled.set()
-                raise
-            report = self._accepted(checking.result())
-            if packed is None or not self._stands(report) or not examined.reader.in_order:
-                raise _NotSlimError(report)
-            self._finish(packed, report, packed.source, report.facts)
-
-    def _stands(self, report: CheckReport) -> bool:
-        return report.ok and not self._normalises(report)
-
     def _normalises(self, report: CheckReport) -> bool:
         return report.facts["scale"] == "counts" and "log1p" in self._season.scales
 
-    def _pack_rewritten(self, report: CheckReport) -> None:
-        self._require_space_to_rewrite(report)
-        genes = read_gene_list(self._genes, self._season)
-        prefix = f".{self._out.name}.partial-"
-        with (
-            ThreadPoolExecutor(1) as pool,
-            atomic_file(self._out) as temporary,
-            tempfile.TemporaryDirectory(prefix=prefix, dir=self._out.parent) as folder,
-        ):
-            hashing = pool.submit(hash_file, self._path)
-            source = Path(folder) / "pred.h5ad"
-            stored = rewrite_slim(
-                self._path,
-                source,
-                season=self._season,
-                genes=genes,
-                normalise=self._normalises(report),
-                progress=self._progress,
-            )
-            facts = {**report.facts, "stored_values": stored}
-            packed = self._write(source, temporary, self._meta(facts), lambda: False)
-            self._finish(packed, report, hashing.result(), facts)
-
-    def _require_space_to_rewrite(self, report: CheckReport) -> None:
-        values = int(report.facts["nonzero_values"])  # type: ignore[arg-type]
-        require_space(self._out, int(values * 8 * 1.5), what="the rewritten prediction and its archive")
-
-    def _write(self, source: Path, temporary: Path, meta: bytes | None, stop: Callable[[], bool]) -> Packed:
-        season, level = self._season, self._level
+    def _write(self, source: Path, temporary: Path, facts: Mapping[str, Any]) -> Packed:
+        meta = meta_json(self._season, facts=facts, targets=self._targets) if META in self._season.members else None
         return write_archive(
-            source, temporary, season=season, level=level, meta=meta, stop=stop, progress=self._progress
+            source, temporary, season=self._season, level=self._level, meta=meta, progress=self._progress
         )
-
-    def _meta(self, facts: Mapping[str, Any]) -> bytes | None:
-        if META not in self._season.members:
-            return None
-        return meta_json(self._season, facts=facts, targets=self._targets)
 
     def _finish(self, packed: Packed, report: CheckReport, prediction: str, facts: Mapping[str, Any]) -> None:
         """Write the manifest; the archive takes its name right after."""
@@ -255,27 +197,6 @@ class _Job:
             notes=tuple(notes),
         )
         write_manifest(self._out, manifest)
-
-
-class _Watch:
-    """The progress of the check in its own thread: silent, and ended where the archive is given up."""
-
-    def __init__(self) -> None:
-        self.cancelled = threading.Event()
-
-    @contextmanager
-    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:  # noqa: ARG002
-        def advance(amount: int, detail: str = "") -> None:  # noqa: ARG001
-            if self.cancelled.is_set():
-                raise StoppedError
-
-        yield advance
-
-    def note(self, text: str) -> None:
-        """Do nothing."""
-
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Do nothing."""
 
 
 def unpack(vcc: Path, out: Path, *, force: bool = False, progress: Progress = SILENT) -> Path:

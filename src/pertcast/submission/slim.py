@@ -19,7 +19,7 @@ from pertcast.files.h5ad import CsrWriter, H5adReader, open_h5ad
 from pertcast.progress import Progress
 from pertcast.seasons import Season
 
-__all__ = ["is_slim", "rewrite_slim"]
+__all__ = ["is_canonical", "rewrite_canonical"]
 
 _BLOCK_VALUES = 1 << 21
 _BYTES_PER_VALUE = 8
@@ -27,7 +27,7 @@ _SLACK_BYTES = 1 << 24
 _ENCODINGS = ("csr_matrix", b"csr_matrix")
 
 
-def is_slim(reader: H5adReader, season: Season, genes: Sequence[str]) -> bool:
+def is_canonical(reader: H5adReader, season: Season, genes: Sequence[str]) -> bool:
     """Return whether an open file is just what is to be packed; the order of column indices is not looked at."""
     plain = reader.layout == "csr" and reader.dtype == np.float32 and reader.obs_columns == _columns(season)
     if not plain or reader.genes != tuple(genes):
@@ -52,7 +52,7 @@ def _columns(season: Season) -> tuple[str, ...]:
     return (season.pert_column, season.context_column) if season.context_column else (season.pert_column,)
 
 
-def rewrite_slim(
+def rewrite_canonical(
     path: Path, out: Path, *, season: Season, genes: Sequence[str], normalise: bool, progress: Progress
 ) -> int:
     """Write the cells with nothing but what is packed.

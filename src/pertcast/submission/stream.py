@@ -1,19 +1,15 @@
 """Writes the season's archive in one pass over an h5ad file: read, hash and compress, then read back and compare.
 
 Invariants: equal h5ad files give equal archives (no clock, user or thread count in the bytes); memory does not grow
-with size; what was written goes to the disk all along, not at the end.
+with size.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import tarfile
 import zlib
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import IO, NamedTuple
 
 import zstandard
@@ -25,13 +21,12 @@ from pertcast.progress import Progress
 from pertcast.seasons import Season
 from pertcast.submission import archive as reading
 
-__all__ = ["DEFAULT_LEVEL", "LEVELS", "Packed", "StoppedError", "estimate_packed", "write_archive"]
+__all__ = ["DEFAULT_LEVEL", "LEVELS", "Packed", "estimate_packed", "write_archive"]
 
 # 3 is what the official packers use; see benchmarks/results for the others
 DEFAULT_LEVEL = 3
 LEVELS = range(1, 20)
 _READ_BYTES = 1 << 22
-_SYNC_BYTES = 1 << 26
 # each worker holds a few tens of MB; more of them would not fit the bound on memory
 _MAX_WORKERS = 8
 _NUM_SAMPLES = 8
@@ -45,38 +40,6 @@ class Packed(NamedTuple):
     archive: str
 
 
-class StoppedError(Exception):
-    """The caller asked to stop."""
-
-
-class _Syncing:
-    """Sends what was written to the disk in another thread."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sync")
-        self._running: Future[None] | None = None
-        self._done = 0
-
-    def __enter__(self) -> _Syncing:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def tell(self) -> None:
-        """Start sending, if enough was written since the last time."""
-        if self._running is not None and self._running.done():
-            self._running.result()
-            self._running = None
-        written = self._stream.tell()
-        if self._running is None and written - self._done > _SYNC_BYTES:
-            self._done = written
-            self._running = self._pool.submit(os.fsync, self._stream.fileno())
-
-
 def write_archive(
     source: Path,
     archive: Path,
@@ -84,7 +47,6 @@ def write_archive(
     season: Season,
     level: int = DEFAULT_LEVEL,
     meta: bytes | None = None,
-    stop: Callable[[], bool] = lambda: False,
     progress: Progress,
 ) -> Packed:
     """Write the archive of an h5ad file, read it back, and compare it with the file.
@@ -101,15 +63,11 @@ def write_archive(
         zstd's level.
     meta
         Content of ``meta.json``, where the season's archive has one.
-    stop
-        Asked now and then; where it says so, the work ends early.
 
     Raises
     ------
     SubmissionError
         If what was read back is not what was written.
-    StoppedError
-        If `stop` said so.
     """
     total = source.stat().st_size
     with archive.open("w+b") as stream:
@@ -117,39 +75,30 @@ def write_archive(
             start = stream.tell()
             stream.write(bytes(tarfile.BLOCKSIZE))
             if name.endswith(reading.COMPRESSED):
-                digest, check_sum = _compress(source, total, stream, level=level, stop=stop, progress=progress)
+                digest, check_sum = _compress(source, total, stream, level=level, progress=progress)
             else:
                 stream.write(_content(season, name, meta))
             _close_member(stream, name, start)
         stream.write(bytes(2 * tarfile.BLOCKSIZE))
         stream.write(bytes(-stream.tell() % tarfile.RECORDSIZE))
-    with ThreadPoolExecutor(1) as pool:
-        hashing = pool.submit(hash_file, archive)
-        _read_back(archive, total, check_sum, progress)
-        return Packed(digest, hashing.result())
+    _read_back(archive, total, check_sum, progress)
+    return Packed(digest, hash_file(archive))
 
 
-def _compress(
-    source: Path, total: int, stream: IO[bytes], *, level: int, stop: Callable[[], bool], progress: Progress
-) -> tuple[str, int]:
+def _compress(source: Path, total: int, stream: IO[bytes], *, level: int, progress: Progress) -> tuple[str, int]:
     """Compress a file into a stream; return its sha256 and CRC-32."""
     digest, check_sum, done = hashlib.sha256(), 0, 0
     workers = min(available_cpus(), _MAX_WORKERS)
     compressor = zstandard.ZstdCompressor(level=level, threads=workers, write_checksum=True)
     with (
         progress.task("pack", total, "B") as advance,
-        _Syncing(stream) as syncing,
         source.open("rb", buffering=0) as uncompressed,
     ):
-        # not a context: where the work stops early, nothing is to be finished
         writer = compressor.stream_writer(stream, size=total, closefd=False)
         while chunk := uncompressed.read(min(_READ_BYTES, total - done)):
-            if stop():
-                raise StoppedError
             digest.update(chunk)
             check_sum = zlib.crc32(chunk, check_sum)
             writer.write(chunk)
-            syncing.tell()
             done += len(chunk)
             advance(len(chunk))
         if done < total:

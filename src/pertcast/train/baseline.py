@@ -58,9 +58,9 @@ class TrainingBase(NamedTuple):
     """
 
     baseline: Baseline
-    row_CP: NDArray[np.int64]  # noqa: N815
-    left_out_NG: NDArray[np.float32]  # noqa: N815
-    feature_PF: NDArray[np.float32]  # noqa: N815
+    row_CP: NDArray[np.int64]
+    left_out_NG: NDArray[np.float32]
+    feature_PF: NDArray[np.float32]
     control_code: int
 
     def of(self, sets: CellSets) -> NDArray[np.float32]:
@@ -79,10 +79,7 @@ class TrainingBase(NamedTuple):
         return np.stack([self._fitted(*codes) for codes in sets.groups])
 
     def _fitted(self, context: int, pert: int) -> NDArray[np.float32]:
-        effect_G: NDArray[np.float32] = predict_effects(
-            self.baseline, self.feature_PF[pert : pert + 1], context=context
-        )[0]
-        return effect_G
+        return predict_effects(self.baseline, self.feature_PF[pert : pert + 1], context=context)[0]
 
 
 def fit_base(

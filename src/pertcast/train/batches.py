@@ -48,17 +48,17 @@ class Batch(NamedTuple):
     predicted genes the set's screen measured; ``None`` if all screens measured all genes.
     """
 
-    control_BSI: Tensor  # noqa: N815
-    pert_BF: Tensor  # noqa: N815
-    batch_BS: Tensor  # noqa: N815
-    context_B: Tensor  # noqa: N815
-    real_BSO: Tensor  # noqa: N815
-    genes_BSG: Tensor | None  # noqa: N815
-    pert_B: Tensor  # noqa: N815
-    base_BG: Tensor | None = None  # noqa: N815
-    depth_BS: Tensor | None = None  # noqa: N815
-    screen_B: Tensor | None = None  # noqa: N815
-    measured_BG: Tensor | None = None  # noqa: N815
+    control_BSI: Tensor
+    pert_BF: Tensor
+    batch_BS: Tensor
+    context_B: Tensor
+    real_BSO: Tensor
+    genes_BSG: Tensor | None
+    pert_B: Tensor
+    base_BG: Tensor | None = None
+    depth_BS: Tensor | None = None
+    screen_B: Tensor | None = None
+    measured_BG: Tensor | None = None
 
     def for_network(self) -> tuple[Tensor | None, ...]:
         """Return what the network reads, in the order of its arguments."""

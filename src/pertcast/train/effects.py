@@ -35,8 +35,8 @@ class TrainingEffects(NamedTuple):
 
     contexts: NDArray[np.int64]
     perts: NDArray[np.int64]
-    effects_NG: NDArray[np.float32]  # noqa: N815
-    control_mean_SG: NDArray[np.float32]  # noqa: N815
+    effects_NG: NDArray[np.float32]
+    control_mean_SG: NDArray[np.float32]
 
     def row_of(self) -> dict[tuple[int, int], int]:
         """Return the row of each effect by the codes of its context and perturbation."""
@@ -78,8 +78,7 @@ def mean_effect(effects_NG: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the mean effect on each gene over those that measured it; 0 where none did."""
     measured_NG = ~np.isnan(effects_NG)
     if measured_NG.all():
-        mean_G: NDArray[np.float32] = effects_NG.mean(axis=0)
-        return mean_G
+        return effects_NG.mean(axis=0)
     total_G, number_G = np.nan_to_num(effects_NG).sum(axis=0), measured_NG.sum(axis=0)
     return np.asarray(total_G / np.maximum(number_G, 1), dtype=np.float32)
 

@@ -90,8 +90,8 @@ class _Errors(NamedTuple):
     """
 
     errors: dict[tuple[int, int], Tensor]
-    cells_NO: Tensor  # noqa: N815
-    weight_N: Tensor  # noqa: N815
+    cells_NO: Tensor
+    weight_N: Tensor
 
 
 @torch.no_grad()

@@ -32,8 +32,8 @@ class ControlRates(NamedTuple):
         float32, logarithm of 1 / dispersion, a mean over screens.
     """
 
-    log_rate_SG: NDArray[np.float32]  # noqa: N815
-    log_shape_G: NDArray[np.float32]  # noqa: N815
+    log_rate_SG: NDArray[np.float32]
+    log_shape_G: NDArray[np.float32]
 
 
 def control_rates(store: Store, output_genes: NDArray[np.int64]) -> ControlRates:

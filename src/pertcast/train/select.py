@@ -56,7 +56,7 @@ class _Truth(NamedTuple):
 
     sets: CellSets
     pert_of_cell: NDArray[np.int64]
-    own_gene_P: NDArray[np.int64]  # noqa: N815
+    own_gene_P: NDArray[np.int64]
     controls: sparse.csr_matrix
     real: Profile
     baseline: dict[str, NDArray[np.float64]]
@@ -111,8 +111,7 @@ class OfficialMetrics:
         values = self._measure(model, fabric) if fabric.is_global_zero else {}
         if is_sharded(fabric) and not fabric.is_global_zero:
             self._take_part(model, fabric)
-        shared: dict[str, float] = fabric.broadcast(values)
-        return shared
+        return fabric.broadcast(values)
 
     @torch.no_grad()
     def _measure(self, model: Callable[..., Prediction], fabric: Fabric) -> dict[str, float]:

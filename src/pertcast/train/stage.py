@@ -18,7 +18,6 @@ from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
 from pertcast.files.artefacts import MANIFEST, any_content, read_json, remove_leftovers, write_json
 from pertcast.files.lock import claimed
-from pertcast.files.memory import keep_freed_memory
 from pertcast.models.baselines import save_baseline
 from pertcast.models.checkpoint import BASE, RUN_JSON, WEIGHTS, open_run
 from pertcast.models.state import StateTransition
@@ -111,7 +110,6 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
         job = {"experiment": experiment.as_json(), "store": str(store_path), "out": str(out)}
         run_processes("pertcast.train.stage:train_share", job, num=num, progress=progress)
         return out
-    keep_freed_memory()
     with claimed(out) if is_first_process() else nullcontext(), one_process_for_all(num), products(experiment.train):
         return _train(experiment, store_path, out, progress)
 

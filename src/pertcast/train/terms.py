@@ -31,8 +31,8 @@ _AUXILIARY = ("mae", "de", "rank", "nb")
 class Others(NamedTuple):
     """Effects of other training perturbations that each set is ranked among, and which of them there are."""
 
-    effects_BKG: Tensor  # noqa: N815
-    exist_BK: Tensor  # noqa: N815
+    effects_BKG: Tensor
+    exist_BK: Tensor
 
 
 def _alone(values: Tensor) -> Tensor:

@@ -54,17 +54,17 @@ class Known(NamedTuple):
         Which genes were measured, in the set's screen and where its effect is from; ``None`` if all genes were.
     """
 
-    control_mean_BG: Tensor  # noqa: N815
-    beside_BG: Tensor  # noqa: N815
-    effect_BG: Tensor  # noqa: N815
-    has_effect_B: Tensor  # noqa: N815
-    labels_BG: Tensor | None  # noqa: N815
-    valid_BG: Tensor | None  # noqa: N815
-    threshold_BG: Tensor | None  # noqa: N815
-    own_gene_B: Tensor  # noqa: N815
-    is_control_B: Tensor  # noqa: N815
-    log_rate_BG: Tensor | None = None  # noqa: N815
-    measured_BG: Tensor | None = None  # noqa: N815
+    control_mean_BG: Tensor
+    beside_BG: Tensor
+    effect_BG: Tensor
+    has_effect_B: Tensor
+    labels_BG: Tensor | None
+    valid_BG: Tensor | None
+    threshold_BG: Tensor | None
+    own_gene_B: Tensor
+    is_control_B: Tensor
+    log_rate_BG: Tensor | None = None
+    measured_BG: Tensor | None = None
 
 
 class Truth:

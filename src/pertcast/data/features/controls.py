@@ -27,22 +27,20 @@ class FeatureStore(Protocol):
     """What features need of a store; see ``pertcast.data.store.Store`` for the meaning of each."""
 
     @property
-    def genes(self) -> Sequence[str]: ...  # noqa: D102
+    def genes(self) -> Sequence[str]: ...
     @property
-    def perts(self) -> Sequence[str]: ...  # noqa: D102
+    def perts(self) -> Sequence[str]: ...
     @property
-    def control(self) -> str: ...  # noqa: D102
+    def control(self) -> str: ...
     @property
-    def control_code(self) -> int: ...  # noqa: D102
+    def control_code(self) -> int: ...
     @property
-    def pert_codes(self) -> NDArray[np.int32]: ...  # noqa: D102
+    def pert_codes(self) -> NDArray[np.int32]: ...
     @property
-    def screen_codes(self) -> NDArray[np.int32]: ...  # noqa: D102
+    def screen_codes(self) -> NDArray[np.int32]: ...
     @property
-    def split(self) -> NDArray[np.uint8]: ...  # noqa: D102
-    def log1p(  # noqa: D102
-        self, rows: NDArray[np.int64], *, genes: NDArray[np.int64] | None = None
-    ) -> NDArray[np.float32]: ...
+    def split(self) -> NDArray[np.uint8]: ...
+    def log1p(self, rows: NDArray[np.int64], *, genes: NDArray[np.int64] | None = None) -> NDArray[np.float32]: ...
 
 
 def train_controls(store: FeatureStore) -> tuple[NDArray[np.int64], int]:
@@ -130,5 +128,4 @@ def gene_correlations(
             products += block.T @ block
         covariance += products - np.outer(total, total) / len(mine)
     spread = np.sqrt(np.where(np.diag(covariance) > 1e-9, np.diag(covariance), np.nan))
-    result: NDArray[np.float64] = (covariance / spread[:, None] / spread)[: len(genes), len(genes) :]
-    return result
+    return (covariance / spread[:, None] / spread)[: len(genes), len(genes) :]

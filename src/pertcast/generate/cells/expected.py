@@ -121,8 +121,7 @@ def _of_negative_binomial(first: int, mean: float, shape: float, logs: Any, norm
         number += 1
         below += mass
         total += mass * logs[first + number]
-    expected: float = total + max(1.0 - below, 0.0) * logs[first + number]
-    return expected
+    return total + max(1.0 - below, 0.0) * logs[first + number]
 
 
 @compiled

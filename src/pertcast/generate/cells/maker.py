@@ -39,15 +39,15 @@ class Wanted(Protocol):
     """Which cells are wanted: a part of the plan."""
 
     @property
-    def dataset(self) -> str: ...  # noqa: D102
+    def dataset(self) -> str: ...
     @property
-    def context(self) -> str: ...  # noqa: D102
+    def context(self) -> str: ...
     @property
-    def target(self) -> str: ...  # noqa: D102
+    def target(self) -> str: ...
     @property
-    def num_cells(self) -> int: ...  # noqa: D102
+    def num_cells(self) -> int: ...
     @property
-    def median_umi(self) -> float | None: ...  # noqa: D102
+    def median_umi(self) -> float | None: ...
 
 
 class CellMaker:

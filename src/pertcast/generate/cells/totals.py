@@ -89,8 +89,7 @@ def _count_classes(rates: Any, in_batch: Any, class_of: Any, classes: int, count
         mean += rates[one] * in_batch[one]
     for one in range(classes):
         rate[one] /= max(counted[one, 0], 1)
-    overall: float = mean / in_batch.sum()
-    return overall
+    return mean / in_batch.sum()
 
 
 @compiled

@@ -71,8 +71,7 @@ class Plane(NamedTuple):
 
     def project(self, log1p: sparse.csr_matrix) -> NDArray[np.float64]:
         """Return (n, 2) coordinates of cells."""
-        projected: NDArray[np.float64] = log1p @ self.loadings.T - self.mean @ self.loadings.T
-        return projected
+        return log1p @ self.loadings.T - self.mean @ self.loadings.T
 
 
 def with_controls(cells: Cells, other: Cells) -> Cells:

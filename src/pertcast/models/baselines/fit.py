@@ -49,14 +49,14 @@ class Fit(NamedTuple):
     """
 
     baseline: Baseline
-    left_out_NG: NDArray[np.float32]  # noqa: N815
+    left_out_NG: NDArray[np.float32]
 
 
 class _Smoother(NamedTuple):
     """Kernel ridge with free context means: ``dual = whole @ effects``, for one kernel and penalty."""
 
-    whole_NN: Array  # noqa: N815
-    has_peers_N: NDArray[np.bool_]  # noqa: N815
+    whole_NN: Array
+    has_peers_N: NDArray[np.bool_]
 
     def left_out_errors(self, dual_NG: Array) -> Array:
         """Return effect minus left-out prediction, in closed form; 0 for examples alone in their context."""
@@ -157,9 +157,9 @@ def _panels(effect_NG: Array) -> list[tuple[NDArray[np.int64], NDArray[np.int64]
 class _Solved(NamedTuple):
     """Means of contexts (C + 1, G), weights of the examples, and what is predicted for each when it is left out."""
 
-    mean_CG: Array  # noqa: N815
-    weight_NG: Array  # noqa: N815
-    left_out_NG: Array  # noqa: N815
+    mean_CG: Array
+    weight_NG: Array
+    left_out_NG: Array
 
 
 def _choose(kind: BaselineKind, parts: list[Examples], whole: Examples) -> Choice:
@@ -294,8 +294,7 @@ def _refit_without(kind: BaselineKind, examples: Examples, choice: Choice, row: 
     mean_CG, dual_NG, _ = _solve(kind, others, choice)
     similar_N = np.where(others.context_N == context_N[row], 1.0, choice.sharing)
     near_N = kernel(kind, feature_NF[row : row + 1], others.feature_NF, choice)[0] * similar_N
-    predicted_G: Array = mean_CG[context_N[row]] + near_N @ dual_NG
-    return predicted_G
+    return mean_CG[context_N[row]] + near_N @ dual_NG
 
 
 def _neighbour_errors(examples: Examples, sharings: tuple[float, ...], *, most: int) -> Iterator[tuple[Choice, float]]:

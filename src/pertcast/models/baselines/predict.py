@@ -51,9 +51,9 @@ class Examples(NamedTuple):
         C; contexts without an example are allowed.
     """
 
-    context_N: NDArray[np.int64]  # noqa: N815
-    feature_NF: NDArray[np.floating]  # noqa: N815
-    effect_NG: NDArray[np.floating]  # noqa: N815
+    context_N: NDArray[np.int64]
+    feature_NF: NDArray[np.floating]
+    effect_NG: NDArray[np.floating]
     num_contexts: int
 
 
@@ -139,10 +139,10 @@ class Baseline:
     """
 
     spec: BaselineSpec
-    mean_CG: NDArray[np.float32]  # noqa: N815
-    context_N: NDArray[np.int64]  # noqa: N815
-    feature_NF: NDArray[np.float32]  # noqa: N815
-    weight_NG: NDArray[np.float32]  # noqa: N815
+    mean_CG: NDArray[np.float32]
+    context_N: NDArray[np.int64]
+    feature_NF: NDArray[np.float32]
+    weight_NG: NDArray[np.float32]
 
 
 def predict_effects(baseline: Baseline, feature_PF: NDArray[np.floating], *, context: int) -> NDArray[np.float32]:
@@ -173,10 +173,8 @@ def predict_effects(baseline: Baseline, feature_PF: NDArray[np.floating], *, con
 def kernel(kind: BaselineKind, one_PF: NDArray[np.floating], other_NF: NDArray[np.floating], choice: Choice) -> Array:
     """Return the similarity of features, (P, N)."""
     if kind == "ridge":
-        products: Array = one_PF @ other_NF.T / choice.scale
-        return products
-    gaussian: Array = np.exp(-0.5 * (distances(one_PF, other_NF) / choice.bandwidth) ** 2)
-    return gaussian
+        return one_PF @ other_NF.T / choice.scale
+    return np.exp(-0.5 * (distances(one_PF, other_NF) / choice.bandwidth) ** 2)
 
 
 def distances(one_PF: NDArray[np.floating], other_NF: NDArray[np.floating]) -> Array:
