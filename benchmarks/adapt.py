@@ -37,17 +37,17 @@ from numpy.typing import NDArray
 from scipy import sparse, stats
 
 from pertcast.config import load_experiment
-from pertcast.data.store import prepare
+from pertcast.data.prepare import prepare
 from pertcast.generate import generate
 from pertcast.ladder.score import score
 from pertcast.models.baselines import examples_of, fit_baseline, save_baseline
-from pertcast.models.checkpoint import BASE, WEIGHTS, load_tensors, open_run, save_run
+from pertcast.models.run_folder import BASE, WEIGHTS, load_tensors, open_run, save_run
 from pertcast.stats.draws import generator
 from pertcast.stats.metrics import overall
 from pertcast.submission.assemble import assemble
 from pertcast.train import train
 from pertcast.train.adapt import adapt
-from pertcast.train.line import adapted_experiment
+from pertcast.train.new_line import adapted_experiment
 
 __all__: list[str] = []
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from benchmarks.flops import matmul_rate, step_flops
 from benchmarks.packing import where_and_when
 
-from pertcast.models.checkpoint import open_run
+from pertcast.models.run_folder import open_run
 from pertcast.models.spec import StateSpec
 
 HERE = Path(__file__).parent

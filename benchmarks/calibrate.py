@@ -27,14 +27,14 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from pertcast.config import load_experiment
-from pertcast.data.store import prepare
+from pertcast.data.prepare import prepare
 from pertcast.files.artefacts import hash_file
 from pertcast.generate import generate
 from pertcast.generate.calibration import open_calibration
-from pertcast.ladder.baseline import TrainingMean
 from pertcast.ladder.calibration import calibrate
+from pertcast.ladder.mean_baseline import TrainingMean
 from pertcast.ladder.score import score
-from pertcast.models.checkpoint import WEIGHTS, load_tensors, open_run, save_run
+from pertcast.models.run_folder import WEIGHTS, load_tensors, open_run, save_run
 from pertcast.submission.assemble import assemble
 from pertcast.train import train
 

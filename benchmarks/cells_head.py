@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pertcast.config import Experiment, load_experiment
-from pertcast.data.store import Store, prepare
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Store
 from pertcast.generate import generate
-from pertcast.ladder.cells import read_halves, read_side, select_perts
 from pertcast.ladder.held_out import HeldOut, against_truth, prepare_truth
+from pertcast.ladder.scored_side import read_halves, read_side, select_perts
 from pertcast.progress import SILENT
 from pertcast.seasons import PERT_COLUMN, season
 from pertcast.stats.realism import Reference, compare_cells

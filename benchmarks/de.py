@@ -29,8 +29,8 @@ import anndata as ad
 import numpy as np
 from numpy.typing import NDArray
 
-from pertcast.files.cpus import available_cpus
-from pertcast.files.expression import normalise_log1p
+from pertcast.files.resources import available_cpus
+from pertcast.files.scales import normalise_log1p
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN
 from pertcast.stats.de import differential_expression
 from pertcast.stats.groups import group_cells

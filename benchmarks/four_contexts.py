@@ -30,18 +30,19 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pertcast.config import Experiment, load_experiment
+from pertcast.data.cell_sets import generation_sets
 from pertcast.data.features import load_features, open_features
-from pertcast.data.sets import generation_sets
+from pertcast.data.prepare import prepare
 from pertcast.data.split import Split
-from pertcast.data.store import Store, prepare
+from pertcast.data.store import Store
 from pertcast.errors import DataError
 from pertcast.files.artefacts import write_json
-from pertcast.files.expression import normalise_log1p
+from pertcast.files.scales import normalise_log1p
 from pertcast.generate.cells import shift_sparing_zeros
 from pertcast.generate.predict import make_predictor
-from pertcast.ladder.cells import Side, read_halves, read_side
 from pertcast.ladder.score import compare_sides
-from pertcast.models.checkpoint import open_run
+from pertcast.ladder.scored_side import Side, read_halves, read_side
+from pertcast.models.run_folder import open_run
 from pertcast.seasons import CONTROL_LABEL, season
 from pertcast.stats.draws import generator
 from pertcast.train import train

@@ -27,9 +27,10 @@ from benchmarks.simulate import simulate
 from torch.utils.flop_counter import FlopCounterMode
 
 from pertcast.config import load_experiment
-from pertcast.data.store import Store, prepare
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Store
 from pertcast.generate import generate
-from pertcast.models.checkpoint import open_run
+from pertcast.models.run_folder import open_run
 from pertcast.models.state import StateSpec, StateTransition
 from pertcast.progress import SILENT, Advance
 from pertcast.train import loop as training_loop

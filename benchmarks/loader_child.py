@@ -23,8 +23,8 @@ def main() -> None:
     import torch
 
     from pertcast.config import load_experiment
+    from pertcast.data.cell_sets import CellSets
     from pertcast.data.features import load_features
-    from pertcast.data.sets import CellSets
     from pertcast.data.store import Store
     from pertcast.train.batches import Place, SetReader, SetStream, read_ahead
 

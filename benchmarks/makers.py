@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from pertcast.files.expression import normalise_log1p
+from pertcast.files.scales import normalise_log1p
 from pertcast.generate.cells import (
     Donors,
     dense_to_csr,
@@ -19,8 +19,7 @@ from pertcast.generate.cells import (
     shift_sparing_zeros,
 )
 from pertcast.stats.counts import fit_counts
-from pertcast.stats.draws import generator
-from pertcast.stats.uniforms import uniform_key
+from pertcast.stats.draws import generator, uniform_key
 
 __all__ = ["MAKERS", "OF_COUNTS", "Controls", "Csr", "make_cells", "make_counts", "mean_of", "to_log1p", "totals_of"]
 

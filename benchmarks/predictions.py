@@ -22,9 +22,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse, stats
 
-from pertcast.files.csr_writer import CsrWriter
-from pertcast.files.expression import normalise_log1p
 from pertcast.files.h5ad import open_h5ad
+from pertcast.files.h5ad_writer import CsrWriter
+from pertcast.files.scales import normalise_log1p
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN, Season, season
 from pertcast.stats.draws import generator
 

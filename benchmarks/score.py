@@ -42,7 +42,7 @@ def _timed(command: list[str], environment: dict[str, str], log: Path) -> tuple[
 
 def run_ours(predicted: Path, real: Path, out: Path) -> tuple[float, int]:
     """Score with pertcast; the JSON goes to ``out/ours.json``."""
-    command = "import sys; from pertcast.cli.main import main; main(sys.argv[1:])"
+    command = "import sys; from pertcast.cli.app import main; main(sys.argv[1:])"
     arguments = ["score", str(predicted), str(real), "--json"]
     log = out / "ours.log"
     took = _timed([sys.executable, "-c", command, *arguments], {"PERTCAST_CACHE": str(out / "cache")}, log)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy import sparse, stats
 
 from pertcast.files.artefacts import atomic_file
-from pertcast.files.csr_writer import CsrWriter
+from pertcast.files.h5ad_writer import CsrWriter
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN
 from pertcast.stats.draws import generator
 

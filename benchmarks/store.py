@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from pertcast.config import load_experiment
-from pertcast.data.store import Store, prepare
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Store
 from pertcast.stats.draws import generator
 
 __all__ = ["measure"]

@@ -45,7 +45,7 @@ class Clock:
 def main() -> None:
     """Prepare, train, write the times."""
     from pertcast.config import load_experiment
-    from pertcast.data.store import prepare
+    from pertcast.data.prepare import prepare
 
     # both as the command line does
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from pertcast.config import ModelConfig, TrainConfig
 from pertcast.models.state import StateTransition, spec_for
 from pertcast.progress import Progress
-from pertcast.train.fabric import open_fabric
+from pertcast.train.devices import open_fabric
 from pertcast.train.loop import make_optimizer
 
 

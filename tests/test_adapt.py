@@ -11,23 +11,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pertcast.train.gain
+import pertcast.train.closed_form
 from conftest import PRECISION, SMALL_GENES, write_small_h5ad
 from pertcast.config import Experiment, ModelConfig, load_experiment
 from pertcast.data.features import open_features
+from pertcast.data.prepare import prepare
 from pertcast.data.split import Split
-from pertcast.data.store import Store, prepare
+from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
 from pertcast.files.artefacts import verify_artefact
 from pertcast.generate import generate
-from pertcast.models.adapt import choose, grow, merge, parse_learn
-from pertcast.models.checkpoint import Run, open_run
+from pertcast.models.few_parameters import choose, grow, merge, parse_learn
+from pertcast.models.run_folder import Run, open_run
 from pertcast.models.state import StateTransition, spec_for
 from pertcast.train import train
 from pertcast.train.adapt import adapt
-from pertcast.train.gain import least_squares_gain
-from pertcast.train.line import adapted_experiment
-from pertcast.train.offset import offset_of
+from pertcast.train.closed_form import least_squares_gain, offset_of
+from pertcast.train.new_line import adapted_experiment
 from test_train import EXPERIMENT, Watcher, interrupt, lines
 
 LINE = f"""
@@ -364,7 +364,7 @@ def test_a_line_with_one_training_target_stands_on_the_other_lines(bench: Bench,
 def test_a_gain_alone_takes_no_steps_and_meets_the_line_s_mean_effect(
     bench: Bench, on_mean: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pertcast.train.gain, "least_squares_gain", lambda *_: 0.25)
+    monkeypatch.setattr(pertcast.train.closed_form, "least_squares_gain", lambda *_: 0.25)
     adapted = open_run(bench.adapt(on_mean, "gained", "adapt.learn='gain'"))
     assert changed(on_mean, adapted.path) == {"project_out.3.weight", "project_out.3.bias", "context_encoder.weight"}
     before, after = (load_file(run / "weights.safetensors") for run in (on_mean, adapted.path))

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from arc_oracle import OPTIONS
+from pertcast.arc import ArcFolder, convert_run, read_arc_folder
 from pertcast.errors import CheckpointError
-from pertcast.models.arc import ArcFolder, convert_run, read_arc_folder
 from pertcast.models.state import StateTransition
 
 ORACLE = Path(__file__).with_name("arc_oracle.py")

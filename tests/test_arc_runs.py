@@ -13,20 +13,21 @@ import pytest
 import torch
 
 from arc_oracle import GENES, HVGS, OPTIONS
+from pertcast.arc import convert_run, read_arc_folder
+from pertcast.arc.import_export import export_run, import_run
 from pertcast.config import load_experiment, rung_overrides
 from pertcast.data.features import PertFeatures, open_features, save_features
-from pertcast.data.store import Split, Store, prepare
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Split, Store
 from pertcast.errors import CheckpointError, DataError
 from pertcast.files.artefacts import read_manifest, verify_artefact
 from pertcast.generate import generate
-from pertcast.generate.binding import match_total
-from pertcast.models.arc import convert_run, read_arc_folder
-from pertcast.models.checkpoint import Run, open_run, save_run
+from pertcast.generate.predict import match_total
+from pertcast.models.run_folder import Run, open_run, save_run
 from pertcast.models.spec import StateSpec
 from pertcast.models.state import StateTransition
 from pertcast.progress import SILENT
 from pertcast.train import train
-from pertcast.train.arc import export_run, import_run
 from test_arc_import import arc_runs, call_oracle, has_decoder, require_arc_version, require_same_output, run_of
 from workspace import Workspace, make_workspace
 

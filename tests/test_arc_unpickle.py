@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from pertcast.arc import read_arc_folder
+from pertcast.arc.safe_unpickle import hash_contents, read_pickle, read_tensors
 from pertcast.errors import CheckpointError
-from pertcast.models.arc import read_arc_folder
-from pertcast.models.arc.unpickle import hash_contents, read_pickle, read_tensors
 
 CONFIG = """
 data:

@@ -11,23 +11,24 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from pertcast.cli.main import main
+from pertcast.cli.app import main
 from pertcast.config import load_experiment
 from pertcast.data.features import open_features
+from pertcast.data.prepare import prepare
 from pertcast.data.split import Split
-from pertcast.data.store import Store, prepare
+from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
 from pertcast.files.artefacts import hash_file, verify_artefact
 from pertcast.generate.predict import make_predictor
 from pertcast.models.baselines import BaselineSpec, open_baseline, predict_effects
-from pertcast.models.checkpoint import open_run
+from pertcast.models.run_folder import open_run
 from pertcast.models.state import StateTransition
+from pertcast.pipeline import run_experiment
 from pertcast.progress import SILENT
-from pertcast.run import run_experiment
 from pertcast.train import train
 from pertcast.train.baseline import fit_base
 from pertcast.train.batches import SetReader
-from pertcast.train.resume import with_defaults
+from pertcast.train.checkpoints import with_defaults
 from workspace import Workspace, make_workspace
 
 KINDS = ("control", "mean", "ridge", "kernel_ridge", "knn")
@@ -253,7 +254,7 @@ def test_where_no_step_is_better_on_held_out_perturbations_the_baseline_stays(wo
 
 @pytest.mark.parametrize("overrides", [["model.kind=mean"], [*ON_BASE, "train.steps=1"]])
 def test_what_arc_state_does_not_know_is_not_exported(workspace: Workspace, overrides: list[str]) -> None:
-    from pertcast.train.arc import export_run
+    from pertcast.arc.import_export import export_run
 
     experiment = load_experiment(workspace.experiment, overrides)
     run = train(experiment, prepare(experiment, workspace.folder / "store"), workspace.folder / "run")

@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 
 from conftest import write_small_h5ad
 from pertcast.config import load_experiment
-from pertcast.data.batch_effects import batch_effects
-from pertcast.data.store import Store, prepare
+from pertcast.data.counts_fit import batch_effects
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Store
 from pertcast.errors import CheckpointError
 from pertcast.files.artefacts import read_json, write_json
-from pertcast.models.checkpoint import open_run
-from pertcast.stats.variance import explained_share
+from pertcast.models.run_folder import open_run
+from pertcast.stats.realism import explained_share
 from pertcast.train import train
-from pertcast.train.batches import Batch
-from pertcast.train.disturb import forget_batches
+from pertcast.train.batches import Batch, forget_batches
 from test_train import EXPERIMENT, Watcher
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pertcast.errors import DataError
-from pertcast.files.bounds import require_plausible
 from pertcast.files.h5ad import open_h5ad
+from pertcast.files.obs import require_plausible
 from pertcast.submission.check import check
 
 Builder = Callable[..., Path]

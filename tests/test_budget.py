@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pertcast.errors import SubmissionError
 from pertcast.files.season_lists import read_targets
 from pertcast.seasons import season
-from pertcast.submission.budget import plan_budget, room_for_controls
+from pertcast.submission.cell_budget import plan_budget, room_for_controls
 
 requests = st.dictionaries(st.text(min_size=1, max_size=4), st.integers(1, 5000), min_size=1, max_size=30)
 

@@ -14,18 +14,18 @@ from hypothesis.extra import numpy as hnp
 
 from conftest import write_small_h5ad
 from pertcast.config import load_experiment
+from pertcast.data.prepare import prepare
 from pertcast.data.split import Split
-from pertcast.data.store import Store, prepare
+from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
 from pertcast.files.artefacts import read_json, read_manifest, verify_artefact
 from pertcast.generate import generate
-from pertcast.generate.calibration import Calibration, open_calibration, save_calibration
+from pertcast.generate.calibration import Calibration, amplify, open_calibration, save_calibration
 from pertcast.generate.plan import Part
 from pertcast.ladder.calibration import calibrate
 from pertcast.ladder.calibration.calibrate import _search
-from pertcast.models.checkpoint import open_run
+from pertcast.models.run_folder import open_run
 from pertcast.progress import SILENT
-from pertcast.stats.amplitude import amplify
 from pertcast.train import train
 from test_train import EXPERIMENT, Watcher
 

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import sparse, stats
 
-from pertcast.files.expression import normalise_log1p
+from pertcast.files.scales import normalise_log1p
 from pertcast.generate.cells import Donors, cap_totals, reweight, round_to_counts, shift, shift_sparing_zeros
-from pertcast.stats.counts import CountsFit, fit_counts
-from pertcast.stats.quantiles import binomial_quantile, negative_binomial_quantile, normal_quantile
+from pertcast.stats.counts import CountsFit, binomial_quantile, fit_counts, negative_binomial_quantile, normal_quantile
+from pertcast.stats.draws import uniform, uniform_key
 from pertcast.stats.realism import Reference, compare_cells
-from pertcast.stats.uniforms import uniform, uniform_key
 
 NUM_GENES = 300
 TARGET_SUM = 3000.0

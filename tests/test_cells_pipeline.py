@@ -18,7 +18,7 @@ from pertcast.errors import ConfigError
 from pertcast.files.artefacts import hash_file, read_manifest
 from pertcast.generate import Part, generate
 from pertcast.generate.cells import CellMaker
-from pertcast.run import Outcome, run_experiment
+from pertcast.pipeline import Outcome, run_experiment
 from pertcast.submission.assemble import assemble
 from pertcast.submission.check import CheckReport, check
 from test_train import Watcher

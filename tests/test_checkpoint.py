@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pertcast.config import ModelConfig
 from pertcast.errors import CheckpointError
 from pertcast.files.artefacts import MANIFEST, hash_file, read_json, read_manifest, verify_artefact, write_json
-from pertcast.models.checkpoint import (
+from pertcast.models.run_folder import (
     RUN_JSON,
     WEIGHTS,
     Run,
@@ -199,7 +199,7 @@ def test_a_failed_save_leaves_no_run(saved: Run, monkeypatch: pytest.MonkeyPatch
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("pertcast.models.checkpoint.save_file", fail)
+    monkeypatch.setattr("pertcast.models.run_folder.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_run(replace(saved, step=13), {}, inputs={})
     assert not (saved.path / MANIFEST).exists()

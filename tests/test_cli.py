@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pertcast.cli.main import COMMANDS, main
+from pertcast.cli.app import COMMANDS, main
 
 
 def call(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -24,7 +24,7 @@ def test_help_lists_every_command_and_imports_neither_torch_nor_a_stage(capsys: 
     heavy = ("torch", "numpy", "anndata", "pydantic", "pertcast.data", "pertcast.config")
     script = f"""
 import sys
-from pertcast.cli.main import main
+from pertcast.cli.app import main
 try:
     main(["--help"])
 except SystemExit:

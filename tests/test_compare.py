@@ -14,18 +14,15 @@ import pytest
 from benchmarks.screen import ScreenConfig, draw_screen, made_up_features
 from benchmarks.write_screen import write_screen
 
-import pertcast.ladder.trial
-from pertcast.cli.main import main
+import pertcast.ladder.one_training
+from pertcast.cli.app import main
 from pertcast.config import load_experiment
 from pertcast.errors import ConfigError
-from pertcast.ladder.cells import Side, read_side
-from pertcast.ladder.chart import draw_chart
-from pertcast.ladder.compare import candidates_of, compare
-from pertcast.ladder.comparison import Comparison, collect
-from pertcast.ladder.folds import held_out_folds
+from pertcast.ladder.compare import candidates_of, compare, held_out_folds
+from pertcast.ladder.comparison import Comparison, as_markdown, collect, draw_chart, verdict
 from pertcast.ladder.held_out import against_truth
 from pertcast.ladder.score import score
-from pertcast.ladder.verdict import as_markdown, verdict
+from pertcast.ladder.scored_side import Side, read_side
 
 GENES = tuple(f"G{number}" for number in range(60))
 SMALL = ScreenConfig(contexts=("A", "B"), num_targets=10, num_genes=50, cells_per_target=16, num_controls=40, umi=300.0)
@@ -63,7 +60,7 @@ def test_rungs_and_seeds_are_compared_once_and_for_all(
         scored.append(1)
         return against_truth(predicted, truth)
 
-    monkeypatch.setattr(pertcast.ladder.trial, "against_truth", count)
+    monkeypatch.setattr(pertcast.ladder.one_training, "against_truth", count)
     again = compare(candidates, tmp_path / "out", seeds=2, overrides=TINY)
     assert len(scored) == 2 * 2  # the new seed of two rungs in two contexts
     np.testing.assert_array_equal(again.values["c1"]["pds"][0], first.values["c1"]["pds"][0])
@@ -101,7 +98,7 @@ def keep_what_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         shutil.copy(path, tmp_path / path.name)
         return read_side(path, *rest, **options)
 
-    monkeypatch.setattr(pertcast.ladder.trial, "read_side", read_and_keep)
+    monkeypatch.setattr(pertcast.ladder.one_training, "read_side", read_and_keep)
 
 
 def test_a_trial_scores_what_pertcast_score_scores(

@@ -14,30 +14,31 @@ from safetensors.torch import load_file
 from scipy import sparse, stats
 
 from conftest import write_small_h5ad
+from pertcast.arc.import_export import export_run
 from pertcast.config import load_experiment
 from pertcast.data.features import open_features
+from pertcast.data.prepare import prepare
 from pertcast.data.split import Split
-from pertcast.data.store import Store, prepare
+from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError
-from pertcast.files.expression import normalise_log1p
+from pertcast.files.scales import normalise_log1p
 from pertcast.generate import generate
 from pertcast.generate.cells import draw_counts
 from pertcast.ladder.calibration import calibrate
-from pertcast.models.checkpoint import Run, open_run
-from pertcast.models.counts_loss import negative_binomial_loss
 from pertcast.models.heads import CountsHead
+from pertcast.models.losses import negative_binomial_loss
+from pertcast.models.run_folder import Run, open_run
 from pertcast.models.state import StateTransition
+from pertcast.pipeline import Outcome, run_experiment
 from pertcast.progress import SILENT
-from pertcast.run import Outcome, run_experiment
 from pertcast.stats.counts import fit_counts
+from pertcast.stats.draws import uniform_key
 from pertcast.stats.realism import Reference, compare_cells
-from pertcast.stats.uniforms import uniform_key
 from pertcast.submission.assemble import assemble
 from pertcast.submission.check import check
 from pertcast.train import train
-from pertcast.train.arc import export_run
 from pertcast.train.batches import SetReader
-from pertcast.train.rates import control_rates
+from pertcast.train.control_counts import control_rates
 from test_state import inputs, tiny_spec
 from workspace import Workspace, make_workspace
 

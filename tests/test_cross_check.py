@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pertcast.errors import SubmissionError
-from pertcast.run import Outcome, run_experiment
+from pertcast.pipeline import Outcome, run_experiment
 from pertcast.seasons import season
 from pertcast.submission.cross_check import CrossCheck, cross_check, find_packer
 from pertcast.submission.pack import pack

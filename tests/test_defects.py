@@ -20,7 +20,7 @@ import torch
 from scipy import sparse
 
 from conftest import SMALL_GENES, write_small_h5ad
-from pertcast.cli.main import main
+from pertcast.cli.app import main
 from workspace import Workspace, make_workspace
 
 Spoil = Callable[[Workspace], None]

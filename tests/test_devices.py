@@ -20,19 +20,20 @@ from hypothesis import strategies as st
 from lightning_fabric.utilities import move_data_to_device
 from torch import nn
 
-from pertcast.ahead import one_ahead
 from pertcast.config import Experiment, TrainConfig, load_experiment, rung_overrides
 from pertcast.data.features import load_features
-from pertcast.data.store import Store, prepare
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Store
 from pertcast.errors import ConfigError
 from pertcast.files.artefacts import verify_artefact
+from pertcast.files.resources import one_ahead
 from pertcast.generate import Part, generate
-from pertcast.generate.shares import own_share
-from pertcast.models.checkpoint import open_run
-from pertcast.models.dropout import SetDropout, dropout_keys, key_dropout
+from pertcast.generate.parts import own_share
+from pertcast.models.heads import SetDropout, dropout_keys, key_dropout
+from pertcast.models.run_folder import open_run
 from pertcast.train import train
 from pertcast.train.batches import Place, SetReader, SetStream, read_ahead
-from pertcast.train.fabric import open_fabric
+from pertcast.train.devices import open_fabric
 from workspace import Workspace, assert_same_metrics, make_workspace, metrics
 
 EVERY_TERM = (

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pertcast.stats.effects import compare_effects, knockdown
+from pertcast.stats.metrics import compare_effects, knockdown
 
 VECTORS = arrays(np.float64, 6, elements=st.floats(-10, 10, allow_subnormal=False).map(lambda value: round(value, 3)))
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from pertcast.errors import DataError
-from pertcast.files.expression import Scale, ScaleEvidence, common_scale, normalise_log1p
-from pertcast.files.logarithms import log_problem
+from pertcast.files.scales import Scale, ScaleEvidence, common_scale, log_problem, normalise_log1p
 
 
 def _counts(seed: int = 0, *, cells: int = 12, genes: int = 9) -> np.ndarray:

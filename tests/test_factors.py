@@ -9,9 +9,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from pertcast.generate.cells.expected import SMALL_COUNTS, Tally, expected_sum, find_factor, typical_cell
-from pertcast.generate.cells.factor import new_search, solve
-from pertcast.generate.cells.gene import ALWAYS_ZERO, Gene, Law, drawn
+from pertcast.generate.cells.gene_counts import ALWAYS_ZERO, Gene, Law, drawn
+from pertcast.generate.cells.mean_solver import (
+    SMALL_COUNTS,
+    Tally,
+    expected_sum,
+    find_factor,
+    new_search,
+    solve,
+    typical_cell,
+)
 
 NUM_CELLS = 240
 TARGET_SUM = 2000.0

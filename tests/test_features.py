@@ -28,9 +28,10 @@ from pertcast.data.features import (
     read_vectors,
     save_features,
 )
-from pertcast.data.features.controls import coexpression_loadings, gene_correlations
+from pertcast.data.features.coexpression import coexpression_loadings, gene_correlations
+from pertcast.data.prepare import prepare
 from pertcast.data.split import Split
-from pertcast.data.store import Store, prepare
+from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, DataError
 
 TRAIN, VAL = Split.TRAIN, Split.VAL

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from pertcast.errors import DataError
-from pertcast.files.csc import row_bands
-from pertcast.files.h5ad import CsrWriter, open_h5ad
+from pertcast.files.h5ad import CsrWriter, open_h5ad, row_bands
 
 Builder = Callable[..., Path]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from pertcast.data.hvg import Moments, choose_hvgs, normalised_dispersion
+from pertcast.data.genes import Moments, choose_hvgs, normalised_dispersion
 
 
 def _normalised(seed: int = 0, *, cells: int = 120, genes: int = 300) -> np.ndarray:

@@ -17,8 +17,9 @@ from conftest import write_small_h5ad
 from pertcast.config import Experiment
 from pertcast.data.experiment import read_cells
 from pertcast.data.features import load_features
+from pertcast.data.prepare import prepare
 from pertcast.data.split import Split, assign_split
-from pertcast.data.store import Store, prepare
+from pertcast.data.store import Store
 from pertcast.errors import DataError
 from pertcast.files.labels import dubious_labels, file_name, is_control_name
 from pertcast.submission.check import check

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.stats import false_discovery_control, mannwhitneyu
 
-import pertcast.data.labels
+import pertcast.data.de_labels
 from pertcast.config import Experiment
-from pertcast.data.labels import LABELS_FILE, DeLabels, de_labels
-from pertcast.data.store import Split, Store, prepare
+from pertcast.data.de_labels import LABELS_FILE, DeLabels, de_labels
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Split, Store
 
 Builder = Callable[..., Path]
 
@@ -43,7 +44,7 @@ def same(ours: DeLabels, theirs: DeLabels) -> bool:
 def test_labels_are_the_official_statistics_of_each_context(
     small_h5ad: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_values: int
 ) -> None:
-    monkeypatch.setattr(pertcast.data.labels, "_MAX_VALUES", max_values)
+    monkeypatch.setattr(pertcast.data.de_labels, "_MAX_VALUES", max_values)
     store = make_store(small_h5ad(contexts=("H1", "K562")), tmp_path / "store", fewshot={"d.H1": {"val": ["G1"]}})
     labels = de_labels(store)
     expected = {
@@ -78,7 +79,7 @@ def test_labels_are_kept_and_another_store_s_or_damaged_ones_are_made_again(
     first = de_labels(store)
     kept = store.path / LABELS_FILE
     with monkeypatch.context() as patch:
-        patch.setattr(pertcast.data.labels, "_compute", None)
+        patch.setattr(pertcast.data.de_labels, "_compute", None)
         assert same(de_labels(store), first)
     other = make_store(small_h5ad("b.h5ad", seed=5), tmp_path / "other")
     shutil.copy(kept, other.path / LABELS_FILE)

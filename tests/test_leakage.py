@@ -16,12 +16,13 @@ from scipy import sparse
 
 from conftest import SMALL_GENES, write_small_h5ad
 from pertcast.config import Experiment
+from pertcast.data.de_labels import de_labels
 from pertcast.data.features import load_features
-from pertcast.data.labels import de_labels
-from pertcast.data.store import Split, Store, prepare
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Split, Store
 from pertcast.progress import SILENT
 from pertcast.train import train
-from pertcast.train.effects import training_effects
+from pertcast.train.training_effects import training_effects
 
 TARGET = "G2"
 PERTS = ("non-targeting", "G1", "G2", "G3", "G4", "G5")

@@ -12,15 +12,21 @@ from typing import Any
 
 import pytest
 
-from pertcast.cli.main import main
+from pertcast.cli.app import main
 from pertcast.config import RUNGS, rung_of
 from pertcast.errors import DataError
-from pertcast.files.artefacts import Manifest, hash_file, manifest_path, read_manifest, write_json, write_manifest
-from pertcast.files.origin import Origin
+from pertcast.files.artefacts import (
+    Manifest,
+    Origin,
+    hash_file,
+    manifest_path,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
 from pertcast.ladder.ledger import (
     Record,
     compare_scores,
-    difference,
     find_submission,
     read_ledger,
     read_records,
@@ -28,7 +34,8 @@ from pertcast.ladder.ledger import (
     record_scores,
     scores_path,
 )
-from pertcast.run import run_experiment
+from pertcast.ladder.ledger.ledger import difference
+from pertcast.pipeline import run_experiment
 from workspace import Workspace, make_workspace
 
 C1: dict[str, Any] = {

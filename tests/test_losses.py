@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pertcast.models.de_losses import call_logits, de_loss, order_loss
-from pertcast.models.losses import energy_distance, pseudobulk_mae, ranking_loss
+from pertcast.models.losses import call_logits, de_loss, energy_distance, order_loss, pseudobulk_mae, ranking_loss
 
 
 def sets(shape: tuple[int, ...], seed: int, *, shift: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:

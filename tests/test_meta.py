@@ -10,8 +10,7 @@ import pytest
 from pertcast.errors import DataError
 from pertcast.files.season_lists import read_targets
 from pertcast.seasons import season
-from pertcast.submission.bundle import contexts_in_force, read_bundle
-from pertcast.submission.meta import fingerprint, meta_json
+from pertcast.submission.season_bundle import contexts_in_force, fingerprint, meta_json, read_bundle
 
 RULES = season("vcc2026", {"num_targets": 3})
 FACTS = {"cells": 24, "genes": 20, "stored_values": 99, "contexts": ("A", "B", "C")}

@@ -18,12 +18,13 @@ import torch
 from conftest import write_small_h5ad
 from pertcast.config import FeaturesConfig, load_experiment
 from pertcast.data.features import load_features, read_vectors
-from pertcast.data.store import Store, prepare
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Store
 from pertcast.errors import ConfigError, DataError
 from pertcast.files.h5ad import open_h5ad
 from pertcast.files.labels import too_long
 from pertcast.files.season_lists import read_targets, read_written_genes, write_genes
-from pertcast.run import run_experiment
+from pertcast.pipeline import run_experiment
 from pertcast.seasons import season
 from workspace import Workspace, make_workspace
 

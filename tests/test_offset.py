@@ -10,19 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pertcast.train.offset
+import pertcast.train.closed_form
 from conftest import write_small_h5ad
 from pertcast.config import AdaptConfig
+from pertcast.data.cell_sets import CellSets
 from pertcast.data.features import open_features
-from pertcast.data.sets import CellSets
 from pertcast.data.split import Split
 from pertcast.data.store import Store
 from pertcast.errors import ConfigError
-from pertcast.models.adapt import last_layer, parse_learn
-from pertcast.models.checkpoint import Run, open_run
+from pertcast.models.few_parameters import last_layer, parse_learn
+from pertcast.models.run_folder import Run, open_run
 from pertcast.train.batches import SetReader
-from pertcast.train.line import adapted_experiment
-from pertcast.train.offset import common_share, offset_of, predict_sets
+from pertcast.train.closed_form import common_share, offset_of, predict_sets
+from pertcast.train.new_line import adapted_experiment
 from test_adapt import Bench, changed
 from test_train import Watcher
 
@@ -65,7 +65,7 @@ def errors_of(run: Run) -> dict[str, np.ndarray]:
 def test_an_offset_makes_good_the_error_on_controls_and_what_targets_share_beside_it(
     bench: Bench, plain: Path, share: float, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pertcast.train.offset, "common_share", lambda _: share)
+    monkeypatch.setattr(pertcast.train.closed_form, "common_share", lambda _: share)
     adapted = open_run(bench.adapt(plain, f"of_{name}", ALONE))
     assert changed(plain, adapted.path) == {BIAS, "context_encoder.weight"}
     assert not load_file(adapted.path / "weights.safetensors")["context_encoder.weight"].any()
@@ -113,7 +113,7 @@ def test_a_shift_knows_its_controls_and_one_target_says_nothing_of_others(
     other = Bench(tmp_path)
     write_small_h5ad(tmp_path / "line.h5ad", perts=("non-targeting", "G1", "G3"), contexts=("K2",))
     assert changed(shifting, other.adapt(shifting, "out", ALONE)) == {"context_encoder.weight"}
-    monkeypatch.setattr(pertcast.train.offset, "common_share", lambda _: 0.5)
+    monkeypatch.setattr(pertcast.train.closed_form, "common_share", lambda _: 0.5)
     assert BIAS in changed(shifting, bench.adapt(shifting, "two", ALONE))
 
 
@@ -170,14 +170,14 @@ def test_sets_are_looked_at_in_turn_and_no_target_takes_all() -> None:
     rows = np.arange(7)[:, None]
     one = np.zeros_like(pert)
     sets = CellSets(pert=pert, context=one, screen=one, pert_rows=rows, control_rows=rows)
-    assert pertcast.train.offset._in_turn(sets, 2).pert_rows[:, 0].tolist() == [0, 3, 5, 1, 6]
+    assert pertcast.train.closed_form._in_turn(sets, 2).pert_rows[:, 0].tolist() == [0, 3, 5, 1, 6]
 
 
 def test_a_baseline_stays_that_of_the_other_lines_and_the_offset_mends_it(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = bench.train("on_mean", "model.residual='shift'", "model.base='mean'", "train.steps=30")
-    monkeypatch.setattr(pertcast.train.offset, "common_share", lambda _: 1.0)
+    monkeypatch.setattr(pertcast.train.closed_form, "common_share", lambda _: 1.0)
     watcher = Watcher()
     adapted = open_run(bench.adapt(run, "on_mean_adapted", ALONE, progress=watcher))
     before, after = open_run(run).baseline(), adapted.baseline()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pertcast.cli.main import main
+from pertcast.cli.app import main
 from pertcast.errors import DataError
 from pertcast.files.artefacts import Manifest, hash_file, manifest_path, require_replaceable, write_manifest
-from pertcast.run import run_experiment
+from pertcast.pipeline import run_experiment
 from workspace import Workspace, make_workspace
 
 NOTES = "my own notes, years of work\n"

@@ -16,21 +16,22 @@ import pytest
 from scipy import sparse
 
 from pertcast.config import Experiment, load_experiment
-from pertcast.data.batch_effects import batch_effects
+from pertcast.data.cell_sets import CellSets, training_sets
+from pertcast.data.counts_fit import batch_effects
+from pertcast.data.de_labels import de_labels
 from pertcast.data.features import load_features
-from pertcast.data.labels import de_labels
-from pertcast.data.sets import CellSets, training_sets
-from pertcast.data.store import Split, Store, prepare
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Split, Store
 from pertcast.errors import ConfigError, DataError
 from pertcast.files.artefacts import read_manifest
 from pertcast.generate import generate
 from pertcast.models.baselines import BaselineKind, Examples, fit_baseline, predict_effects
+from pertcast.pipeline import run_experiment
 from pertcast.progress import SILENT
-from pertcast.run import run_experiment
-from pertcast.submission.realism import realism
+from pertcast.submission.check.realism import realism
 from pertcast.train import train
-from pertcast.train.effects import TrainingEffects, training_effects
-from pertcast.train.truth import learn_truth
+from pertcast.train.loss_targets import learn_truth
+from pertcast.train.training_effects import TrainingEffects, training_effects
 
 CONTROL = "non-targeting"
 GENES = tuple(f"G{number}" for number in range(40))
@@ -190,7 +191,7 @@ def test_batches_are_compared_within_one_target_of_one_screen(tmp_path: Path, mo
         seen.append(len(np.unique(within)))
         return 0.0
 
-    monkeypatch.setattr("pertcast.data.batch_effects.explained_share", count)
+    monkeypatch.setattr("pertcast.data.counts_fit.explained_share", count)
     batch_effects(store)
     perturbed = store.pert_codes != store.control_code
     assert len({*zip(store.screen_codes[perturbed], store.pert_codes[perturbed], strict=True)}) == 10

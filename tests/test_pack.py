@@ -30,7 +30,8 @@ from pertcast.files.artefacts import read_manifest, verify_artefact
 from pertcast.files.h5ad import CsrWriter
 from pertcast.progress import SILENT
 from pertcast.seasons import SEASONS
-from pertcast.submission import archive, stream
+from pertcast.submission import archive
+from pertcast.submission import archive as stream
 from pertcast.submission.pack import pack, unpack
 
 RULES = {"num_genes": len(SMALL_GENES)}

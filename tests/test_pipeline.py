@@ -24,8 +24,8 @@ from pertcast.data.store import Split, Store
 from pertcast.errors import ConfigError, DataError
 from pertcast.files.artefacts import hash_file, read_manifest, verify_artefact
 from pertcast.generate import generate
+from pertcast.pipeline import run_experiment
 from pertcast.progress import SILENT, Advance
-from pertcast.run import run_experiment
 from pertcast.train.precision import resolve_precision
 from workspace import Workspace, make_workspace
 

@@ -11,14 +11,14 @@ from torch.nn import functional
 
 import pertcast.train.precision as precision_module
 from pertcast.config import Experiment, load_experiment
-from pertcast.data.store import prepare
+from pertcast.data.prepare import prepare
 from pertcast.errors import CheckpointError, ConfigError
-from pertcast.models.backbone import Backbone
-from pertcast.models.checkpoint import open_run
+from pertcast.models.run_folder import open_run
+from pertcast.models.transformer import Backbone
 from pertcast.progress import SILENT
 from pertcast.train import train
+from pertcast.train.checkpoints import with_defaults
 from pertcast.train.precision import native_precision, require_one_precision, resolve_precision
-from pertcast.train.resume import with_defaults
 from workspace import Workspace, make_workspace
 
 needs_bf16 = pytest.mark.skipif(

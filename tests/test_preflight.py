@@ -9,14 +9,15 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-import pertcast.data.build
+import pertcast.data.prepare
 from conftest import write_small_h5ad
 from pertcast.config import load_experiment
-from pertcast.data.store import Store, prepare
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Store
 from pertcast.errors import PertcastError
 from pertcast.ladder.compare import candidates_of, compare
+from pertcast.pipeline import run_experiment
 from pertcast.preflight import preflight
-from pertcast.run import run_experiment
 from workspace import Workspace, make_workspace
 
 
@@ -29,7 +30,7 @@ def workspace(tmp_path: Path) -> Workspace:
 def no_values_are_read(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Fail where a store is begun; tests that make one ask for `values`."""
     if "values" not in request.fixturenames:
-        monkeypatch.setattr(pertcast.data.build, "StoreWriter", None)
+        monkeypatch.setattr(pertcast.data.prepare, "StoreWriter", None)
 
 
 @pytest.fixture

@@ -28,5 +28,5 @@ def test_importing_the_package_or_a_submission_stage_imports_no_torch() -> None:
 
 
 def test_importing_a_run_of_arc_state_imports_no_training() -> None:
-    code = "import sys, pertcast.train.arc; sys.exit('lightning_fabric' in sys.modules)"
+    code = "import sys, pertcast.arc.import_export; sys.exit('lightning_fabric' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pertcast.config import load_experiment
-from pertcast.data.store import ALIGNMENT_BYTES, Store, prepare
+from pertcast.data.prepare import prepare
+from pertcast.data.store import ALIGNMENT_BYTES, Store
 from pertcast.errors import CheckpointError
-from pertcast.files.ranges import RangeFile
+from pertcast.files.h5ad import RangeFile
 from workspace import make_workspace
 
 VALUES = np.random.default_rng(0).integers(0, 1 << 16, 500).astype(np.uint16)

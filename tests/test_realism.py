@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy import sparse, stats
 
-from pertcast.cli.main import main
+from pertcast.cli.app import main
 from pertcast.errors import DataError
 from pertcast.stats.realism import Reference, compare_cells
-from pertcast.submission.realism import RealismReport, realism
+from pertcast.submission.check.realism import RealismReport, realism
 
 NUM_GENES = 200
 GENES = [f"G{number}" for number in range(NUM_GENES)]

@@ -15,19 +15,28 @@ import pytest
 from scipy import sparse
 
 from conftest import write_small_h5ad
-from pertcast.cli.main import main
+from pertcast.cli.app import main
 from pertcast.config import load_experiment
-from pertcast.data.store import Split, Store, prepare
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Split, Store
 from pertcast.errors import DataError
 from pertcast.ladder.report import write_report
-from pertcast.ladder.report.figure import Figure
-from pertcast.ladder.report.figures import curves
+from pertcast.ladder.report.figures import Figure, curves
 from pertcast.ladder.report.gather import Material
 from pertcast.ladder.report.html import as_script
-from pertcast.ladder.report.measure import de_tables, effects, fit_plane, with_controls
-from pertcast.ladder.report.realism_section import realism
-from pertcast.ladder.report.sample import Cells, Group, Limits, sample_h5ad, sample_store
-from pertcast.run import run_experiment
+from pertcast.ladder.report.measure import (
+    Cells,
+    Group,
+    Limits,
+    de_tables,
+    effects,
+    fit_plane,
+    sample_h5ad,
+    sample_store,
+    with_controls,
+)
+from pertcast.ladder.report.sections import realism
+from pertcast.pipeline import run_experiment
 from pertcast.seasons import season
 from workspace import Workspace, make_workspace
 

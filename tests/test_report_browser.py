@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pertcast.ladder.report import write_report
-from pertcast.run import run_experiment
+from pertcast.pipeline import run_experiment
 from workspace import Workspace, make_workspace
 
 CHROMIUM = next(

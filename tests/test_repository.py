@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pertcast import __version__
-from pertcast.cli.main import COMMANDS
+from pertcast.cli.app import COMMANDS
 from pertcast.config import load_experiment
 
 ROOT = Path(__file__).parents[1]

@@ -10,21 +10,21 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from pertcast.cli.main import main
+from pertcast.cli.app import main
 from pertcast.config import RUNGS, LossConfig, load_experiment, rung_overrides, upgrade
+from pertcast.data.prepare import prepare
 from pertcast.data.split import Split
-from pertcast.data.store import Store, prepare
+from pertcast.data.store import Store
 from pertcast.errors import ConfigError
-from pertcast.models.checkpoint import open_run
-from pertcast.models.de_losses import order_loss
+from pertcast.models.losses import order_loss
+from pertcast.models.run_folder import open_run
 from pertcast.models.state import Prediction
 from pertcast.progress import SILENT
 from pertcast.stats.de import differential_expression
 from pertcast.stats.groups import group_cells
-from pertcast.train.batches import Batch
-from pertcast.train.disturb import blur_features
-from pertcast.train.terms import loss_terms, total_loss
-from pertcast.train.truth import Known, Truth, learn_truth
+from pertcast.train.batches import Batch, blur_features
+from pertcast.train.loss_targets import Known, Truth, learn_truth
+from pertcast.train.loss_terms import loss_terms, total_loss
 from workspace import make_workspace
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "ladder"

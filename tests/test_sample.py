@@ -12,13 +12,13 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from pertcast.cli.main import main
+from pertcast.cli.app import main
 from pertcast.errors import DataError, SubmissionError
 from pertcast.files.artefacts import read_manifest, verify_artefact
 from pertcast.submission.check import check
-from pertcast.submission.meta import fingerprint
 from pertcast.submission.pack import unpack
-from pertcast.submission.sample import sample
+from pertcast.submission.random_sample import sample
+from pertcast.submission.season_bundle import fingerprint
 
 GENES = tuple(f"G{number}" for number in range(30))
 RULES: dict[str, dict[str, Any]] = {

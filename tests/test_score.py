@@ -17,11 +17,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy import sparse
 
-import pertcast.ladder.baseline
-from pertcast.cli.main import main
+import pertcast.ladder.mean_baseline
+from pertcast.cli.app import main
 from pertcast.errors import ConfigError, DataError
-from pertcast.ladder import official
-from pertcast.ladder.baseline import TrainingMean
+from pertcast.ladder import score as official
+from pertcast.ladder.mean_baseline import TrainingMean
 from pertcast.ladder.score import Score, score
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN
 from pertcast.submission.check import check
@@ -187,7 +187,7 @@ def test_the_mean_of_training_cells_is_the_baseline_of_cell_eval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, max_values: int
 ) -> None:
     cell_eval = pytest.importorskip("cell_eval")
-    monkeypatch.setattr(pertcast.ladder.baseline, "_MAX_VALUES", max_values)
+    monkeypatch.setattr(pertcast.ladder.mean_baseline, "_MAX_VALUES", max_values)
     pair = simulate(tmp_path)
     (tmp_path / "other").mkdir()
     training = simulate(tmp_path / "other", perts=("G7", "G8", "G9"), layouts=(layout, "csr"), num_cells=30).predicted
@@ -342,7 +342,7 @@ def test_score_and_check_see_the_same_scale(tmp_path: Path, values: str) -> None
 
 
 def test_scoring_imports_no_torch() -> None:
-    code = "import sys, pertcast.ladder.score, pertcast.cli.score; sys.exit('torch' in sys.modules)"
+    code = "import sys, pertcast.ladder.score, pertcast.cli.ladder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

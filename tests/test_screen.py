@@ -12,7 +12,8 @@ from benchmarks.screen import ScreenConfig, draw_cells, draw_screen, made_up_fea
 from benchmarks.write_screen import write_screen
 
 from pertcast.config import load_experiment
-from pertcast.data.store import Store, prepare
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Store
 
 GENES = tuple(f"G{number}" for number in range(160))
 FEATURES = made_up_features(GENES[:140])

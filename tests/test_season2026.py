@@ -16,7 +16,7 @@ from pertcast.data.store import Split, Store
 from pertcast.errors import ConfigError, DataError, SubmissionError
 from pertcast.generate import generate
 from pertcast.ladder.score import score
-from pertcast.run import Outcome, run_experiment
+from pertcast.pipeline import Outcome, run_experiment
 from pertcast.seasons import season
 from pertcast.submission.cross_check import find_packer
 

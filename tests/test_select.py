@@ -13,15 +13,16 @@ from benchmarks.write_screen import write_screen
 from scipy import sparse
 
 from pertcast.config import Experiment, load_experiment
-from pertcast.data.store import Split, Store, prepare
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Split, Store
 from pertcast.errors import ConfigError
-from pertcast.ladder.baseline import constant_side
-from pertcast.ladder.cells import Side
+from pertcast.ladder.mean_baseline import constant_side
 from pertcast.ladder.score import compare_sides
-from pertcast.models.checkpoint import open_run
-from pertcast.stats.profiles import constant_profile, profile_of, score_profiles
+from pertcast.ladder.scored_side import Side
+from pertcast.models.run_folder import open_run
+from pertcast.stats.metrics import constant_profile, profile_of, score_profiles
 from pertcast.train import train
-from pertcast.train.select import _profile
+from pertcast.train.validation import _profile
 
 GENES = tuple(f"G{number}" for number in range(60))
 SMALL = ScreenConfig(contexts=("A", "B"), num_targets=10, num_genes=50, cells_per_target=16, num_controls=40, umi=300.0)

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pertcast.config import Experiment
-from pertcast.data.sets import CellSets, Match, generation_sets, training_sets
+from pertcast.data.cell_sets import CellSets, Match, generation_sets, training_sets
+from pertcast.data.prepare import prepare
 from pertcast.data.split import Split
-from pertcast.data.store import Store, prepare
+from pertcast.data.store import Store
 from pertcast.errors import DataError
 
 TRAIN, VAL = Split.TRAIN, Split.VAL

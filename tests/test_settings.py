@@ -14,21 +14,22 @@ import pytest
 import pertcast.config.load
 from conftest import write_small_h5ad
 from pertcast.config import STORE_KEYS, Experiment, LossConfig, load_experiment, rebuild_experiment
-from pertcast.config.base import Section
-from pertcast.config.uses import _NOT_USED, _USED, COMMANDS_WITH_SET, flat, uses
-from pertcast.data.store import Store, prepare
+from pertcast.config.load import _NOT_USED, _USED, COMMANDS_WITH_SET, flat, uses
+from pertcast.config.sections import Section
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
 from pertcast.files.artefacts import read_json
 from pertcast.generate import generate
 from pertcast.ladder.calibration import calibrate
 from pertcast.ladder.compare import candidates_of, compare
-from pertcast.models.checkpoint import open_run
+from pertcast.models.run_folder import open_run
 from pertcast.models.state import Prediction
 from pertcast.preflight import preflight
 from pertcast.train import train
 from pertcast.train.adapt import adapt
-from pertcast.train.line import adapted_experiment
-from pertcast.train.terms import loss_terms
+from pertcast.train.loss_terms import loss_terms
+from pertcast.train.new_line import adapted_experiment
 from workspace import Workspace, make_workspace
 
 TABLES = {"datasets": "datasets.small", "training": "training.small", "zeroshot": 'zeroshot."small.H1"'}

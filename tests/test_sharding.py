@@ -20,10 +20,10 @@ from torch import Tensor
 
 import pertcast
 from pertcast.config import Experiment, load_experiment, rung_overrides
-from pertcast.data.store import prepare
+from pertcast.data.prepare import prepare
 from pertcast.errors import ConfigError
 from pertcast.files.artefacts import verify_artefact
-from pertcast.models.checkpoint import open_run
+from pertcast.models.run_folder import open_run
 from pertcast.processes import run_processes
 from pertcast.progress import SILENT
 from pertcast.train import train

@@ -16,11 +16,9 @@ from scipy import sparse
 
 from conftest import SMALL_GENES, write_small_h5ad
 from pertcast.errors import DataError, PertcastError, SubmissionError
-from pertcast.files.artefacts import atomic_file
-from pertcast.files.cpus import available_cpus
-from pertcast.files.csr_writer import CsrWriter
-from pertcast.files.lock import claimed, locked
-from pertcast.files.space import describe_write_error, require_space
+from pertcast.files.artefacts import atomic_file, claimed, locked
+from pertcast.files.h5ad_writer import CsrWriter
+from pertcast.files.resources import available_cpus, describe_write_error, require_space
 from pertcast.submission.pack import pack, unpack
 
 RULES = {"num_genes": len(SMALL_GENES)}
@@ -124,7 +122,7 @@ def test_an_error_without_a_number_is_told_by_its_text_or_by_the_disk(
 
 HOLD = """
 import pathlib, sys
-from pertcast.files.lock import locked
+from pertcast.files.artefacts import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("ready", flush=True)
     sys.stdin.read()
@@ -146,7 +144,7 @@ def test_the_second_of_two_runs_says_so_and_stops(tmp_path: Path) -> None:
 
 
 def test_a_lock_of_a_dead_run_is_taken_over(tmp_path: Path) -> None:
-    script = "import os, sys, pathlib; from pertcast.files.lock import locked\n"
+    script = "import os, sys, pathlib; from pertcast.files.artefacts import locked\n"
     script += "with locked(pathlib.Path(sys.argv[1])): os._exit(9)"
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path / "a")]).returncode == 9
     assert [path.name for path in tmp_path.iterdir()] == [".a.lock"]
@@ -168,7 +166,7 @@ def test_leftovers_beside_and_inside_an_output_are_removed(tmp_path: Path) -> No
 
 
 def test_processors_are_those_that_the_process_may_use() -> None:
-    command = [sys.executable, "-c", "from pertcast.files.cpus import available_cpus; print(available_cpus())"]
+    command = [sys.executable, "-c", "from pertcast.files.resources import available_cpus; print(available_cpus())"]
     pinned = ["taskset", "-c", "0", *command] if shutil.which("taskset") else command
     number = int(subprocess.run(pinned, check=True, capture_output=True, text=True).stdout)
     assert number == (1 if shutil.which("taskset") else available_cpus())

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-import pertcast.data.writer
+import pertcast.data.prepare
 from pertcast.config import Experiment
-from pertcast.data.entries import GrowingArray, ValueArray
-from pertcast.data.hvg import choose_hvgs
-from pertcast.data.store import Split, Store, prepare
+from pertcast.data.genes import choose_hvgs
+from pertcast.data.prepare import prepare
+from pertcast.data.store import GrowingArray, Split, Store, ValueArray
 from pertcast.errors import CheckpointError, DataError
 from pertcast.files.artefacts import Manifest, verify_artefact, write_manifest
 from pertcast.progress import Advance
@@ -73,7 +73,7 @@ def _dense(path: Path) -> np.ndarray:
 def test_counts_against_a_slow_twin(
     small_h5ad: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, block_values: int
 ) -> None:
-    monkeypatch.setattr(pertcast.data.writer, "_BLOCK_VALUES", block_values)
+    monkeypatch.setattr(pertcast.data.prepare, "_BLOCK_VALUES", block_values)
     path = small_h5ad(layout=layout, contexts=("H1", "K562"))
     experiment = _experiment(path, fewshot={"d.H1": {"val": ["G1"], "test": ["G2"]}})
     store = Store.open(prepare(experiment, tmp_path / "store"))
@@ -106,7 +106,7 @@ def test_layouts_and_blocks_give_the_same_arrays(
 ) -> None:
     digests = set()
     for layout, block_values in itertools.product(("csr", "csc", "dense"), (30, 1 << 20)):
-        monkeypatch.setattr(pertcast.data.writer, "_BLOCK_VALUES", block_values)
+        monkeypatch.setattr(pertcast.data.prepare, "_BLOCK_VALUES", block_values)
         small_h5ad(layout=layout)
         out = prepare(_experiment(tmp_path / "small.h5ad"), tmp_path / f"{layout}{block_values}")
         kept = ("data.npy", "indices.npy", "indptr.npy", "split.npy", "totals.npy", "hvg.npy")
@@ -139,7 +139,7 @@ def test_log1p_over_other_genes_has_no_target_sum(small_h5ad: Builder, tmp_path:
 def test_a_log1p_file_that_starts_with_empty_cells(
     small_h5ad: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pertcast.data.writer, "_BLOCK_VALUES", 20)
+    monkeypatch.setattr(pertcast.data.prepare, "_BLOCK_VALUES", 20)
     path = small_h5ad(scale="log1p")
     data = ad.read_h5ad(path)
     dense = data.X.toarray()

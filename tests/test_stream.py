@@ -19,13 +19,13 @@ from scipy import sparse
 from conftest import SMALL_GENES
 from pertcast.errors import SubmissionError
 from pertcast.files.artefacts import hash_file, read_manifest
-from pertcast.files.csr_writer import CsrWriter
 from pertcast.files.h5ad import open_h5ad
+from pertcast.files.h5ad_writer import CsrWriter
 from pertcast.seasons import SEASONS
 from pertcast.submission import pack as packing
+from pertcast.submission.archive import estimate_packed
 from pertcast.submission.check.values import check_values
 from pertcast.submission.pack import pack, unpack
-from pertcast.submission.stream import estimate_packed
 
 RULES = {"num_genes": len(SMALL_GENES)}
 CELLS = 60

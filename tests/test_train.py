@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 
 from conftest import PRECISION, write_small_h5ad
 from pertcast.config import Experiment, load_experiment, rung_overrides
+from pertcast.data.cell_sets import CellSets
 from pertcast.data.features import open_features
-from pertcast.data.sets import CellSets
+from pertcast.data.prepare import prepare
 from pertcast.data.split import Split
-from pertcast.data.store import Store, prepare
+from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
 from pertcast.files.artefacts import hash_file, verify_artefact
-from pertcast.models.checkpoint import open_run
+from pertcast.models.run_folder import open_run
 from pertcast.train import train
 from pertcast.train.batches import Place, SetStream, read_ahead
 from pertcast.train.precision import resolve_precision

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pertcast.data.values
+import pertcast.data.store
 from pertcast.config import Experiment
-from pertcast.data.store import Store, prepare
-from pertcast.data.values import StoredValues, worth_a_copy, write_hvg_values
+from pertcast.data.prepare import prepare
+from pertcast.data.store import Store, StoredValues, worth_a_copy, write_hvg_values
 from pertcast.errors import CheckpointError
-from pertcast.files.ranges import RangeFile
+from pertcast.files.h5ad import RangeFile
 
 Builder = Callable[..., Path]
 
@@ -61,7 +61,7 @@ def test_blocks_of_any_size_give_the_same_files(
     small_h5ad: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _store(small_h5ad(), tmp_path / "whole")
-    monkeypatch.setattr(pertcast.data.values, "_BLOCK_VALUES", 25)
+    monkeypatch.setattr(pertcast.data.store, "_BLOCK_VALUES", 25)
     blocks = _store(small_h5ad(), tmp_path / "blocks")
     for name in ("hvg_indptr.npy", "hvg_indices.npy", "hvg_data.npy"):
         assert (whole / name).read_bytes() == (blocks / name).read_bytes()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pertcast.cli.main import main
+from pertcast.cli.app import main
 from pertcast.files.artefacts import manifest_path, read_manifest
-from pertcast.run import run_experiment
+from pertcast.pipeline import run_experiment
 from workspace import make_workspace
 
 KINDS = {

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pertcast.config import Experiment, load_experiment
-    from pertcast.data.store import Store, prepare
+    from pertcast.data.prepare import prepare
+    from pertcast.data.store import Store
     from pertcast.errors import (
         CheckpointError,
         ConfigError,
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
     from pertcast.generate import generate as generate_parts
     from pertcast.ladder.ledger import read_ledger
     from pertcast.ladder.report import write_report
-    from pertcast.run import run_experiment
+    from pertcast.pipeline import run_experiment
     from pertcast.seasons import SEASONS, Season, season
     from pertcast.submission.assemble import assemble
     from pertcast.submission.check import CheckReport, check
+    from pertcast.submission.check.realism import RealismReport, realism
     from pertcast.submission.pack import pack, unpack
-    from pertcast.submission.realism import RealismReport, realism
     from pertcast.train import train as train_run
     from pertcast.train.adapt import adapt as adapt_run
-    from pertcast.train.line import adapted_experiment
+    from pertcast.train.new_line import adapted_experiment
 
 __version__ = "0.1.0"
 
@@ -43,22 +44,22 @@ _HOMES = {
     "Experiment": "config:Experiment",
     "PertcastError": "errors:PertcastError",
     "Problem": "errors:Problem",
-    "RealismReport": "submission.realism:RealismReport",
+    "RealismReport": "submission.check.realism:RealismReport",
     "SEASONS": "seasons:SEASONS",
     "Season": "seasons:Season",
     "Store": "data.store:Store",
     "SubmissionError": "errors:SubmissionError",
     "adapt_run": "train.adapt:adapt",
-    "adapted_experiment": "train.line:adapted_experiment",
+    "adapted_experiment": "train.new_line:adapted_experiment",
     "assemble": "submission.assemble:assemble",
     "check": "submission.check:check",
     "generate_parts": "generate:generate",
     "load_experiment": "config:load_experiment",
     "pack": "submission.pack:pack",
-    "prepare": "data.store:prepare",
+    "prepare": "data.prepare:prepare",
     "read_ledger": "ladder.ledger:read_ledger",
-    "realism": "submission.realism:realism",
-    "run_experiment": "run:run_experiment",
+    "realism": "submission.check.realism:realism",
+    "run_experiment": "pipeline:run_experiment",
     "season": "seasons:season",
     "train_run": "train:train",
     "unpack": "submission.pack:unpack",

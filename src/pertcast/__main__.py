@@ -1,6 +1,6 @@
 """``python -m pertcast`` is ``pertcast``."""
 
-from pertcast.cli.main import main
+from pertcast.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from pertcast.data.store import Split, Store
 from pertcast.ladder.report import write_report
+from pertcast.pipeline import Outcome, run_experiment
 from pertcast.progress import SILENT, Progress
-from pertcast.run import Outcome, run_experiment
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN
-from pertcast.stats.effects import compare_effects, knockdown
+from pertcast.stats.metrics import compare_effects, knockdown
 from pertcast.submission.pack import unpack
 
-__all__ = ["HEADER", "DemoOutcome", "TargetRow", "run_demo"]
+__all__ = ["HEADER", "run_demo"]
 
 HEADER = (
     "target",

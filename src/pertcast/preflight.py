@@ -12,16 +12,15 @@ from typing import cast
 import numpy as np
 
 from pertcast.config import Experiment
-from pertcast.data.build import Survey, survey
 from pertcast.data.features import FeatureStore, load_features
-from pertcast.data.features.labels import genes_of
+from pertcast.data.features.load import genes_of
+from pertcast.data.prepare import Survey, natural_log_factor, scale_evidence, survey, total_of_log1p
 from pertcast.data.split import CodedCells, Split
-from pertcast.data.writer import natural_log_factor, scale_evidence, total_of_log1p
 from pertcast.errors import ConfigError, DataError, Problem, Problems
-from pertcast.files.expression import Scale, common_scale, log1p_totals
 from pertcast.files.h5ad import open_h5ad
+from pertcast.files.resources import require_space
+from pertcast.files.scales import Scale, common_scale, log1p_totals
 from pertcast.files.season_lists import read_targets
-from pertcast.files.space import require_space
 from pertcast.generate.plan import plan_parts, prediction_sources
 from pertcast.progress import SILENT, Progress
 

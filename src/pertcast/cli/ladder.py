@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
+from pertcast.cli.app import ForceOption, RulesOption, SeasonOption, SetOption, parse_rules
+
 if TYPE_CHECKING:
     from pertcast.ladder.ledger import Change, Ledger, Submission
+    from pertcast.ladder.score import Score
 
-__all__ = ["command", "ladder", "record"]
+__all__ = ["adapt", "calibrate", "compare", "ladder", "ladder_app", "print_score", "record", "report", "score"]
 
-command = App(name="ladder")
+ladder_app = App(name="ladder")
 
 _FEW = 12
 
 
-@command.default
+@ladder_app.default
 def ladder(
     *runs: Path,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
@@ -134,7 +137,7 @@ def _trade_off_rows(ledger: Ledger) -> list[list[str]]:
     return rows
 
 
-@command.command
+@ladder_app.command
 def record(
     archive: Path,
     /,
@@ -203,3 +206,291 @@ def _read(source: str) -> str:
         return Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{source}: cannot be read ({error}); give a file, or - for the standard input") from None
+
+
+def adapt(
+    run: Path,
+    experiment: Path,
+    /,
+    *,
+    out: Path,
+    learn: Annotated[str | None, Parameter(name="--learn")] = None,
+    store: Path | None = None,
+    set_: SetOption = None,
+) -> None:
+    """Adapt a trained run to a new cell line from a few controls and targets; a handful of parameters learns.
+
+    The result is an ordinary run of the new line's cells, which `pertcast generate` takes; everything that does not
+    learn is the trained run's, to the bit. The same command goes on where an interrupted one stopped.
+
+    Example: `pertcast adapt run new_line.toml --out adapted --learn offset,context`
+
+    Parameters
+    ----------
+    run
+        The folder that `pertcast train` wrote.
+    experiment
+        The experiment file of the new line's cells; targets that it holds out as val say when steps stop. Model and
+        features are the run's; so are the loss and [train] where the file has none.
+    out
+        The folder of the adapted run.
+    learn
+        What learns, with commas: offset (the bias of the last layer, in closed form, without steps), context (the
+        line's own row of the context embedding), batch (rows of its new batches), bias (of the last layer, by steps),
+        last (all of it), gain (how much of what the network adds to control cells, by least squares, without steps),
+        lora:R (low-rank changes of the backbone's attention, R a rank). Default: offset.
+    store
+        The folder that `pertcast prepare` wrote of the new line; default: OUT_store beside the adapted run, prepared if
+        need be.
+    """
+    from pertcast.cli.console import Console
+    from pertcast.config import load_experiment
+    from pertcast.data.prepare import prepare
+    from pertcast.train.adapt import adapt as fit
+    from pertcast.train.new_line import adapted_experiment
+
+    overrides = [*(set_ or ()), *([f"adapt.learn={learn!r}"] if learn is not None else [])]
+    resolved, console = adapted_experiment(run, load_experiment(experiment, overrides, command="adapt")), Console()
+    if store is None:
+        store = prepare(resolved, out.with_name(f"{out.name}_store"), progress=console)
+    print(fit(run, resolved, store, out, progress=console))
+
+
+def calibrate(
+    run: Path,
+    /,
+    *,
+    folds: Annotated[int, Parameter(name="--folds")] = 0,
+    fold_steps: Annotated[int | None, Parameter(name="--fold-steps")] = None,
+    store: Path | None = None,
+    set_: SetOption = None,
+) -> None:
+    """Choose how large effects and how wide cells should be, on targets that were held out of the fit.
+
+    What scores best by the official metrics of season 2025 on the run's validation targets is kept in the run, as
+    calibration.json; `pertcast generate RUN --set generate.calibrated=true` applies it. Targets that test are never
+    looked at. Where nothing beats what the run predicts by more than a standard error, nothing changes, and it says so.
+
+    Example: `pertcast calibrate run --set generate.cells=sparse`
+
+    Parameters
+    ----------
+    run
+        The folder that `pertcast train` wrote.
+    folds
+        Train so many networks anew beside the run (RUN_folds), each without its share of the training targets, and
+        choose on those; default: the run's own validation targets.
+    fold_steps
+        Steps of each of them; default: as many as the run was to take.
+    store
+        Where the store lies now, if it has moved since training.
+    """
+    from pertcast.cli.console import Console
+    from pertcast.ladder.calibration import calibrate as choose
+
+    print(
+        choose(
+            run, store_path=store, overrides=list(set_ or ()), folds=folds, fold_steps=fold_steps, progress=Console()
+        )
+    )
+
+
+def compare(
+    *experiments: Path,
+    out: Path,
+    rungs: str | None = None,
+    models: str = "",
+    seeds: int = 5,
+    folds: int = 0,
+    jobs: int = 1,
+    set_: SetOption = None,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Compare rungs, models and experiments on held-out perturbations, with intervals over targets and seeds.
+
+    Every candidate is trained, and its cells made and scored with season 2025's metrics, on the same folds and seeds;
+    what is done is not done again, so the same command goes on after an interrupt, or with more seeds. The result is a
+    table and a verdict in words (comparison.md), a chart (comparison.svg) and all numbers (comparison.json).
+
+    Example: `pertcast compare experiment.toml --rungs c1,c2,c3,c4 --seeds 5 --folds 5 --out comparison`
+
+    Parameters
+    ----------
+    experiments
+        Experiment files. Several are compared as they stand, one by its rungs.
+    out
+        The folder of the comparison.
+    rungs
+        Rungs of the ladder, with commas between them; "none" for the experiment as it stands. Default: all four for one
+        experiment, none for several.
+    models
+        Models beside them, as `model.kind` names them, with commas between them: mean,ridge.
+    seeds
+        How many seeds, from 0.
+    folds
+        Into how many folds to divide the perturbations, each held out once; default: those that [fewshot] lists as
+        test.
+    jobs
+        How many trials at a time; where there are accelerators, each takes the next one.
+    json_
+        Print everything as JSON.
+    """
+    import json
+
+    from pertcast.cli.console import Console, stdout_table
+    from pertcast.config import RUNGS
+    from pertcast.errors import ConfigError
+    from pertcast.ladder.compare import candidates_of
+    from pertcast.ladder.compare import compare as compute
+    from pertcast.ladder.comparison import METRICS, REFERENCES, TITLES, level_rows, verdict
+
+    if not experiments:
+        raise ConfigError("pertcast compare: give at least one experiment file")
+    if rungs is None:
+        chosen = list(RUNGS) if len(experiments) == 1 else []
+    else:
+        chosen = [] if rungs == "none" else [name.strip() for name in rungs.split(",")]
+    if unknown := [name for name in chosen if name not in RUNGS]:
+        raise ConfigError(f"--rungs: expected some of {', '.join(RUNGS)}, got {', '.join(unknown)}")
+    if seeds < 1 or jobs < 1:
+        raise ConfigError(f"--seeds, --jobs: expected at least 1, got {seeds} and {jobs}")
+    found = compute(
+        candidates_of(experiments, rungs=chosen, models=[name.strip() for name in models.split(",") if name.strip()]),
+        out,
+        seeds=seeds,
+        folds=folds,
+        jobs=jobs,
+        overrides=set_ or (),
+        progress=Console(),
+    )
+    if json_:
+        print(json.dumps(found.as_json(), indent=1))
+        return
+    stdout_table(
+        f"{len(found.units)} held-out units, {found.num_seeds} seed(s)",
+        ("", *(TITLES[metric] for metric in METRICS)),
+        list(level_rows(found.levels, (*found.candidates, *REFERENCES))),
+    )
+    for sentence in verdict(found):
+        print(f"· {sentence}")
+    print(out / "comparison.md")
+
+
+def report(
+    run: Path,
+    /,
+    *,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    truth: Annotated[Path | None, Parameter(name="--truth")] = None,
+    ladder: Annotated[Path | None, Parameter(name="--ladder")] = None,
+    force: ForceOption = False,
+) -> None:
+    """Write one self-contained HTML page about a run; it opens offline.
+
+    The run in numbers, the check's verdict, the curve of each term of the loss, effect sizes, cells in PCA space, top
+    DE genes, volcanoes, the budget, and the ladder of submissions. What is not there is named, with what makes it.
+
+    Example: `pertcast report out/c2 --truth held_out.h5ad`
+
+    Parameters
+    ----------
+    run
+        The folder of `pertcast run`, or that of `pertcast train`.
+    out
+        The page; default: report.html in that folder.
+    truth
+        Real cells of the predicted targets, an h5ad file with control cells.
+    ladder
+        Where to look for packed submissions; default: the folder that the run's lies in.
+    """
+    from pertcast.cli.console import Console
+    from pertcast.ladder.report import write_report
+
+    print(write_report(run, out, truth=truth, ladder=ladder, force=force, progress=Console()))
+
+
+def score(
+    predicted: Path,
+    real: Path,
+    /,
+    *,
+    season: SeasonOption = "vcc2025",
+    baseline: Annotated[Path | None, Parameter(name="--baseline")] = None,
+    train: Annotated[Path | None, Parameter(name="--train")] = None,
+    ceiling: Annotated[bool, Parameter(name="--ceiling", negative="")] = False,
+    set_: RulesOption = None,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Score predicted cells against held-out real ones with the season's official metrics.
+
+    Season 2025: MAE, PDS and DES, equal to `cell-eval run --profile vcc`, and with a baseline the overall, equal to
+    `cell-eval score`; what is computed of the real cells is kept for the next time under their content's hash. Season
+    2026: through cell-eval2 (extra `pertcast[score]`).
+
+    Example: `pertcast score prediction.h5ad held_out.h5ad --season vcc2025 --baseline baseline.h5ad`
+
+    Parameters
+    ----------
+    predicted
+        Predicted cells, an h5ad file with control cells (season 2026: without).
+    real
+        Real cells of the same targets and genes, with control cells.
+    baseline
+        What the overall is relative to: an h5ad (as `cell-eval baseline` writes), the JSON of an earlier score, or
+        cell-eval's agg_results.csv.
+    train
+        Training cells, an h5ad file with control cells: the overall is relative to their mean, as `cell-eval baseline`
+        makes it. In place of --baseline.
+    ceiling
+        Score one half of the real cells for the other half, too.
+    json_
+        Print the score as JSON.
+    """
+    from pertcast.cli.console import Console
+    from pertcast.errors import ConfigError
+    from pertcast.ladder.mean_baseline import TrainingMean
+    from pertcast.ladder.score import score as compute
+
+    if train is not None and baseline is not None:
+        raise ConfigError("--baseline and --train both say what the overall is relative to; give one of them")
+    found = compute(
+        predicted,
+        real,
+        season=season,
+        rules=parse_rules(set_),
+        baseline=TrainingMean(train) if train is not None else baseline,
+        ceiling=ceiling,
+        progress=Console(),
+    )
+    if json_:
+        print(json.dumps(found.as_json(), indent=1))
+    else:
+        print_score(found)
+
+
+def print_score(found: Score) -> None:
+    """Print a score for people: the means, then every target."""
+    from pertcast.cli.console import stdout_table
+
+    columns = list(dict.fromkeys(name for values in found.targets.values() for name in values))
+    stdout_table(
+        f"{found.season}: {len(found.targets)} targets",
+        ("target", *columns),
+        [(name, *(_shown(values.get(column)) for column in columns)) for name, values in found.targets.items()],
+    )
+    beside = [("baseline", found.baseline), ("relative", found.relative), ("ceiling", found.ceiling)]
+    there = [(name, values) for name, values in beside if values]
+    names = list(dict.fromkeys([*found.overall, *(name for _, values in there for name in values)]))
+    stdout_table(
+        "in all",
+        ("metric", "score", *(name for name, _ in there)),
+        [(name, _shown(found.overall.get(name)), *(_shown(values.get(name)) for _, values in there)) for name in names],
+    )
+    for note in found.notes:
+        print(f"· {note}")
+
+
+def _shown(value: float | None) -> str:
+    if value is None or value != value:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

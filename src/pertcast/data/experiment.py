@@ -19,11 +19,11 @@ import pandas as pd
 from pertcast.config import Experiment
 from pertcast.data.split import CellKeys, Split, assign_split
 from pertcast.errors import ConfigError, DataError, Problem
-from pertcast.files.frames import near_misses
 from pertcast.files.h5ad import H5adReader, open_h5ad
 from pertcast.files.labels import dubious_labels, is_no_label
+from pertcast.files.obs import near_misses
 
-__all__ = ["CellTable", "Split", "assign_split", "dataset_files", "experiment_files", "read_cells"]
+__all__ = ["CellTable", "Split", "assign_split", "dataset_files", "read_cells"]
 
 _SUFFIXES = (".h5", ".h5ad")
 

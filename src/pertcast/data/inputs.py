@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy import sparse
+from torch import Tensor
 
-from pertcast.data.store import Store
+from pertcast.data.store import ALIGNMENT_BYTES, Store
 from pertcast.errors import ConfigError
 
-__all__ = ["input_dim", "read_inputs"]
+__all__ = ["SparseCells", "as_tensor", "input_dim", "read_inputs"]
 
 _OBSM = "obsm:"
 
@@ -58,3 +61,53 @@ def input_dim(store: Store, *, source: str) -> int:
             )
         return int(store.embedding(np.zeros(1, dtype=np.int64), key).shape[1])
     return len(store.hvg) if source == "hvg" else len(store.genes)
+
+
+def as_tensor(values: NDArray[np.generic]) -> Tensor:
+    """Return the values as a tensor of the same shape; it may share their memory.
+
+    Products of matrices may round by the alignment of their operands, so that it must not be left to chance.
+
+    Examples
+    --------
+    >>> as_tensor(np.arange(3)).tolist()
+    [0, 1, 2]
+    """
+    tensor = torch.from_numpy(values)
+    return tensor if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT_BYTES == 0 else tensor.clone()
+
+
+class SparseCells:
+    """Cells on their way to a device: stored values alone travel, and become a dense tensor where they arrive.
+
+    It stands in a batch for a tensor; whatever moves the batch calls :meth:`to`. The values are those of the dense
+    matrix, to the bit.
+
+    Parameters
+    ----------
+    cells
+        CSR float32 (cells, genes), no column twice in a row.
+    shape
+        Dimensions before the genes; their product is the number of cells.
+
+    Examples
+    --------
+    >>> SparseCells(sparse.csr_matrix([[0.0, 2.0], [3.0, 0.0]], dtype=np.float32), (2, 1)).to("cpu").tolist()
+    [[[0.0, 2.0]], [[3.0, 0.0]]]
+    """
+
+    def __init__(self, cells: sparse.csr_matrix, shape: tuple[int, ...]) -> None:
+        self.shape = (*shape, cells.shape[1])
+        stored = (np.diff(cells.indptr), cells.indices, cells.data)
+        # Memory that the device copies from by itself, while the processor goes on.
+        is_pinned = torch.cuda.is_available()
+        self._stored = tuple(tensor.pin_memory() if is_pinned else tensor for tensor in map(torch.from_numpy, stored))
+
+    def to(self, device: torch.device | str) -> Tensor:
+        """Return the dense tensor on a device, float32 ``(*shape, genes)``."""
+        device = torch.device(device)
+        counts, columns, values = (part.to(device, non_blocking=device.type == "cuda") for part in self._stored)
+        starts = torch.arange(len(counts), device=device) * self.shape[-1]
+        places = torch.repeat_interleave(starts, counts, output_size=len(values)) + columns
+        dense = torch.zeros(len(counts) * self.shape[-1], dtype=values.dtype, device=device)
+        return dense.scatter_(0, places, values).view(self.shape)

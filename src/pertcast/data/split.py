@@ -18,9 +18,9 @@ import pandas as pd
 
 from pertcast.config import Experiment
 from pertcast.errors import DataError, Problem
-from pertcast.files.expression import Scale
-from pertcast.files.frames import near_misses
 from pertcast.files.labels import is_control_name
+from pertcast.files.obs import near_misses
+from pertcast.files.scales import Scale
 from pertcast.stats.draws import key_hash
 
 __all__ = ["CellKeys", "CodedCells", "Split", "assign_split"]

@@ -6,6 +6,8 @@ Invariants: opening reads the manifest and the codes, not the values; what is gi
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,14 +17,206 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from pertcast.data.build import prepare
 from pertcast.data.split import CodedCells, Split
-from pertcast.data.values import HVG_PREFIX, StoredValues
 from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.artefacts import read_manifest
-from pertcast.files.expression import Scale, normalise_log1p
+from pertcast.files.h5ad import RangeFile, row_bands
+from pertcast.files.scales import Scale, normalise_log1p
+from pertcast.progress import Advance
 
-__all__ = ["ALIGNMENT_BYTES", "Screen", "Split", "Store", "prepare"]
+__all__ = [
+    "ALIGNMENT_BYTES",
+    "GrowingArray",
+    "Split",
+    "Store",
+    "StoredValues",
+    "ValueArray",
+    "worth_a_copy",
+    "write_hvg_values",
+]
+
+_LADDER = tuple(np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32, np.float32))
+_WIDEN_BLOCK_VALUES = 1 << 22
+
+
+class GrowingArray:
+    """A one-dimensional .npy file that values are appended to."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.path, self.dtype = path, dtype
+        self.length = 0
+        self._stream = path.open("wb")
+        self._stream.write(self._header())
+
+    def _header(self) -> bytes:
+        # NumPy pads headers so that the length may grow in place
+        stream = io.BytesIO()
+        description = np.lib.format.dtype_to_descr(self.dtype)
+        fields = {"descr": description, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(stream, fields)
+        return stream.getvalue()
+
+    def append(self, values: np.ndarray) -> None:
+        """Append values, converted to the type of the file."""
+        self._stream.write(values.astype(self.dtype, copy=False).tobytes())
+        self.length += len(values)
+
+    def close(self) -> None:
+        """Write the final length."""
+        if not self._stream.closed:
+            self._stream.seek(0)
+            self._stream.write(self._header())
+            self._stream.close()
+
+
+class ValueArray:
+    """Values of 0 or more on disk, in the narrowest type that holds those seen so far."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._array = GrowingArray(path, _LADDER[0])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The number type so far."""
+        return self._array.dtype
+
+    def append(self, values: np.ndarray, *, place: str) -> None:
+        """Append values, which come from `place`; what is there is rewritten where they need a wider type.
+
+        Raises
+        ------
+        DataError
+            If a whole number does not fit into 32 bits.
+        """
+        self.widen(_narrowest(values, place))
+        self._array.append(values)
+
+    def widen(self, dtype: np.dtype) -> None:
+        """Rewrite what is there where `dtype` is wider."""
+        if _LADDER.index(dtype) <= _LADDER.index(self.dtype):
+            return
+        self._array.close()
+        old = self._path.with_name(f"{self._path.name}.narrow")
+        self._path.replace(old)
+        self._array = GrowingArray(self._path, dtype)
+        before = np.load(old, mmap_mode="r")
+        for start in range(0, len(before), _WIDEN_BLOCK_VALUES):
+            self._array.append(before[start : start + _WIDEN_BLOCK_VALUES])
+        del before
+        old.unlink()
+
+    def close(self) -> None:
+        """Write the final length."""
+        self._array.close()
+
+
+def _narrowest(values: np.ndarray, place: str) -> np.dtype:
+    if not len(values):
+        return _LADDER[0]
+    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+        return _LADDER[-1]
+    largest = float(values.max())
+    for dtype in _LADDER[:-1]:
+        if largest < 2 ** (8 * dtype.itemsize):
+            return dtype
+    raise DataError(problems=[Problem(place, f"a count of {largest:,.0f} is too large", "give raw counts below 4e9")])
+
+
+HVG_PREFIX = "hvg_"
+_HVG_BLOCK_VALUES = 1 << 20
+_MOST_GENES = 0.5
+
+
+class StoredValues:
+    """Values of cells as they are stored, opened for reading.
+
+    Parameters
+    ----------
+    folder
+        Where ``indptr.npy``, ``indices.npy`` and ``data.npy`` are.
+    num_genes
+        Width of a cell.
+    prefix
+        What their names start with.
+
+    Attributes
+    ----------
+    num_values
+        Stored values of all cells.
+
+    Raises
+    ------
+    OSError, ValueError, EOFError
+        If a file is missing or damaged, or they do not fit each other.
+    """
+
+    def __init__(self, folder: Path, *, num_genes: int, prefix: str = "") -> None:
+        self._num_genes = num_genes
+        self._indptr = np.load(folder / f"{prefix}indptr.npy", allow_pickle=False)
+        self._indices = RangeFile(folder / f"{prefix}indices.npy")
+        self._data = RangeFile(folder / f"{prefix}data.npy")
+        self.num_values = len(self._data)
+        if len(self._indices) != self.num_values or int(self._indptr[-1]) != self.num_values:
+            raise ValueError(f"{prefix}indptr, {prefix}indices and {prefix}data do not fit each other")
+
+    def __len__(self) -> int:
+        return len(self._indptr) - 1
+
+    def read(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Return the values of rows (int64), CSR (len(rows), genes) of the stored type; only their bytes are read.
+
+        Raises
+        ------
+        OSError
+            If a file is shorter than it was when it was opened.
+        """
+        starts, stops = self._indptr[rows], self._indptr[rows + 1]
+        indices = self._indices.gather(starts, stops).astype(np.int32)
+        values = self._data.gather(starts, stops)
+        indptr = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64)
+        return sparse.csr_matrix((values, indices, indptr), shape=(len(rows), self._num_genes), copy=False)
+
+
+def worth_a_copy(num_hvgs: int, num_genes: int) -> bool:
+    """Return whether the highly variable genes are few enough to lie apart from the others, too."""
+    return 0 < num_hvgs <= _MOST_GENES * num_genes
+
+
+def write_hvg_values(folder: Path, hvg: np.ndarray, *, num_genes: int, advance: Advance) -> None:
+    """Write the values of some genes of all cells beside those of all genes, in one pass over these.
+
+    Parameters
+    ----------
+    folder
+        Where the files of all genes are.
+    hvg
+        Ascending positions of the genes; columns are positions in it.
+    num_genes
+        Width of a cell among all genes.
+    advance
+        Told how many cells are done.
+    """
+    indptr = np.load(folder / "indptr.npy")
+    columns, values = (np.load(folder / name, mmap_mode="r") for name in ("indices.npy", "data.npy"))
+    is_hvg, place = np.zeros(num_genes, dtype=bool), np.zeros(num_genes, dtype=columns.dtype)
+    is_hvg[hvg], place[hvg] = True, np.arange(len(hvg))
+    num_values = np.zeros(len(indptr) - 1, dtype=np.int64)
+    out_columns = GrowingArray(folder / f"{HVG_PREFIX}indices.npy", columns.dtype)
+    out_values = GrowingArray(folder / f"{HVG_PREFIX}data.npy", values.dtype)
+    try:
+        for start, stop in itertools.pairwise(row_bands(indptr, max_values=_HVG_BLOCK_VALUES)):
+            part = slice(int(indptr[start]), int(indptr[stop]))
+            kept = np.flatnonzero(is_hvg[columns[part]])
+            out_columns.append(place[columns[part][kept]])
+            out_values.append(values[part][kept])
+            num_values[start:stop] = np.diff(np.searchsorted(kept, indptr[start : stop + 1] - indptr[start]))
+            advance(int(stop - start))
+    finally:
+        out_columns.close()
+        out_values.close()
+    np.save(folder / f"{HVG_PREFIX}indptr.npy", np.concatenate([[0], np.cumsum(num_values)]))
+
 
 ALIGNMENT_BYTES = 64
 """What :meth:`Store.log1p` aligns its arrays to, as torch does."""

@@ -6,10 +6,13 @@ hashes of its inputs, the resolved configuration and the versions; a folder is r
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,19 +24,27 @@ from pathlib import Path
 from typing import Any
 
 from pertcast.errors import CheckpointError, DataError, Problem
-from pertcast.files.cpus import available_cpus
+from pertcast.files.resources import available_cpus
 
 __all__ = [
     "GENERATOR",
     "MANIFEST",
     "Manifest",
+    "Origin",
     "any_content",
     "atomic_dir",
     "atomic_file",
+    "claimed",
+    "clean",
     "hash_file",
     "hash_files",
+    "is_current",
+    "locked",
+    "manifest_origin",
     "manifest_path",
+    "origin_facts",
     "package_version",
+    "prediction_origin",
     "read_json",
     "read_manifest",
     "remove_leftovers",
@@ -325,3 +336,185 @@ def verify_artefact(artefact: Path) -> list[Problem]:
             message = "its content is not what the manifest says"
             problems.append(Problem(str(base / name), message, "make the artefact again"))
     return problems
+
+
+if sys.platform != "win32":
+    import fcntl
+
+
+logger = logging.getLogger(__name__)
+
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@contextmanager
+def locked(destination: Path) -> Iterator[None]:
+    """Keep other runs from writing `destination`, a file or a folder.
+
+    Raises
+    ------
+    DataError
+        If another run is writing it now.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with locked(folder / "a.txt"):
+    ...     (folder / ".a.txt.lock").is_file()
+    True
+    >>> list(folder.iterdir())
+    []
+    """
+    destination = destination.absolute()
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    path = destination.with_name(f".{destination.name}.lock")
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = _take(path, destination)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def claimed(destination: Path) -> Iterator[bool]:
+    """Lock an output, and remove what dead runs left beside and in it under temporary names; yield if one had.
+
+    Raises
+    ------
+    DataError
+        If another run is writing it now.
+    """
+    with locked(destination):
+        yield clean(destination)
+
+
+def clean(destination: Path) -> bool:
+    """Remove what dead runs left beside and in an output under temporary names; return whether they left anything.
+
+    Nobody may be writing the output.
+    """
+    removed = [*remove_leftovers(destination), *remove_leftovers(manifest_path(destination))]
+    if destination.is_dir():
+        for path in {leftover.parent for leftover in destination.rglob(".*.partial-*")}:
+            for name in {name.name[1:].rpartition(".partial-")[0] for name in path.glob(".*.partial-*")}:
+                removed += remove_leftovers(path / name)
+    return bool(removed)
+
+
+def _take(path: Path, destination: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 20).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise DataError(
+                f"{destination}: another run (process {owner or 'unknown'}) is writing it; "
+                "wait until it ends or stop it, or give another --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                os.close(descriptor)
+                raise
+            logger.warning("%s: this file system has no locks; do not run two commands on one output", path.parent)
+        # the last owner may have removed the file between our opening and locking it
+        try:
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise
+        os.close(descriptor)
+
+
+_KEY = "origin"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint and the configuration that made some cells.
+
+    Attributes
+    ----------
+    weights
+        sha256 of the checkpoint's weights.
+    run
+        The run's folder when the cells were made, absolute.
+    step
+        The step that the weights are of.
+    store
+        Fingerprint of the store that control cells were taken from.
+    experiment
+        The resolved experiment: how the run was trained, how the cells were made and for what.
+    """
+
+    weights: str
+    run: str
+    step: int
+    store: str
+    experiment: dict[str, Any] = field(default_factory=dict)
+
+    def as_facts(self) -> dict[str, Any]:
+        """Return what goes into the facts of a manifest."""
+        return {_KEY: asdict(self)}
+
+    @classmethod
+    def of_facts(cls, facts: Mapping[str, Any]) -> Origin | None:
+        """Return the origin that a manifest's facts tell; ``None`` where they tell none."""
+        try:
+            return cls(**facts[_KEY])
+        except (KeyError, TypeError):
+            return None
+
+
+def origin_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what to tell on of the facts of what an artefact was made from; nothing where there is no origin.
+
+    Examples
+    --------
+    >>> origin_facts({"cells": 3})
+    {}
+    """
+    origin = Origin.of_facts(facts)
+    return origin.as_facts() if origin else {}
+
+
+def manifest_origin(prediction: Path) -> Origin | None:
+    """Return the origin of a prediction as the manifest beside it tells it; ``None`` where there is none."""
+    try:
+        return Origin.of_facts(read_manifest(prediction, kind="prediction").facts)
+    except CheckpointError:
+        return None
+
+
+def prediction_origin(prediction: Path, sha256: str) -> dict[str, Any]:
+    """Return what to tell on of a prediction's origin; nothing where no manifest is of this content."""
+    if not manifest_path(prediction).is_file():
+        return {}
+    try:
+        manifest = read_manifest(prediction, kind="prediction")
+    except CheckpointError:
+        return {}
+    return origin_facts(manifest.facts) if manifest.files.get(prediction.name) == sha256 else {}
+
+
+def is_current(artefact: Path, *, kind: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> bool:
+    """Return whether a file can stay as it is; without a readable manifest it cannot."""
+    if not artefact.is_file():
+        return False
+    try:
+        manifest = read_manifest(artefact, kind=kind)
+    except CheckpointError:
+        return False
+    return manifest.matches(inputs=inputs, config=config) and not verify_artefact(artefact)

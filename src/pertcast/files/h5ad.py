@@ -6,25 +6,343 @@ is a DataError, never a crash or a wrong value; the same rows appended give the 
 
 from __future__ import annotations
 
+import itertools
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
 
 import h5py
+import numba
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from pertcast.errors import DataError, Problem
-from pertcast.files.bounds import require_plausible
-from pertcast.files.csr_writer import CsrWriter
-from pertcast.files.frames import column_names, index_length, read_column, read_index, reading
-from pertcast.files.matrix import DAMAGED, Layout, Matrix
-from pertcast.files.wrong_kind import wrong_kind
+from pertcast.files.h5ad_writer import CsrWriter
+from pertcast.files.obs import (
+    column_names,
+    index_length,
+    read_column,
+    read_index,
+    reading,
+    require_plausible,
+    wrong_kind,
+)
 
-__all__ = ["CsrWriter", "H5adReader", "open_h5ad"]
+__all__ = ["CsrWriter", "H5adReader", "Matrix", "RangeFile", "open_h5ad", "row_bands"]
+
+
+class Entries(NamedTuple):
+    """Stored entries of consecutive columns: the row, column and value of each, all of one length."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    values: np.ndarray
+
+
+def row_bands(indptr: np.ndarray, *, max_values: int) -> np.ndarray:
+    """Return bounds of consecutive row bands that hold at most `max_values` entries each, and at least one row.
+
+    Examples
+    --------
+    >>> row_bands(np.array([0, 2, 4, 9, 9]), max_values=4).tolist()
+    [0, 2, 3, 4]
+    """
+    bounds, num_rows = [0], len(indptr) - 1
+    while bounds[-1] < num_rows:
+        start = bounds[-1]
+        stop = int(np.searchsorted(indptr, indptr[start] + max_values, side="right")) - 1
+        bounds.append(max(start + 1, stop))
+    return np.asarray(bounds, dtype=np.int64)
+
+
+def _stable_order(keys: np.ndarray, *, limit: int) -> np.ndarray:
+    """Return the stable sorting order; NumPy sorts 16-bit keys in linear time."""
+    return np.argsort(keys.astype(np.uint16) if limit <= 1 << 16 else keys, kind="stable")
+
+
+class CscRows:
+    """The entries of a column-wise matrix, sorted into row bands in temporary files (in ``$TMPDIR``).
+
+    Parameters
+    ----------
+    read_entries
+        Gives the entries in column order, in blocks of bounded size; called twice.
+    num_rows, dtype
+        Rows of the matrix, and the type of its values.
+    max_values
+        Entries of a band at most (a band has at least one row).
+    """
+
+    def __init__(
+        self, read_entries: Callable[[], Iterator[Entries]], *, num_rows: int, dtype: np.dtype, max_values: int
+    ) -> None:
+        per_row = np.zeros(num_rows, dtype=np.int64)
+        for entries in read_entries():
+            per_row += np.bincount(entries.rows, minlength=num_rows)
+        self.indptr = np.concatenate([[0], np.cumsum(per_row)])
+        self.bounds = row_bands(self.indptr, max_values=max_values)
+        self._record = np.dtype([("row", np.int32), ("column", np.int32), ("value", dtype)])
+        self._folder = tempfile.TemporaryDirectory(prefix="pertcast-csc-")
+        self._path = Path(self._folder.name) / "entries"
+        try:
+            self._scatter(read_entries)
+        except BaseException:
+            self.close()
+            raise
+
+    def _scatter(self, read_entries: Callable[[], Iterator[Entries]]) -> None:
+        next_entry = self.indptr[self.bounds[:-1]].copy()
+        with self._path.open("wb") as stream:
+            for rows, columns, values in read_entries():
+                band_of = np.searchsorted(self.bounds, rows, side="right") - 1
+                order = _stable_order(band_of, limit=len(next_entry))
+                records = np.empty(len(rows), dtype=self._record)
+                records["row"], records["column"], records["value"] = rows[order], columns[order], values[order]
+                ends = np.cumsum(np.bincount(band_of, minlength=len(next_entry)))
+                for band in np.flatnonzero(np.diff(ends, prepend=0)):
+                    part = records[(ends[band - 1] if band else 0) : ends[band]]
+                    stream.seek(int(next_entry[band]) * self._record.itemsize)
+                    stream.write(part.tobytes())
+                    next_entry[band] += len(part)
+
+    def bands(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield ``(first row, indptr, column indices, values)`` of each band, rows and columns in order."""
+        for start, stop in zip(self.bounds[:-1], self.bounds[1:], strict=True):
+            first, last = int(self.indptr[start]), int(self.indptr[stop])
+            with self._path.open("rb") as stream:
+                stream.seek(first * self._record.itemsize)
+                records = np.fromfile(stream, dtype=self._record, count=last - first)
+            order = _stable_order(records["row"] - np.int32(start), limit=int(stop - start))
+            yield int(start), self.indptr[start : stop + 1] - first, records["column"][order], records["value"][order]
+
+    def close(self) -> None:
+        """Remove the temporary files."""
+        self._folder.cleanup()
+
+    def __enter__(self) -> CscRows:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+Layout = Literal["csr", "csc", "dense"]
+DAMAGED = "the file is damaged; write it again with anndata"
+
+
+def _usable(dtype: np.dtype) -> np.dtype:
+    """Return the nearest number type that SciPy computes with: no truth values, half floats or foreign byte order."""
+    if dtype.kind == "b":
+        return np.dtype(np.uint8)
+    return np.dtype(np.float32) if dtype == np.float16 else dtype.newbyteorder("=")
+
+
+def _rows_ascend(indices: np.ndarray, indptr: np.ndarray) -> bool:
+    """Return whether the column indices of each row rise from entry to entry."""
+    rises = np.empty(len(indices) + 1, dtype=bool)
+    np.greater(indices[1:], indices[:-1], out=rises[1:-1])
+    rises[indptr] = True
+    return bool(rises.all())
+
+
+class Matrix:
+    """X of an open file.
+
+    Parameters
+    ----------
+    path
+        The file, for messages.
+    file
+        The same, opened with h5py.
+    name
+        Where the matrix is in it: ``X``, ``layers/counts``, ``raw/X``.
+
+    Attributes
+    ----------
+    layout
+        How X lies on disk: ``csr``, ``csc`` or ``dense``.
+    dtype
+        Its number type.
+    shape
+        Cells and genes.
+    num_stored
+        Stored entries, explicit zeros counted (dense: cells x genes).
+    in_order
+        Whether the rows read so far lay in the file with their column indices sorted.
+
+    Raises
+    ------
+    DataError
+        If X is no matrix of numbers in a layout of AnnData's, or larger than the file can hold.
+    """
+
+    def __init__(self, path: Path, file: Any, name: str = "X") -> None:
+        self.in_order = True
+        self._name = name
+        self._path, self._file = path, file
+        self._rows_of_csc: tuple[int, CscRows] | None = None
+        self.layout: Layout
+        with reading(path, name):
+            self._open(file[name])
+        if self.dtype.kind not in "fiub":
+            self._broken(name, f"expected numbers, got {self.dtype}")
+
+    def _open(self, node: Any) -> None:
+        if isinstance(node, h5py.Dataset):
+            if node.ndim != 2:
+                raise ValueError(f"expected two dimensions, got {node.ndim}")
+            require_plausible(node)
+            self.layout, self.dtype, shape, self.num_stored = "dense", node.dtype, node.shape, int(node.size)
+        else:
+            kind = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "nothing"))
+            kind = str(kind.decode() if isinstance(kind, bytes) else kind).removesuffix("_matrix")
+            if kind not in ("csr", "csc"):
+                raise ValueError(f"expected csr_matrix, csc_matrix or a dense array, got {kind}")
+            self.layout = "csr" if kind == "csr" else "csc"
+            shape = node.attrs["shape"] if "shape" in node.attrs else node.attrs["h5sparse_shape"]
+            for name in ("data", "indices", "indptr"):
+                require_plausible(node[name])
+            self.dtype, self.num_stored = node["data"].dtype, int(node["data"].shape[0])
+        self.shape = int(shape[0]), int(shape[1])
+
+    def close(self) -> None:
+        """Remove temporary files; chunks() may be called again."""
+        if self._rows_of_csc is not None:
+            self._rows_of_csc[1].close()
+            self._rows_of_csc = None
+
+    def _broken(self, part: str, message: str) -> None:
+        raise DataError(problems=[Problem(f"{self._path}, {part}", message, DAMAGED)])
+
+    def chunks(self, *, max_values: int = 1 << 24) -> Iterator[tuple[int, sparse.csr_matrix]]:
+        """Yield ``(first row, block)`` of consecutive rows, CSR (rows, num_genes) in the file's number type.
+
+        Parameters
+        ----------
+        max_values
+            Stored entries of a block at most, which bounds memory; a block has at least one row. A column-wise file is
+            sorted into rows through temporary files in ``$TMPDIR`` first, as large as the matrix.
+
+        Raises
+        ------
+        DataError
+            If indptr falls, a column index is out of range or stands twice in a row, or data cannot be read.
+        """
+        if self.layout == "dense":
+            yield from self._dense_chunks(max_values)
+        elif self.layout == "csr":
+            yield from self._csr_chunks(max_values)
+        else:
+            yield from self._csc_chunks(max_values)
+
+    def _dense_chunks(self, max_values: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
+        step = max(1, max_values // max(1, self.shape[1]))
+        for start in range(0, self.shape[0], step):
+            with reading(self._path, f"{self._name}, rows from {start}"):
+                block = np.asarray(self._file[self._name][start : start + step])
+            yield start, sparse.csr_matrix(block.astype(_usable(block.dtype), copy=False))
+
+    def _indptr(self, length: int) -> np.ndarray:
+        with reading(self._path, f"{self._name}/indptr"):
+            node = self._file[f"{self._name}/indptr"]
+            shapes = {name: self._file[f"{self._name}/{name}"].shape for name in ("data", "indices", "indptr")}
+            for name in ("data", "indices"):
+                if shapes[name] != (self.num_stored,):
+                    self._broken(self._name, f"{shapes[name]} {name} for {self.num_stored} values")
+            if shapes["indptr"] != (length + 1,):
+                self._broken(f"{self._name}/indptr", f"expected {length + 1} entries, got {shapes['indptr']}")
+            if node.dtype.kind not in "iu":
+                self._broken(f"{self._name}/indptr", f"expected whole numbers, got {node.dtype}")
+            indptr = np.asarray(node[()], dtype=np.int64)
+        if indptr[0] != 0 or indptr[-1] != self.num_stored:
+            self._broken(f"{self._name}/indptr", f"expected 0 to {self.num_stored}, got {indptr[0]} to {indptr[-1]}")
+        falls = np.flatnonzero(np.diff(indptr) < 0)
+        if len(falls):
+            self._broken(f"{self._name}/indptr", f"it falls at position {falls[0] + 1}")
+        return indptr
+
+    def _stored(self, start: int, stop: int, *, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the indices (checked against `limit`) and the values of a range of stored entries."""
+        with reading(self._path, f"{self._name}, stored entries from {start}"):
+            indices = np.asarray(self._file[f"{self._name}/indices"][start:stop])
+            values = np.asarray(self._file[f"{self._name}/data"][start:stop])
+        if indices.dtype.kind not in "iu":
+            self._broken(f"{self._name}/indices", f"expected whole numbers, got {indices.dtype}")
+        if indices.size and (indices.min() < 0 or int(indices.max()) >= limit):
+            wrong = int(np.flatnonzero((indices < 0) | (indices >= limit))[0])
+            self._broken(
+                f"{self._name}/indices", f"entry {start + wrong} is {indices[wrong]}, outside 0 to {limit - 1}"
+            )
+        return indices.astype(np.int32, copy=False), values.astype(_usable(values.dtype), copy=False)
+
+    def _csr_chunks(self, max_values: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
+        indptr = self._indptr(self.shape[0])
+        bounds = row_bands(indptr, max_values=max_values)
+        for start, stop in itertools.pairwise(bounds):
+            first, last = int(indptr[start]), int(indptr[stop])
+            indices, values = self._stored(first, last, limit=self.shape[1])
+            yield int(start), self._block(int(start), indptr[start : stop + 1] - first, indices, values)
+
+    def _csc_entries(self, indptr: np.ndarray, max_values: int) -> Iterator[Entries]:
+        for first in range(0, self.num_stored, max_values):
+            last = min(first + max_values, self.num_stored)
+            rows, values = self._stored(first, last, limit=self.shape[0])
+            per_column = np.diff(np.clip(indptr, first, last))
+            columns = np.repeat(np.arange(self.shape[1], dtype=np.int32), per_column)
+            yield Entries(rows, columns, values)
+
+    def _sorted_rows(self, indptr: np.ndarray, max_values: int) -> CscRows:
+        try:
+            return CscRows(
+                lambda: self._csc_entries(indptr, max_values),
+                num_rows=self.shape[0],
+                dtype=_usable(self.dtype),
+                max_values=max_values,
+            )
+        except OSError as error:
+            place = f"{self._path}, {self._name} (csc)"
+            message = f"its columns cannot be sorted into rows in the temporary folder ({error})"
+            remedy = f"set TMPDIR to a disk with {self.num_stored * (8 + self.dtype.itemsize) / 1e9:.1f} GB free"
+            raise DataError(problems=[Problem(place, message, remedy)]) from error
+
+    def _csc_chunks(self, max_values: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
+        if self._rows_of_csc is None or self._rows_of_csc[0] != max_values:
+            self.close()
+            indptr = self._indptr(self.shape[1])
+            self._rows_of_csc = (max_values, self._sorted_rows(indptr, max_values))
+        for start, indptr, indices, values in self._rows_of_csc[1].bands():
+            yield start, self._block(start, indptr, indices, values)
+
+    def _block(self, start: int, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray) -> sparse.csr_matrix:
+        shape = (len(indptr) - 1, self.shape[1])
+        if len(values) <= np.iinfo(np.int32).max:
+            indptr = indptr.astype(np.int32)
+        block = sparse.csr_matrix((values, indices, indptr), shape=shape, copy=False)
+        if _rows_ascend(indices, indptr):
+            block.has_sorted_indices = block.has_canonical_format = True
+            return block
+        if not block.has_sorted_indices:
+            self.in_order = False
+            block.sort_indices()
+        if not block.has_canonical_format:
+            row = next(row for row in range(block.shape[0]) if (np.diff(block[row].indices) == 0).any())
+            raise DataError(
+                problems=[
+                    Problem(
+                        f"{self._path}, {self._name}, row {start + row}",
+                        "a gene stands twice in this cell",
+                        "call adata.X.sum_duplicates(), if the sum is what is meant, and write the file again",
+                    )
+                ]
+            )
+        return block
 
 
 @contextmanager
@@ -174,7 +492,7 @@ class H5adReader:
         return base if base > 1 else None
 
     def chunks(self, *, max_values: int = 1 << 24) -> Iterator[tuple[int, sparse.csr_matrix]]:
-        """Yield ``(first row, block)`` of consecutive rows; see :meth:`pertcast.files.matrix.Matrix.chunks`."""
+        """Yield ``(first row, block)`` of consecutive rows; see :meth:`pertcast.files.h5ad.Matrix.chunks`."""
         return self._matrix.chunks(max_values=max_values)
 
     def embedding(self, key: str, start: int, stop: int) -> np.ndarray:
@@ -202,3 +520,50 @@ class H5adReader:
         with reading(self.path, f"obsm[{key!r}]"):
             require_plausible(node)
             return np.asarray(node[start:stop], dtype=np.float32)
+
+
+class RangeFile:
+    """A one-dimensional .npy file, mapped into memory.
+
+    Raises OSError or ValueError if it is missing or is no such file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.npy"
+    >>> np.save(path, np.arange(10))
+    >>> RangeFile(path).gather(np.array([7, 0]), np.array([10, 2])).tolist()
+    [7, 8, 9, 0, 1]
+    """
+
+    def __init__(self, path: Path) -> None:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        if mapped.ndim != 1 or not isinstance(mapped, np.memmap):
+            raise ValueError(f"expected one dimension, got {mapped.ndim}")
+        self._path = path
+        self._num_bytes = int(mapped.offset) + mapped.nbytes
+        self._values = np.asarray(mapped)
+        self.dtype: np.dtype = mapped.dtype
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def gather(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """Return the values of ranges ``[start, stop)``, one after the other.
+
+        Raises OSError if the file has become shorter: reading a map past its end would kill the process.
+        """
+        if self._path.stat().st_size < self._num_bytes:
+            raise OSError(f"{self._path} has become shorter than {self._num_bytes:,} bytes")
+        gathered = np.empty(int((stops - starts).sum()), dtype=self.dtype)
+        _copy_ranges(self._values, starts, stops, gathered)
+        return gathered
+
+
+@numba.njit(nogil=True, cache=True)
+def _copy_ranges(values: np.ndarray, starts: np.ndarray, stops: np.ndarray, into: np.ndarray) -> None:
+    done = 0
+    for i in range(len(starts)):
+        for position in range(starts[i], stops[i]):
+            into[done] = values[position]
+            done += 1

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 from urllib.parse import quote
 
-__all__ = ["DubiousLabel", "dubious_labels", "file_name", "is_control_name", "is_no_label", "plain", "too_long"]
+__all__ = ["dubious_labels", "file_name", "is_control_name", "is_no_label", "plain", "too_long"]
 
 _CONTROL_NAMES = frozenset(
     {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pertcast.errors import DataError, Problem
 from pertcast.files.labels import too_long
-from pertcast.files.wrong_kind import wrong_kind
+from pertcast.files.obs import wrong_kind
 from pertcast.seasons import Season
 
 __all__ = ["TargetList", "read_gene_list", "read_targets", "read_written_genes", "write_genes"]

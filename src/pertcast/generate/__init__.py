@@ -22,22 +22,23 @@ from pertcast.errors import CheckpointError, DataError
 from pertcast.files.artefacts import (
     MANIFEST,
     Manifest,
+    Origin,
     atomic_file,
+    claimed,
+    clean,
     hash_file,
+    locked,
     manifest_path,
     read_manifest,
     write_json,
     write_manifest,
 )
-from pertcast.files.lock import claimed, clean, locked
-from pertcast.files.origin import Origin
 from pertcast.files.season_lists import write_genes
-from pertcast.generate.binding import bind, is_imported, match_total
 from pertcast.generate.calibration import calibrated
-from pertcast.generate.parts import PartMaker
+from pertcast.generate.parts import PartMaker, own_share, wait_for_others
 from pertcast.generate.plan import Part, Plan, plan_parts
-from pertcast.generate.shares import own_share, wait_for_others
-from pertcast.models.checkpoint import Run, open_run
+from pertcast.generate.predict import bind, is_imported, match_total
+from pertcast.models.run_folder import Run, open_run
 from pertcast.processes import launched, run_processes
 from pertcast.progress import SILENT, Progress
 

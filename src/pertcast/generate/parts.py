@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
-from pertcast.ahead import one_ahead
 from pertcast.config import Experiment
+from pertcast.data.cell_sets import generation_sets
 from pertcast.data.features import PertFeatures
-from pertcast.data.sets import generation_sets
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError
 from pertcast.files.artefacts import (
@@ -28,16 +28,16 @@ from pertcast.files.artefacts import (
     write_manifest,
 )
 from pertcast.files.h5ad import CsrWriter
+from pertcast.files.resources import one_ahead
 from pertcast.generate.calibration import CalibratedPredictor, calibrated
 from pertcast.generate.cells import CellMaker
-from pertcast.generate.centre import CentredPredictor
-from pertcast.generate.counts_head import CountsHeadPredictor, shapes_of
 from pertcast.generate.plan import Part, control_rows
-from pertcast.generate.predict import Predictor, make_predictor
-from pertcast.models.checkpoint import Run
+from pertcast.generate.predict import CentredPredictor, CountsHeadPredictor, Predictor, make_predictor, shapes_of
+from pertcast.models.run_folder import Run
+from pertcast.progress import Advance
 from pertcast.submission.controls import choose_controls
 
-__all__ = ["PartMaker"]
+__all__ = ["PartMaker", "own_share", "wait_for_others"]
 
 
 class PartMaker:
@@ -220,3 +220,36 @@ class PartMaker:
             # control cells show 0 of what their panel did not measure, and no target changes that
             cells_CG[~self._store.measured_FG[self._store.file_codes[rows]]] = 0
         return cells_CG
+
+
+_POLL_SECONDS = 0.5
+
+
+def own_share(parts: Sequence[Part], *, rank: int, size: int) -> tuple[Part, ...]:
+    """Return the parts that a process makes, in the plan's order; all processes have about as many cells.
+
+    Examples
+    --------
+    >>> parts = [Part(name, "vcc", "H1", name, num) for name, num in (("A", 5), ("B", 9), ("C", 4), ("D", 1))]
+    >>> [[part.target for part in own_share(parts, rank=rank, size=2)] for rank in range(2)]
+    [['B', 'D'], ['A', 'C']]
+    """
+    loads, owner = [0] * size, {}
+    for part in sorted(parts, key=lambda part: -part.num_cells):
+        least = loads.index(min(loads))
+        loads[least] += part.num_cells
+        owner[part.file] = least
+    return tuple(part for part in parts if owner[part.file] == rank)
+
+
+def wait_for_others(out: Path, parts: Sequence[Part], maker: PartMaker, advance: Advance) -> None:
+    """Return when the parts of all other processes are there and right; a launcher ends all if one of them fails."""
+    pending = list(parts)
+    while pending:
+        for part in tuple(pending):
+            # A manifest may be taken away between two looks at it.
+            with suppress(CheckpointError):
+                if maker.is_right(out, part):
+                    pending.remove(part)
+                    advance(part.num_cells, detail=part.target)
+        time.sleep(_POLL_SECONDS if pending else 0)

@@ -18,8 +18,8 @@ from pertcast.errors import ConfigError, DataError, Problem, Problems
 from pertcast.files.labels import file_name
 from pertcast.files.season_lists import read_targets
 from pertcast.seasons import Season
-from pertcast.submission.budget import Budget, plan_budget, room_for_controls
-from pertcast.submission.bundle import contexts_in_force
+from pertcast.submission.cell_budget import Budget, plan_budget, room_for_controls
+from pertcast.submission.season_bundle import contexts_in_force
 
 __all__ = ["Part", "Plan", "control_rows", "plan_parts", "prediction_sources"]
 

@@ -8,8 +8,9 @@ anew among the targets of a resample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,17 @@ from numpy.typing import NDArray
 from pertcast.stats.intervals import Interval, Resamples, draw_resamples, interval, resampled_means
 from pertcast.stats.metrics import BEST
 
-__all__ = ["METRICS", "REFERENCES", "Change", "Comparison", "collect"]
+__all__ = [
+    "METRICS",
+    "REFERENCES",
+    "TITLES",
+    "Comparison",
+    "as_markdown",
+    "collect",
+    "draw_chart",
+    "level_rows",
+    "verdict",
+]
 
 Floats = NDArray[np.float64]
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -236,3 +247,163 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+TITLES = {"mae": "MAE", "des": "DES", "pds": "PDS", "effect_correlation": "effect correlation", "overall": "overall"}
+_LOWER_IS_BETTER = frozenset({"mae"})
+_TOLERATED_PERCENT = 2.0
+
+
+def verdict(comparison: Comparison) -> list[str]:
+    """Return one sentence for each pair that was compared.
+
+    A metric "is raised" or "is lowered" where the 95 % interval leaves 0 out, else it is "unchanged" as far as this
+    comparison can see.
+    """
+    pairs = dict.fromkeys((change.name, change.against) for change in comparison.changes)
+    return [_sentence(comparison, *pair) for pair in pairs]
+
+
+def _sentence(comparison: Comparison, name: str, against: str) -> str:
+    clear: list[str] = []
+    unclear: list[str] = []
+    for metric in METRICS:
+        change = comparison.change(name, against, metric)
+        (clear if change.difference.is_clear else unclear).append(_clause(change))
+    other = "the training-mean baseline" if against == "baseline" else _shown(against)
+    said = "; ".join([*clear, *(["unchanged: " + ", ".join(unclear)] if unclear else [])])
+    harm = [
+        TITLES[change.metric]
+        for change in (comparison.change(name, against, metric) for metric in METRICS)
+        if change.difference.is_clear and _is_worse(change) and abs(change.percent.value) > _TOLERATED_PERCENT
+    ]
+    return f"{_shown(name)} against {other}: {said}." + (f" It does harm to {', '.join(harm)}." if harm else "")
+
+
+def _shown(name: str) -> str:
+    return name.upper() if name in ("c1", "c2", "c3", "c4") else name
+
+
+def _is_worse(change: Change) -> bool:
+    return (change.difference.value > 0) == (change.metric in _LOWER_IS_BETTER)
+
+
+def _clause(change: Change) -> str:
+    title, percent, difference = TITLES[change.metric], change.percent, change.difference
+    if change.metric == "mae":
+        if not difference.is_clear:
+            return f"{title} ({percent.value:+.1f} % {_range(percent, '.1f')})"
+        low, high = sorted((abs(percent.low), abs(percent.high)))
+        verb = "raises" if difference.value > 0 else "lowers"
+        return f"{verb} {title} by {abs(percent.value):.1f} % [{low:.1f}, {high:.1f}]"
+    if not difference.is_clear:
+        return f"{title} ({difference.value:+.3f} {_range(difference, '.3f')})"
+    low, high = sorted((abs(difference.low), abs(difference.high)))
+    verb = "raises" if difference.value > 0 else "lowers"
+    return f"{verb} {title} by {abs(difference.value):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _range(found: Interval, form: str) -> str:
+    return f"[{found.low:{form}}, {found.high:{form}}]"
+
+
+def level_rows(levels: Mapping[str, Mapping[str, Interval]], names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of a table: a name, and each metric with its interval."""
+    for name in names:
+        cells = []
+        for metric in METRICS:
+            found = levels[name][metric]
+            form = ".4f" if metric == "mae" else ".3f"
+            known = found.value == found.value
+            cells.append(f"{found.value:{form}} {_range(found, form)}" if known else "–")
+        yield (name, *cells)
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """Return the whole comparison as Markdown."""
+    targets = len({target for _, target, _ in comparison.units})
+    folds = len({fold for _, _, fold in comparison.units})
+    lines = [
+        "# Comparison on held-out perturbations",
+        "",
+        f"{targets} targets, {len(comparison.units)} units (a target in a context), {folds} fold(s), "
+        f"{comparison.num_seeds} seed(s). In brackets: 95 % intervals of a paired bootstrap over targets and seeds. "
+        "Overall: against the training-mean baseline, each metric clipped at 0. Ceiling: one half of the real cells "
+        "for the other. MAE: lower is better.",
+        "",
+        *(f"- {sentence}" for sentence in verdict(comparison)),
+        "",
+        *_level_table(comparison.levels, (*comparison.candidates, *REFERENCES)),
+    ]
+    for stratum, levels in comparison.strata.items():
+        lines += ["", f"## The third of the targets with {stratum} effects", ""]
+        lines += _level_table(levels, (*comparison.candidates, *REFERENCES))
+    lines += ["", *(f"{name}: `{folder}`  " for name, folder in comparison.folders.items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _level_table(levels: Mapping[str, Mapping[str, Interval]], names: tuple[str, ...]) -> list[str]:
+    header = ("", *(TITLES[metric] for metric in METRICS))
+    rows = [header, ("---",) * len(header), *level_rows(levels, names)]
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+_PANEL, _NAMES, _ROW, _TOP, _BOTTOM, _GAP = 190, 110, 24, 44, 34, 22
+_BLUE, _GREY = "#0072b2", "#6b6b6b"
+
+
+def draw_chart(comparison: Comparison) -> str:
+    """Return the chart as SVG text; references are grey, and shapes tell them apart without colour."""
+    names = (*comparison.candidates, *REFERENCES)
+    width = _NAMES + len(METRICS) * (_PANEL + _GAP)
+    height = _TOP + _ROW * len(names) + _BOTTOM
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        'font-family="system-ui, sans-serif" font-size="12" fill="#1a1a1a">',
+        "<title>Comparison on held-out perturbations: means and 95 % intervals</title>",
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    for row, name in enumerate(names):
+        parts.append(f'<text x="{_NAMES - 8}" y="{_middle(row) + 4}" text-anchor="end">{escape(name)}</text>')
+    for column, metric in enumerate(METRICS):
+        found = [comparison.levels[name][metric] for name in names]
+        parts += _panel(found, _NAMES + column * (_PANEL + _GAP), height, title=_title(metric), names=names)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _title(metric: str) -> str:
+    return TITLES[metric] + (" (lower is better)" if metric == "mae" else "")
+
+
+def _middle(row: int) -> int:
+    return _TOP + _ROW * row + _ROW // 2
+
+
+def _panel(found: list[Interval], left: int, height: int, *, title: str, names: tuple[str, ...]) -> list[str]:
+    known = [end for level in found for end in level if end == end]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    spread = (high - low) or 1.0
+    bottom = height - _BOTTOM + 6
+
+    def x(value: float) -> float:
+        return round(left + 6 + (value - low) / spread * (_PANEL - 12), 1)
+
+    parts = [
+        f'<text x="{left}" y="24" font-weight="600">{escape(title)}</text>',
+        f'<line x1="{left}" x2="{left + _PANEL}" y1="{bottom}" y2="{bottom}" stroke="{_GREY}"/>',
+        f'<text x="{left}" y="{bottom + 16}">{low:.3g}</text>',
+        f'<text x="{left + _PANEL}" y="{bottom + 16}" text-anchor="end">{high:.3g}</text>',
+    ]
+    for row, (name, level) in enumerate(zip(names, found, strict=True)):
+        if level.value != level.value:
+            continue
+        y, colour = _middle(row), _GREY if name in REFERENCES else _BLUE
+        label = escape(f"{name}: {level.value:.4g} [{level.low:.4g}, {level.high:.4g}]")
+        mark = (
+            f'<rect x="{x(level.value) - 4}" y="{y - 4}" width="8" height="8" fill="{colour}"/>'
+            if name in REFERENCES
+            else f'<circle cx="{x(level.value)}" cy="{y}" r="4.5" fill="{colour}"/>'
+        )
+        line = f'<line x1="{x(level.low)}" x2="{x(level.high)}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>'
+        parts.append(f"<g><title>{label}</title>{line}{mark}</g>")
+    return parts

@@ -23,12 +23,12 @@ from pertcast.data.split import Split
 from pertcast.data.store import Store
 from pertcast.errors import DataError
 from pertcast.files.artefacts import atomic_file, read_json, write_json
-from pertcast.files.csr_writer import CsrWriter
-from pertcast.files.expression import normalise_log1p
+from pertcast.files.h5ad_writer import CsrWriter
+from pertcast.files.scales import normalise_log1p
 from pertcast.generate.plan import control_rows
-from pertcast.ladder.baseline import constant_side
-from pertcast.ladder.cells import Side, read_halves, read_side, select_perts
+from pertcast.ladder.mean_baseline import constant_side
 from pertcast.ladder.score import compare_sides
+from pertcast.ladder.scored_side import Side, read_halves, read_side, select_perts
 from pertcast.progress import Progress
 from pertcast.seasons import Season
 from pertcast.stats.metrics import discrimination

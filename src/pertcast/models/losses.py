@@ -10,8 +10,17 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-__all__ = ["energy_distance", "pseudobulk_mae", "ranking_loss", "working_dtype"]
+__all__ = [
+    "call_logits",
+    "de_loss",
+    "energy_distance",
+    "negative_binomial_loss",
+    "order_loss",
+    "pseudobulk_mae",
+    "ranking_loss",
+]
 
 # geomloss floors squared distances here; the same floor makes small sets agree with it and stops the gradient at 0.
 _SQUARED_FLOOR = 1e-8
@@ -157,3 +166,179 @@ def _norm(a: Tensor) -> Tensor:
 def working_dtype(values: Tensor) -> torch.dtype:
     """Return what a loss of such values is computed in: float64 stays, all else is float32."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def negative_binomial_loss(
+    counts_BSG: Tensor, log_mean_BSG: Tensor, log_shape_G: Tensor, *, measured_BG: Tensor | None = None
+) -> Tensor:
+    """Return the negative log-likelihood of counts, a mean over the cells and genes of each set.
+
+    A count is negative binomial with variance ``mean + mean**2 / shape``. Logarithms of gamma functions are computed of
+    the counts above 0 alone, which are the fewest.
+
+    Parameters
+    ----------
+    counts_BSG
+        Whole counts, ``(B, S, G)``.
+    log_mean_BSG
+        Logarithms of their means, ``(B, S, G)``.
+    log_shape_G
+        Logarithms of 1 / dispersion, ``(G,)``.
+    measured_BG
+        Which genes count, bool ``(B, G)``; the counts of the others must be 0. All where not given.
+
+    Returns
+    -------
+    Tensor
+        ``(B,)``, float32 or float64.
+
+    References
+    ----------
+    Lopez et al., "Deep generative modeling for single-cell transcriptomics", 2018.
+
+    Examples
+    --------
+    >>> zero = torch.zeros(1, 1, 1)
+    >>> round(negative_binomial_loss(zero, zero, torch.zeros(1)).item(), 4)
+    0.6931
+    """
+    with torch.autocast(device_type=log_mean_BSG.device.type, enabled=False):
+        dtype = working_dtype(log_mean_BSG)
+        counts_BSG, log_shape_G = counts_BSG.to(dtype), log_shape_G.to(dtype)
+        odds_BSG = log_mean_BSG.to(dtype) - log_shape_G
+        # -log of shape / (shape + mean)
+        cost_BSG = functional.softplus(odds_BSG)
+        shape_G = log_shape_G.exp()
+        set_N, cell_N, gene_N = counts_BSG.nonzero(as_tuple=True)
+        count_N, shape_N = counts_BSG[set_N, cell_N, gene_N], shape_G[gene_N]
+        seen_N = torch.lgamma(count_N + shape_N) - torch.lgamma(shape_N) - torch.lgamma(count_N + 1)
+        seen_N = seen_N + count_N * (odds_BSG - cost_BSG)[set_N, cell_N, gene_N]
+        num_values = counts_BSG.shape[1] * counts_BSG.shape[2]
+        if measured_BG is None:
+            return (cost_BSG.sum(1) @ shape_G).index_add(0, set_N, -seen_N) / num_values
+        loss_B = ((cost_BSG.sum(1) * measured_BG) @ shape_G).index_add(0, set_N, -seen_N)
+        return loss_B / (num_values * measured_BG.float().mean(1))
+
+
+# How steeply a call follows from the size of an effect; at effect 0 it has 5 %.
+_SHARPNESS = 3.0
+
+
+def de_loss(
+    logits_BG: Tensor, labels_BG: Tensor, valid_BG: Tensor, *, positive_weight: float = 1.0, gamma: float = 0.0
+) -> Tensor:
+    """Return the cross-entropy of "is this gene differentially expressed?", a mean over the valid genes of each set.
+
+    Parameters
+    ----------
+    logits_BG
+        The head's output, ``(B, G)``.
+    labels_BG
+        Whether the gene is differentially expressed, bool ``(B, G)``.
+    valid_BG
+        Where there is a label, bool ``(B, G)``; a set without any gets 0.
+    positive_weight
+        What a differentially expressed gene weighs; the others weigh 1.
+    gamma
+        Above 0, the focal loss: a gene counts ``(1 - probability of its label) ** gamma``.
+
+    Returns
+    -------
+    Tensor
+        ``(B,)``, float32 or float64.
+
+    References
+    ----------
+    Lin et al., "Focal loss for dense object detection", 2017.
+
+    Examples
+    --------
+    >>> yes = torch.ones(1, 4, dtype=torch.bool)
+    >>> round(de_loss(torch.zeros(1, 4), yes, yes).item(), 4)
+    0.6931
+    """
+    with torch.autocast(device_type=logits_BG.device.type, enabled=False):
+        logits_BG = logits_BG.to(working_dtype(logits_BG))
+        # How far the logit is on the side of its label.
+        margin_BG = torch.where(labels_BG, logits_BG, -logits_BG)
+        loss_BG = functional.softplus(-margin_BG)
+        if gamma:
+            # (1 - p) ** gamma through its logarithm, whose gradient stays finite where p is 1.
+            loss_BG = loss_BG * torch.exp(gamma * functional.logsigmoid(-margin_BG))
+        weight_BG = torch.where(labels_BG, positive_weight, 1.0).to(loss_BG.dtype) * valid_BG
+        return (loss_BG * weight_BG).sum(-1) / valid_BG.sum(-1).clamp_min(1)
+
+
+def call_logits(effect_BG: Tensor, direction_BG: Tensor, threshold_BG: Tensor) -> Tensor:
+    """Return logits of "the official test would call this gene", a soft version of the test on predicted effects.
+
+    ``3 (x / threshold - 1)`` where x is the effect in the gene's real direction, or its size where the gene has none: a
+    differentially expressed gene must be predicted large enough and on the right side, the others small enough.
+
+    Parameters
+    ----------
+    effect_BG
+        Predicted effects, ``(B, G)``, in log1p units.
+    direction_BG
+        1 or -1 for genes that are differentially expressed, up or down; 0 for the others.
+    threshold_BG
+        The size from which on the test calls a gene, above 0.
+
+    Returns
+    -------
+    Tensor
+        ``(B, G)``, float32 or float64.
+
+    Examples
+    --------
+    >>> call_logits(torch.tensor([[0.5, -0.5]]), torch.tensor([[1, 1]]), torch.tensor([[0.5, 0.5]]))
+    tensor([[ 0., -6.]])
+    """
+    with torch.autocast(device_type=effect_BG.device.type, enabled=False):
+        effect_BG = effect_BG.to(working_dtype(effect_BG))
+        sided_BG = _in_real_direction(effect_BG, direction_BG)
+        return _SHARPNESS * (sided_BG / threshold_BG - 1)
+
+
+def order_loss(effect_BG: Tensor, direction_BG: Tensor, scale_B: Tensor) -> Tensor:
+    """Return how badly the sizes of a predicted effect tell differentially expressed genes from others.
+
+    ``log(1 + sum over others h of exp((x_h - x_g) / scale))``, a mean over the differentially expressed genes g, where
+    x is the effect in the gene's real direction, or its size where the gene has none. Every perturbation weighs the
+    same however many genes it changes, as in the official score, a mean over perturbations of the share of their genes
+    that is found; and how many there are, which features hardly tell, is not asked for.
+
+    Parameters
+    ----------
+    effect_BG
+        Predicted effects, ``(B, G)``, in log1p units.
+    direction_BG
+        1 or -1 for genes that are differentially expressed, up or down; 0 for the others.
+    scale_B
+        What a set's effects are measured in, above 0.
+
+    Returns
+    -------
+    Tensor
+        ``(B,)``, float32 or float64; 0 for a set without differentially expressed genes.
+
+    References
+    ----------
+    Sohn, "Improved deep metric learning with multi-class N-pair loss objective", 2016.
+
+    Examples
+    --------
+    >>> effect, direction = torch.tensor([[2.0, -2.0, 0.0, 0.0]]), torch.tensor([[1, -1, 0, 0]])
+    >>> [round(order_loss(share * effect, direction, torch.ones(1)).item(), 3) for share in (-1, 0, 1, 2)]
+    [2.759, 1.099, 0.24, 0.036]
+    """
+    with torch.autocast(device_type=effect_BG.device.type, enabled=False):
+        size_BG = _in_real_direction(effect_BG.to(working_dtype(effect_BG)), direction_BG) / scale_B[:, None]
+        is_de_BG = direction_BG != 0
+        others_B1 = size_BG.masked_fill(is_de_BG, -torch.inf).logsumexp(-1, keepdim=True)
+        return (functional.softplus(others_B1 - size_BG) * is_de_BG).sum(-1) / is_de_BG.sum(-1).clamp_min(1)
+
+
+def _in_real_direction(effect_BG: Tensor, direction_BG: Tensor) -> Tensor:
+    """Return effects in the genes' real direction, and their size where a gene has none."""
+    return torch.where(direction_BG == 0, effect_BG.abs(), effect_BG * direction_BG)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pertcast.models.backbone import Backbone, Gpt2Backbone
 from pertcast.models.heads import ConfidenceToken, CountsHead, CountsPrediction, DeHead, bottleneck, mlp, normed_mlp
-from pertcast.models.spec import PRESETS, Preset, StateSpec, spec_for
+from pertcast.models.spec import PRESETS, StateSpec, spec_for
+from pertcast.models.transformer import Backbone, Gpt2Backbone
 from pertcast.stats.draws import key_hash
 
-__all__ = ["PRESETS", "Prediction", "Preset", "StateSpec", "StateTransition", "cut_of", "spec_for"]
+__all__ = ["PRESETS", "Prediction", "StateSpec", "StateTransition", "cut_of", "spec_for"]
 
 _INIT_STD = 0.02
 _GENE_DECODER_LAYERS = 3

@@ -7,6 +7,7 @@ Invariants: one error ends all and is raised once; Ctrl-C and SIGTERM reach each
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -14,20 +15,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import Any
+from typing import Any, Literal, NamedTuple, TextIO
 
 from pertcast import errors
-from pertcast.errors import PertcastError
-from pertcast.files.cpus import available_cpus
-from pertcast.progress import Advance, Progress
+from pertcast.errors import ConfigError, PertcastError
+from pertcast.files.resources import available_cpus
+from pertcast.progress import SILENT, Advance, Progress
 
-__all__ = ["run_processes"]
+__all__ = ["LostProcessError", "Ranks", "launched", "run_processes"]
 
-_WORKER = "pertcast.processes.worker"
+_WORKER = "pertcast.processes.launch"
 _GRACE_SECONDS = 15.0
 _POLL_SECONDS = 0.2
 
@@ -208,3 +211,155 @@ class _Watch:
                 "and give the same command again to go on"
             )
         return PertcastError(f"{place} ended with code {code}; what it wrote above says why")
+
+
+class Ranks(NamedTuple):
+    """One process among those of a command.
+
+    Attributes
+    ----------
+    rank, size
+        Its number, and how many there are on all machines.
+    local_rank, local_size
+        Its number on its machine, and how many there are on it.
+    num_nodes
+        Machines.
+    launcher
+        Who started them.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    num_nodes: int = 1
+    launcher: Literal["torchrun", "srun"] = "torchrun"
+
+    def __str__(self) -> str:
+        """Return ``process 2 of 4``, counted from 1."""
+        return f"process {self.rank + 1} of {self.size}"
+
+
+class LostProcessError(PertcastError):
+    """Another process has ended; its own error says why."""
+
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# SLURM_NTASKS and SLURM_PROCID are there in a batch script, too; a step's number only where srun started the process.
+_SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NNODES")
+_SRUN_STEP = "SLURM_STEP_ID"
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Ranks | None:
+    """Return which process this is, or ``None`` where no launcher has started several.
+
+    Raises
+    ------
+    ConfigError
+        If the launcher's variables are no numbers, or machines do not have equally many processes.
+
+    Examples
+    --------
+    >>> launched({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    Ranks(rank=3, size=4, local_rank=1, local_size=2, num_nodes=2, launcher='torchrun')
+    >>> launched({}) is None
+    True
+    """
+    if all(name in environment for name in _TORCHRUN):
+        rank, size, local_rank, local_size = _numbers(environment, _TORCHRUN)
+        num_nodes, launcher = size // max(local_size, 1), "torchrun"
+    elif _SRUN_STEP in environment and all(name in environment for name in _SRUN):
+        rank, size, local_rank, num_nodes = _numbers(environment, _SRUN)
+        local_size, launcher = size // max(num_nodes, 1), "srun"
+    else:
+        return None
+    if size <= 1:
+        return None
+    if local_size * num_nodes != size or not local_rank < local_size:
+        raise ConfigError(
+            f"{launcher}: expected equally many processes on each machine, got {size} on {num_nodes}; "
+            "start as many on each as it has devices (srun: --ntasks-per-node)"
+        )
+    return Ranks(rank, size, local_rank, local_size, num_nodes, "torchrun" if launcher == "torchrun" else "srun")
+
+
+def _numbers(environment: Mapping[str, str], names: tuple[str, ...]) -> list[int]:
+    try:
+        return [int(environment[name]) for name in names]
+    except ValueError:
+        found = ", ".join(f"{name}={environment[name]!r}" for name in names)
+        raise ConfigError(f"expected numbers in the launcher's variables, got {found}; unset them") from None
+
+
+class _Events:
+    """A :class:`pertcast.progress.Progress` that sends everything to the process that shows it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._opened = stream, 0
+
+    def send(self, kind: str, *values: Any) -> None:
+        with suppress(BrokenPipeError):  # nobody listens any more; the watch over stdin ends this process
+            self._stream.write(json.dumps([kind, *values]) + "\n")
+            self._stream.flush()
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+        self._opened += 1
+        number = self._opened
+        self.send("task", number, label, total, unit, done)
+
+        def advance(amount: int, detail: str = "") -> None:
+            self.send("advance", number, amount, detail)
+
+        yield advance
+        self.send("end", number)
+
+    def note(self, text: str) -> None:
+        self.send("note", text)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self.send("table", title, list(header), [list(row) for row in rows])
+
+
+def main() -> int:
+    """Do the job that stdin names; return the exit code."""
+    stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", category)
+    events = _Events(stream)
+    try:
+        _work(events)
+    except (PertcastError, OSError) as error:
+        events.send("error", _described(error))
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _work(events: _Events) -> None:
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    module, _, function = job.pop("work").partition(":")
+    progress: Progress = events if os.environ["RANK"] == "0" else SILENT
+    getattr(import_module(module), function)(job, progress)
+
+
+def _end_with_parent() -> None:
+    # unbuffered: a thread that held the buffer's lock would crash the interpreter's shutdown
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _described(error: PertcastError | OSError) -> dict[str, Any]:
+    if isinstance(error, OSError):
+        return {"errno": error.errno, "text": error.strerror or str(error), "filename": str(error.filename or "")}
+    kind = "" if isinstance(error, LostProcessError) else type(error).__name__
+    return {"kind": kind, "text": str(error)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,20 +10,27 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 from scipy.spatial.distance import cdist
 
-from pertcast.stats.de import FDR
+from pertcast.stats.de import FDR, differential_expression
+from pertcast.stats.groups import group_cells, group_means
 
 __all__ = [
     "BEST",
-    "Overlap",
+    "Profile",
+    "compare_effects",
+    "constant_profile",
     "de_overlap",
     "discrimination",
     "effect_correlation",
     "is_significant",
+    "knockdown",
     "mean_absolute_error",
     "overall",
+    "profile_of",
     "relative",
+    "score_profiles",
     "spearman_brown",
 ]
 
@@ -194,3 +201,122 @@ def spearman_brown(score: float) -> float:
     0.6666666666666666
     """
     return 2 * score / (1 + score) if score > 0 else float("nan")
+
+
+class EffectAgreement(NamedTuple):
+    """How a predicted effect agrees with a measured one.
+
+    Attributes
+    ----------
+    predicted_size, measured_size
+        L2 norms over genes.
+    correlation
+        Pearson correlation over genes; NaN where one of the two is constant.
+    """
+
+    predicted_size: float
+    measured_size: float
+    correlation: float
+
+
+def compare_effects(predicted_G: NDArray[np.floating], measured_G: NDArray[np.floating]) -> EffectAgreement:
+    """Compare two effects over the same genes.
+
+    Parameters
+    ----------
+    predicted_G, measured_G
+        (genes,) differences of mean log1p values.
+
+    Examples
+    --------
+    >>> compare_effects(np.array([3.0, 4.0]), np.array([3.0, 4.0]))
+    EffectAgreement(predicted_size=5.0, measured_size=5.0, correlation=1.0)
+    """
+    predicted, measured = predicted_G.astype(np.float64), measured_G.astype(np.float64)
+    sizes = float(np.linalg.norm(predicted)), float(np.linalg.norm(measured))
+    predicted, measured = predicted - predicted.mean(), measured - measured.mean()
+    scale = np.linalg.norm(predicted) * np.linalg.norm(measured)
+    return EffectAgreement(*sizes, round(float(predicted @ measured / scale), 12) if scale > 0 else float("nan"))
+
+
+def knockdown(perturbed_log1p: float, control_log1p: float) -> float:
+    """Return the share of a gene's expression that is left, from mean log1p values: expm1 over expm1.
+
+    Examples
+    --------
+    >>> round(knockdown(np.log1p(1.0), np.log1p(10.0)), 3)
+    0.1
+    """
+    return float(np.expm1(perturbed_log1p) / np.expm1(control_log1p)) if control_log1p > 0 else float("nan")
+
+
+class Profile(NamedTuple):
+    """Perturbations beside one set of control cells, (P, G) each.
+
+    Attributes
+    ----------
+    means, effects
+        Mean log1p, and that minus the control's.
+    significant, log2_fold_change
+        Which genes are differentially expressed, by the official statistics, and by how much.
+    """
+
+    means: NDArray[np.float64]
+    effects: NDArray[np.float64]
+    significant: NDArray[np.bool_]
+    log2_fold_change: NDArray[np.float64]
+
+
+def profile_of(
+    cells_log1p: sparse.csr_matrix | NDArray[np.floating],
+    codes: NDArray[np.int64],
+    controls_log1p: sparse.csr_matrix,
+    *,
+    threads: int = 1,
+) -> Profile:
+    """Return the profile of cells.
+
+    Parameters
+    ----------
+    cells_log1p
+        (cells, G), of the same number type as the controls.
+    codes
+        (cells,) the perturbation of each, from 0.
+    controls_log1p
+        (controls, G).
+    threads
+        How many ranges of genes to work on at a time.
+    """
+    ours = group_cells(cells_log1p, codes)
+    theirs = group_cells(controls_log1p, np.zeros(controls_log1p.shape[0], dtype=np.int64))
+    table = differential_expression(ours, theirs, threads=threads)
+    means, control_mean = group_means(ours)[0], group_means(theirs)[0]
+    return Profile(means, means - control_mean, is_significant(table.fdr), table.log2_fold_change)
+
+
+def constant_profile(
+    cell_log1p: NDArray[np.floating], sizes: NDArray[np.int64], controls_log1p: sparse.csr_matrix, *, threads: int = 1
+) -> Profile:
+    """Return the profile of perturbations whose cells are all one and the same; they have `sizes` (P,) cells."""
+    distinct, place = np.unique(sizes, return_inverse=True)
+    codes = np.repeat(np.arange(len(distinct)), distinct)
+    copies = np.broadcast_to(cell_log1p.astype(controls_log1p.dtype), (len(codes), len(cell_log1p)))
+    found = profile_of(copies, codes, controls_log1p, threads=threads)
+    return Profile(found.means[place], found.effects[place], found.significant[place], found.log2_fold_change[place])
+
+
+def score_profiles(predicted: Profile, real: Profile, own_gene: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    """Return the metrics of each perturbation, (P,): ``mae``, ``pds``, ``des``.
+
+    Parameters
+    ----------
+    predicted, real
+        Of the same perturbations and genes.
+    own_gene
+        (P,) position of each perturbation's own gene, -1 where it is none of the genes.
+    """
+    return {
+        "mae": mean_absolute_error(real.means, predicted.means),
+        "pds": discrimination(real.effects, predicted.effects, own_gene),
+        "des": de_overlap(real.significant, predicted.significant, predicted.log2_fold_change).score,
+    }

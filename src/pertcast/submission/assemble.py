@@ -18,20 +18,20 @@ from pertcast.errors import CheckpointError, DataError, Problem, SubmissionError
 from pertcast.files.artefacts import (
     Manifest,
     atomic_file,
+    claimed,
     hash_file,
     hash_files,
+    is_current,
+    origin_facts,
     read_json,
     read_manifest,
     require_replaceable,
     write_manifest,
 )
 from pertcast.files.h5ad import CsrWriter, H5adReader, open_h5ad
-from pertcast.files.lock import claimed
-from pertcast.files.origin import origin_facts
+from pertcast.files.resources import describe_write_error, require_space
 from pertcast.files.season_lists import read_written_genes
-from pertcast.files.space import describe_write_error, require_space
 from pertcast.progress import SILENT, Progress
-from pertcast.submission.reuse import is_current
 
 __all__ = ["assemble"]
 

@@ -15,34 +15,32 @@ import torch
 from torch import Tensor
 
 from pertcast.config import Experiment
-from pertcast.data.build import require_same_store
 from pertcast.data.features import PertFeatures
+from pertcast.data.prepare import require_same_store
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError
-from pertcast.files.artefacts import hash_file
-from pertcast.files.lock import claimed
-from pertcast.models.adapt import choose, grow, merge, parse_learn
+from pertcast.files.artefacts import claimed, hash_file
 from pertcast.models.baselines import BaselineSpec
-from pertcast.models.checkpoint import WEIGHTS, Run, load_tensors, open_run, save_run
+from pertcast.models.few_parameters import choose, grow, merge, parse_learn
 from pertcast.models.heads import COUNTS_HEAD_PREFIX, DE_HEAD_PREFIX
+from pertcast.models.run_folder import WEIGHTS, Run, load_tensors, open_run, save_run
 from pertcast.models.state import StateTransition
 from pertcast.processes import launched
 from pertcast.progress import SILENT, Progress
 from pertcast.stats.draws import key_hash
 from pertcast.train.baseline import refit_base
 from pertcast.train.batches import SetReader
-from pertcast.train.effects import TrainingEffects, training_effects
-from pertcast.train.fabric import open_fabric
-from pertcast.train.gain import fit_shift
-from pertcast.train.line import Line, adapted_experiment, bring_into_run, line_features, require_fitting
+from pertcast.train.checkpoints import MetricsLog, Position, load_newest, restore, training_identity
+from pertcast.train.closed_form import fit_offset, fit_shift
+from pertcast.train.control_counts import control_rates
+from pertcast.train.devices import open_fabric
 from pertcast.train.loop import Loop, make_optimizer
-from pertcast.train.offset import fit_offset
+from pertcast.train.loss_targets import learn_truth
+from pertcast.train.loss_terms import needs_truth
+from pertcast.train.new_line import Line, adapted_experiment, bring_into_run, line_features, require_fitting
 from pertcast.train.precision import resolve_precision
-from pertcast.train.rates import control_rates
-from pertcast.train.resume import MetricsLog, Position, load_newest, restore, training_identity
 from pertcast.train.stage import METRICS, begin_run, is_finished, require_losses, require_same_run
-from pertcast.train.terms import needs_truth
-from pertcast.train.truth import learn_truth
+from pertcast.train.training_effects import TrainingEffects, training_effects
 
 __all__ = ["adapt"]
 
@@ -63,7 +61,7 @@ def adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, *
         The trained run; it is left as it is.
     experiment
         Of the new line; ``[adapt]`` says what learns, ``[train]`` how. What it leaves to the run is filled in as
-        :func:`pertcast.train.line.adapted_experiment` does, which `store_path` was prepared from.
+        :func:`pertcast.train.new_line.adapted_experiment` does, which `store_path` was prepared from.
     store_path
         The new line's store. Its training cells are what is learnt from; its validation
         cells say when to stop.

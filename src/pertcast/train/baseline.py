@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from pertcast.config import Experiment
+from pertcast.data.cell_sets import CellSets
 from pertcast.data.features import PertFeatures, save_features
-from pertcast.data.sets import CellSets
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, DataError
 from pertcast.files.artefacts import MANIFEST, any_content, read_json, write_json
@@ -28,14 +28,13 @@ from pertcast.models.baselines import (
     fit_baseline,
     predict_effects,
 )
-from pertcast.models.baselines.files import arrays_of
-from pertcast.models.checkpoint import save_run
+from pertcast.models.baselines.predict import arrays_of
+from pertcast.models.run_folder import save_run
 from pertcast.models.spec import set_size_of
 from pertcast.progress import Progress
-from pertcast.train.effects import TrainingEffects, training_effects
-from pertcast.train.features import FEATURES, needs_features, run_features, show_coverage
-from pertcast.train.record import run_of
-from pertcast.train.resume import IDENTITY, identity_of, identity_problems, with_defaults
+from pertcast.train.checkpoints import IDENTITY, identity_of, identity_problems, with_defaults
+from pertcast.train.run_record import FEATURES, needs_features, run_features, run_of, show_coverage
+from pertcast.train.training_effects import TrainingEffects, training_effects
 
 __all__ = ["TrainingBase", "fit_base", "refit_base", "train_baseline"]
 

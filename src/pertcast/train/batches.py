@@ -5,7 +5,7 @@ Shapes: B sets, S cells in a set, I input width, F width of a perturbation featu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import NamedTuple, cast
@@ -15,20 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pertcast.ahead import one_ahead
-from pertcast.config import Experiment
+from pertcast.config import Experiment, TrainConfig
+from pertcast.data.cell_sets import CellSets, training_sets
 from pertcast.data.features import PertFeatures
-from pertcast.data.inputs import input_dim, read_inputs
-from pertcast.data.sets import CellSets, training_sets
+from pertcast.data.inputs import SparseCells, as_tensor, input_dim, read_inputs
 from pertcast.data.split import Split
 from pertcast.data.store import Store
-from pertcast.data.tensors import SparseCells, as_tensor
 from pertcast.errors import ConfigError, DataError
-from pertcast.files.cpus import available_cpus
+from pertcast.files.resources import available_cpus, one_ahead
 from pertcast.models.state import StateSpec, spec_for
+from pertcast.stats.draws import generator
 from pertcast.train.baseline import TrainingBase
 
-__all__ = ["Batch", "Place", "SetReader", "SetStream", "read_ahead"]
+__all__ = ["Batch", "Place", "SetReader", "SetStream", "blur_features", "disturb", "forget_batches", "read_ahead"]
 
 _MOST_THREADS = 4
 
@@ -271,3 +270,38 @@ def read_ahead(
 ) -> Iterator[tuple[Batch, Place]]:
     """Yield what `read` makes of each piece of the stream; the next ones are read while the caller computes."""
     return one_ahead(stream, lambda piece: (read(piece[0]), piece[1]), threads=threads)
+
+
+def disturb(batch: Batch, reader: SetReader, config: TrainConfig, keys: Sequence[tuple[str | int, ...]]) -> Batch:
+    """Return a batch as training shows it.
+
+    Parameters
+    ----------
+    batch, reader
+        The batch, and who read it.
+    config
+        `unknown_batch`: the share of sets that are shown as of no known batch, where the network has a row for that.
+        `feature_noise`: how much noise each set has on its perturbation's feature.
+    keys
+        One for each set.
+    """
+    if config.unknown_batch and reader.spec.unknown_batch:
+        draws = [generator(config.seed, "no batch", *key).random() for key in keys]
+        batch = forget_batches(batch, [draw < config.unknown_batch for draw in draws])
+    if config.feature_noise:
+        width = batch.pert_BF.shape[1]
+        noise_BF = np.stack([generator(config.seed, "feature noise", *key).normal(size=width) for key in keys])
+        noise_BF *= config.feature_noise * reader.feature_size
+        batch = blur_features(batch, torch.from_numpy(noise_BF), control_code=reader.control_code)
+    return batch
+
+
+def forget_batches(batch: Batch, forgotten: Sequence[bool]) -> Batch:
+    """Return a batch of which some sets are of no known batch (code -1)."""
+    return batch._replace(batch_BS=torch.where(torch.tensor(forgotten)[:, None], -1, batch.batch_BS))
+
+
+def blur_features(batch: Batch, noise_BF: Tensor, *, control_code: int) -> Batch:
+    """Return a batch whose sets are shown with noise on their perturbation features; control sets have none."""
+    is_perturbed_B1 = (batch.pert_B != control_code)[:, None]
+    return batch._replace(pert_BF=batch.pert_BF + noise_BF.to(batch.pert_BF.dtype) * is_perturbed_B1)

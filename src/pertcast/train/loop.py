@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -22,20 +24,44 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from pertcast.config import LossConfig, TrainConfig
-from pertcast.data.sets import CellSets
+from pertcast.data.cell_sets import CellSets
 from pertcast.errors import CheckpointError
-from pertcast.models.dropout import dropout_keys, key_dropout
+from pertcast.models.heads import dropout_keys, key_dropout
 from pertcast.progress import Advance
-from pertcast.train.batches import Batch, Place, SetReader, SetStream, read_ahead
-from pertcast.train.disturb import disturb
-from pertcast.train.resume import MetricsLog, Position, optimizer_tensors, save_state
-from pertcast.train.select import OfficialMetrics, criterion
-from pertcast.train.sharding import is_sharded, whole, whole_tensors
-from pertcast.train.signals import interrupts
-from pertcast.train.terms import Others, loss_terms, total_loss
-from pertcast.train.truth import Truth
+from pertcast.train.batches import Batch, Place, SetReader, SetStream, disturb, read_ahead
+from pertcast.train.checkpoints import MetricsLog, Position, optimizer_tensors, save_state
+from pertcast.train.devices import is_sharded, whole, whole_tensors
+from pertcast.train.loss_targets import Truth
+from pertcast.train.loss_terms import Others, loss_terms, total_loss
+from pertcast.train.validation import OfficialMetrics, criterion
 
 __all__ = ["Loop", "make_optimizer"]
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], int]]:
+    """Let Ctrl-C and SIGTERM wait for the end of the step; a second one does not wait.
+
+    Only within training, and only where Python lets signals be handled (its main thread).
+    """
+    received: list[int] = []
+
+    def remember(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, remember) for number in handled}
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 
 _SMOOTHING = 0.9
 _LOWEST_SHARE = 0.01

@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 from pertcast.config import Experiment
 from pertcast.errors import ConfigError
 from pertcast.files.artefacts import read_json
-from pertcast.train.resume import IDENTITY
+from pertcast.train.checkpoints import IDENTITY
 
 __all__ = ["native_precision", "require_one_precision", "resolve_precision"]
 

@@ -5,34 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from pertcast.config import Experiment, rebuild_experiment
-from pertcast.data.build import require_same_store
+from pertcast.data.counts_fit import BatchEffects, batch_effects
+from pertcast.data.de_labels import de_labels
 from pertcast.data.features import PertFeatures, save_features
-from pertcast.data.labels import de_labels
+from pertcast.data.prepare import require_same_store
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
-from pertcast.files.artefacts import MANIFEST, any_content, read_json, remove_leftovers, write_json
-from pertcast.files.lock import claimed
+from pertcast.files.artefacts import MANIFEST, any_content, claimed, read_json, remove_leftovers, write_json
 from pertcast.models.baselines import save_baseline
-from pertcast.models.checkpoint import BASE, RUN_JSON, WEIGHTS, open_run
+from pertcast.models.run_folder import BASE, RUN_JSON, WEIGHTS, open_run, save_run
 from pertcast.models.state import StateTransition
 from pertcast.processes import launched, run_processes
 from pertcast.progress import SILENT, Progress
 from pertcast.stats.draws import key_hash
 from pertcast.train.baseline import TrainingBase, fit_base, train_baseline
 from pertcast.train.batches import SetReader
-from pertcast.train.fabric import is_first_process, num_processes, one_process_for_all, open_fabric, products
-from pertcast.train.features import FEATURES, run_features, show_coverage
-from pertcast.train.finish import finish_run, learn_facts
-from pertcast.train.loop import Loop, make_optimizer
-from pertcast.train.precision import require_one_precision, resolve_precision
-from pertcast.train.rates import ControlRates, control_rates
-from pertcast.train.resume import (
+from pertcast.train.checkpoints import (
     IDENTITY,
     MetricsLog,
     Position,
@@ -42,19 +37,102 @@ from pertcast.train.resume import (
     restore,
     with_defaults,
 )
-from pertcast.train.select import OfficialMetrics
-from pertcast.train.terms import needs_truth
-from pertcast.train.truth import Truth, learn_truth
+from pertcast.train.control_counts import ControlRates, control_rates
+from pertcast.train.devices import is_first_process, num_processes, one_process_for_all, open_fabric, products
+from pertcast.train.loop import Loop, make_optimizer
+from pertcast.train.loss_targets import Truth, learn_truth
+from pertcast.train.loss_terms import needs_truth
+from pertcast.train.precision import require_one_precision, resolve_precision
+from pertcast.train.run_record import FEATURES, run_features, run_of, show_coverage
+from pertcast.train.validation import OfficialMetrics
 
-__all__ = [
-    "METRICS",
-    "begin_run",
-    "is_finished",
-    "require_losses",
-    "require_same_run",
-    "train",
-    "train_share",
-]
+__all__ = ["METRICS", "begin_run", "is_finished", "require_losses", "require_same_run", "train", "train_share"]
+
+
+class Facts(NamedTuple):
+    """What a user should know of the training cells, the same at every resumption."""
+
+    notes: tuple[str, ...]
+    batches: BatchEffects | None
+
+
+def learn_facts(reader: SetReader, loop: Loop, features: PertFeatures, store: Store) -> Facts:
+    """Return what a user should know before the first step."""
+    sets = reader.training(0)
+    size = reader.spec.set_size
+    notes = []
+    if sets.num_repeating:
+        notes.append(f"{sets.num_repeating:,} training groups have fewer than {size} cells, which repeat in a set")
+    for number, place, other in (
+        (sets.num_other_batch, "batch", "batch of the same file"),
+        (sets.num_other_file, "file", "file of the same dataset"),
+        (sets.num_other_dataset, "dataset", 'dataset, as train.match = "all_datasets" allows'),
+    ):
+        if number:
+            notes.append(
+                f"{number:,} training cells have no control in their own {place}; "
+                f"each is paired with one of another {other}"
+            )
+    if not len(loop.val_sets):
+        notes.append("there are no validation cells: the last weights are kept, not the best")
+    if reader.spec.unknown_batch and len(reader.untrained_batches):
+        notes.append(
+            f"{len(reader.untrained_batches):,} batches have no training cells: they get the row of the unknown batch"
+        )
+    if features.filled:
+        notes.append(f"{len(features.filled):,} perturbations have a feature that was filled in")
+    batches = batch_effects(store)
+    if batches is not None:
+        notes.append(str(batches))
+    return Facts(tuple(notes), batches)
+
+
+def finish_run(
+    out: Path,
+    experiment: Experiment,
+    store: Store,
+    features: PertFeatures,
+    loop: Loop,
+    facts: Facts,
+    weights: dict[str, Tensor],
+) -> None:
+    """Write the trained run: weights, and everything that generation needs to know.
+
+    Parameters
+    ----------
+    out
+        The run's folder.
+    experiment, store, features, loop, facts
+        What it was trained with, and how training went.
+    weights
+        Whole tensors of the best validated step, or of the last.
+    """
+    position = loop.position
+    has_best = loop.best is not None
+    if loop.reader.spec.unknown_batch:
+        rows = weights["batch_encoder.weight"].clone()
+        rows[loop.reader.untrained_batches] = rows[-1].clone()
+        weights = {**weights, "batch_encoder.weight": rows}
+    run = run_of(
+        out,
+        loop.reader.spec,
+        experiment,
+        store,
+        features,
+        output_genes=loop.reader.output_genes,
+        step=position.best_step if has_best else position.step,
+        metrics={
+            "last_step": position.step,
+            "val_loss": position.best_loss if has_best else None,
+            "selected_by": experiment.train.select_by if has_best else None,
+            "num_parameters": sum(parameter.numel() for parameter in loop.network.parameters()),
+            "stopped_early": position.step < experiment.train.steps,
+            "batch_effects": facts.batches._asdict() if facts.batches else None,
+        },
+        notes=facts.notes,
+    )
+    save_run(run, weights, inputs={"store": store.fingerprint})
+
 
 METRICS = "metrics.jsonl"
 

@@ -1,6 +1,6 @@
 """Perturbation features: read, or fitted on the training controls; what has none is never filled in silence."""
 
-from pertcast.data.features.controls import FeatureStore
+from pertcast.data.features.coexpression import FeatureStore
 from pertcast.data.features.load import load_features
 from pertcast.data.features.readers import read_vectors
 from pertcast.data.features.table import CoverageRow, PertFeatures, coverage, open_features, save_features

@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pertcast.errors import DataError, Problem
-from pertcast.files.wrong_kind import wrong_kind
+from pertcast.files.obs import wrong_kind
 
 if TYPE_CHECKING:
     from torch import Tensor

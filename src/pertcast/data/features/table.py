@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from pertcast.data.features.controls import FeatureStore
+from pertcast.data.features.coexpression import FeatureStore
 from pertcast.data.split import Split
 from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.artefacts import atomic_file, read_json, write_json

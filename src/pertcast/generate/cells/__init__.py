@@ -1,9 +1,8 @@
 """How cells are made of a prediction and of real control cells, in log1p and in whole counts."""
 
-from pertcast.generate.cells.from_head import draw_counts
-from pertcast.generate.cells.maker import CellMaker, Wanted, dense_to_csr
+from pertcast.generate.cells.counts_head import draw_counts
+from pertcast.generate.cells.make import CellMaker, Wanted, cap_totals, dense_to_csr, round_to_counts
 from pertcast.generate.cells.reweight import Donors, reweight
-from pertcast.generate.cells.rounding import cap_totals, round_to_counts
 from pertcast.generate.cells.shift import shift, shift_sparing_zeros
 
 __all__ = [

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pertcast.stats.groups import compiled
 
-__all__ = ["MOST_SCALED", "SEEN_OFTEN", "shift", "shift_sparing_zeros"]
+__all__ = ["shift", "shift_sparing_zeros"]
 
 SEEN_OFTEN = 0.5
 """Zeros stay where fewer than this share of the control cells show a gene."""

@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 from pertcast.config import rebuild_experiment
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
-from pertcast.files.artefacts import hash_file
-from pertcast.files.lock import claimed
+from pertcast.files.artefacts import claimed, hash_file
 from pertcast.generate.calibration import Calibration, save_calibration
-from pertcast.ladder.calibration.refit import refit
-from pertcast.ladder.calibration.targets import UnseenTargets, unseen_targets
-from pertcast.models.checkpoint import WEIGHTS, open_run
+from pertcast.ladder.calibration.unseen_targets import UnseenTargets, refit, unseen_targets
+from pertcast.models.run_folder import WEIGHTS, open_run
 from pertcast.progress import SILENT, Progress
 from pertcast.stats.metrics import BEST, overall
 

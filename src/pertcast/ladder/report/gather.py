@@ -10,7 +10,7 @@ from typing import Any
 
 from pertcast.errors import CheckpointError, DataError
 from pertcast.files.artefacts import MANIFEST, Manifest, manifest_path, read_json, read_manifest
-from pertcast.ladder.ledger.find import Found, find_artefacts
+from pertcast.ladder.ledger.submissions import Found, find_artefacts
 
 __all__ = ["Material", "gather"]
 

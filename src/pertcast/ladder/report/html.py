@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from pertcast.ladder.report.figure import Figure, Table, number
+from pertcast.ladder.report.figures import Figure, Table, number
 
 __all__ = ["Section", "as_script", "details", "facts", "figure", "paragraph", "plain", "section", "table", "unordered"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from pertcast.submission.check.check import check
 from pertcast.submission.check.report import CheckItem, CheckReport
-from pertcast.submission.check.whole import check
 
 __all__ = ["CheckItem", "CheckReport", "check"]

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from pertcast.errors import DataError, Problem
-from pertcast.files.frames import near_misses
 from pertcast.files.h5ad import H5adReader
 from pertcast.files.labels import dubious_labels, is_control_name, is_no_label, plain
+from pertcast.files.obs import near_misses
 from pertcast.seasons import Season
 from pertcast.submission.check.report import CheckItem, Fact, Findings, counted, named, problems_of
 

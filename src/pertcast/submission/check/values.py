@@ -1,6 +1,6 @@
 """Values of a prediction: number type, finite, not negative, one scale in all cells, within the season's sums and size.
 
-The scales are told apart as in :mod:`pertcast.files.expression`: a cell of whole numbers alone is on the counts scale,
+The scales are told apart as in :mod:`pertcast.files.scales`: a cell of whole numbers alone is on the counts scale,
 one with a fraction on the log1p scale, where every value is below the season's limit; a cell with fewer than three
 values goes with the others. Here nothing stops at the first bad value. Read once, in blocks; what is kept is a few
 numbers a cell.
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pertcast.errors import DataError, Problem
-from pertcast.files.expression import FAINT, MIN_WHOLE_VALUES, fractional_rows, only_faint
 from pertcast.files.h5ad import H5adReader
+from pertcast.files.scales import FAINT, MIN_WHOLE_VALUES, fractional_rows, only_faint
 from pertcast.progress import Progress
 from pertcast.seasons import Season
 from pertcast.submission.check.report import CheckItem, Fact, Findings, counted, problems_of

@@ -1,0 +1,286 @@
+"""Cells of a part, made of what the model predicts and of real control cells, in the way and on the scale asked for.
+
+Only `model` keeps the predicted cells; all others need their mean alone, so a part is predicted first and then made,
+block by block. Draws are keyed by the seed, context, target and a cell's number, whatever else is made.
+
+Legend of shapes: C cells of a block, G genes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from pertcast.config import GenerateConfig
+from pertcast.data.counts_fit import fit_rows
+from pertcast.data.store import Store
+from pertcast.files.scales import normalise_log1p
+from pertcast.generate.cells.counts_head import draw_counts
+from pertcast.generate.cells.reweight import Donors, reweight
+from pertcast.generate.cells.shift import shift, shift_sparing_zeros
+from pertcast.stats.counts import CountsFit
+from pertcast.stats.draws import generator, uniform, uniform_key
+from pertcast.stats.groups import compiled
+
+__all__ = ["CellMaker", "Wanted", "cap_totals", "dense_to_csr", "round_to_counts"]
+
+
+@compiled
+def _round(indptr: Any, genes: Any, values: Any, factors: Any, num_genes: int, key: Any, first_cell: Any) -> None:
+    for cell in range(len(indptr) - 1):
+        for entry in range(indptr[cell], indptr[cell + 1]):
+            place = np.uint64(genes[entry]) + np.uint64(num_genes) * (first_cell + np.uint64(cell))
+            values[entry] = np.floor(np.expm1(np.float64(values[entry])) * factors[cell] + uniform(key, place))
+
+
+def round_to_counts(
+    log1p: sparse.csr_matrix, totals: NDArray[np.floating], *, key: np.uint64, first_cell: int = 0
+) -> sparse.csr_matrix:
+    """Return whole counts (n, G) float32 with these expected totals, each rounded up with the chance of its fraction.
+
+    Parameters
+    ----------
+    log1p
+        Normalised expression (n, G), of any total.
+    totals
+        (n,) counts that each cell should have; expected, since rounding adds its noise.
+    key
+        Of :func:`pertcast.stats.draws.uniform_key`; a cell's draws do not depend on the others.
+    first_cell
+        How many cells of this key were made before these.
+
+    Examples
+    --------
+    >>> from pertcast.stats.draws import uniform_key
+    >>> cells = sparse.csr_matrix(np.log1p([[1.0, 3.0, 0.0]]))
+    >>> round_to_counts(cells, np.array([8.0]), key=uniform_key(0)).toarray().tolist()
+    [[2.0, 6.0, 0.0]]
+    """
+    now = np.asarray(log1p.expm1().sum(axis=1, dtype=np.float64)).ravel()
+    factors = np.divide(totals, now, out=np.zeros_like(now), where=now > 0)
+    counts = log1p.astype(np.float32, copy=True)
+    _round(counts.indptr, counts.indices, counts.data, factors, counts.shape[1], key, np.uint64(first_cell))
+    counts.eliminate_zeros()
+    return counts
+
+
+def cap_totals(counts: sparse.csr_matrix, cap: int | None) -> sparse.csr_matrix:
+    """Return whole counts with no cell's total above the cap: those of a cell above it are scaled and rounded down."""
+    totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+    if cap is None or not (totals > cap).any():
+        return counts
+    factors = np.minimum(1.0, cap / np.maximum(totals, 1.0))
+    values = np.floor(counts.data * np.repeat(factors, np.diff(counts.indptr))).astype(np.float32)
+    capped = sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape, copy=True)
+    capped.eliminate_zeros()
+    return capped
+
+
+_BLOCK_CELLS = 1024
+_STORED_CELLS = 256
+_MOST_BATCHES = 64
+
+
+class Wanted(Protocol):
+    """Which cells are wanted: a part of the plan."""
+
+    @property
+    def dataset(self) -> str: ...
+    @property
+    def context(self) -> str: ...
+    @property
+    def target(self) -> str: ...
+    @property
+    def num_cells(self) -> int: ...
+    @property
+    def median_umi(self) -> float | None: ...
+
+
+class CellMaker:
+    """Makes the cells of one part after another.
+
+    Parameters
+    ----------
+    store
+        Where control cells are read from.
+    config
+        The scale, the way, the seed.
+    cap
+        The most counts of a cell, ``None`` without a cap.
+    shapes
+        1 / dispersion of each gene, NaN where it is the control cells'; for cells drawn from a counts head.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        config: GenerateConfig,
+        *,
+        cap: int | None = None,
+        shapes: NDArray[np.float64] | None = None,
+    ) -> None:
+        self._shapes = shapes
+        self._store, self._config, self._cap = store, config, cap
+        self._fits: dict[tuple[str, str], CountsFit] = {}
+
+    @property
+    def have_a_depth(self) -> bool:
+        """Whether cells come of whole counts, so that their depth can be asked for."""
+        return self._config.reads_counts
+
+    def copied(self, rows: NDArray[np.int64]) -> Iterator[sparse.csr_matrix]:
+        """Yield control cells as they are, on the scale asked for."""
+        read = self._store.counts if self._config.scale == "counts" else self._store.csr
+        for first in range(0, len(rows), _BLOCK_CELLS):
+            block = read(rows[first : first + _BLOCK_CELLS])
+            yield cap_totals(block, self._cap) if self._config.scale == "counts" else block
+
+    def made(
+        self,
+        part: Wanted,
+        rows: NDArray[np.int64],
+        predicted: Iterator[NDArray[np.float32]],
+        *,
+        pool: NDArray[np.int64],
+    ) -> Iterator[sparse.csr_matrix]:
+        """Yield the cells of a part, CSR float32.
+
+        Parameters
+        ----------
+        part
+            What is wanted.
+        rows
+            (cells,) the control cell that each is made from.
+        predicted
+            Predicted log1p values (C, G) of these cells, in order, block by block; from a counts head, logarithms of
+            how many times as large their rates are as the control cells'.
+        pool
+            Rows of all control cells of the part's context.
+        """
+        if self._config.cells == "model":
+            yield from self._as_predicted(part, rows, predicted)
+            return
+        mean = _mean(predicted, self._store, of_rates=self._config.cells == "nb_head")
+        num_blocks = -(-len(rows) // _BLOCK_CELLS)
+        bounds = np.linspace(0, len(rows), num_blocks + 1).astype(np.int64).tolist()
+        for first, stop in itertools.pairwise(bounds):
+            if self._config.cells in ("shift", "sparse"):
+                yield self._shifted(part, rows, mean, first, stop)
+            elif self._config.cells == "nb_head":
+                yield self._from_head(part, rows, mean, slice(first, stop), pool)
+            else:
+                yield self._drawn(part, rows[first:stop], mean, first, pool)
+
+    def _key(self, part: Wanted) -> np.uint64:
+        return uniform_key(self._config.seed, "cells", part.context, part.target)
+
+    def _as_predicted(
+        self, part: Wanted, rows: NDArray[np.int64], predicted: Iterator[NDArray[np.float32]]
+    ) -> Iterator[sparse.csr_matrix]:
+        first = 0
+        for cells_CG in predicted:
+            for start in range(0, len(cells_CG), _STORED_CELLS):
+                some_CG = np.maximum(cells_CG[start : start + _STORED_CELLS], np.float32(0))
+                yield self._on_scale(part, rows, dense_to_csr(some_CG), first)
+                first += len(some_CG)
+            del cells_CG  # the next ones are waited for without these
+
+    def _shifted(
+        self, part: Wanted, rows: NDArray[np.int64], mean: NDArray[np.float64], first: int, stop: int
+    ) -> sparse.csr_matrix:
+        move = shift if self._config.cells == "shift" else shift_sparing_zeros
+        cells_CG = move(self._store.log1p(rows[first:stop]), mean, spread=self._config.spread)
+        return self._on_scale(part, rows, dense_to_csr(cells_CG), first)
+
+    def _on_scale(
+        self, part: Wanted, rows: NDArray[np.int64], log1p: sparse.csr_matrix, first: int
+    ) -> sparse.csr_matrix:
+        """Return log1p cells as they are, or rounded to counts with their control cells' totals."""
+        if self._config.scale == "log1p":
+            return log1p
+        mine = self._totals(part, rows)[first : first + log1p.shape[0]]
+        return cap_totals(round_to_counts(log1p, mine, key=self._key(part), first_cell=first), self._cap)
+
+    def _totals(self, part: Wanted, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the counts that each cell of a part should have: its control cell's, about the median asked for."""
+        totals = self._store.totals[rows].astype(np.float64)
+        return totals if part.median_umi is None else totals * (part.median_umi / max(float(np.median(totals)), 1.0))
+
+    def _from_head(
+        self,
+        part: Wanted,
+        rows: NDArray[np.int64],
+        log_fold: NDArray[np.float64],
+        block: slice,
+        pool: NDArray[np.int64],
+    ) -> sparse.csr_matrix:
+        assert self._shapes is not None
+        fit = self._fit((part.dataset, part.context), pool)
+        counts = draw_counts(
+            fit.share,
+            log_fold,
+            np.where(np.isnan(self._shapes), fit.shape, self._shapes),
+            batch=self._batches(pool, rows[block]),
+            sizes=self._totals(part, rows)[block],
+            key=self._key(part),
+            first_cell=block.start,
+        )
+        return self._scaled(counts)
+
+    def _scaled(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
+        """Return counts on the scale asked for."""
+        if self._config.scale == "counts":
+            return cap_totals(counts, self._cap)
+        totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+        return normalise_log1p(counts, totals, self._store.target_sum or 1.0)
+
+    def _drawn(
+        self, part: Wanted, rows: NDArray[np.int64], mean: NDArray[np.float64], first: int, pool: NDArray[np.int64]
+    ) -> sparse.csr_matrix:
+        target_sum = self._store.target_sum or 1.0
+        counts = reweight(
+            Donors(self._store.counts(rows), self._batches(pool, rows), target_sum),
+            mean,
+            self._fit((part.dataset, part.context), pool),
+            key=self._key(part),
+            first_cell=first,
+            median_umi=part.median_umi,
+            from_fit=self._config.cells == "negative_binomial",
+        )
+        return self._scaled(counts)
+
+    def _batches(self, pool: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the place of each row's batch among those of the pool; one for all where there are very many."""
+        names = np.unique(self._store.batch_codes[pool])
+        if len(names) > _MOST_BATCHES:
+            return np.zeros(len(rows), dtype=np.int64)
+        return np.searchsorted(names, self._store.batch_codes[rows]).astype(np.int64)
+
+    def _fit(self, source: tuple[str, str], pool: NDArray[np.int64]) -> CountsFit:
+        if source not in self._fits:
+            batch, random = self._batches(pool, pool), generator(self._config.seed, "fit of counts", source[1])
+            self._fits[source] = fit_rows(self._store, pool, batch, num_batches=int(batch.max()) + 1, random=random)
+        return self._fits[source]
+
+
+def _mean(predicted: Iterator[NDArray[np.float32]], store: Store, *, of_rates: bool = False) -> NDArray[np.float64]:
+    total, number = np.zeros(len(store.genes)), 0
+    for cells_CG in predicted:
+        total += cells_CG.sum(axis=0, dtype=np.float64)
+        number += len(cells_CG)
+        del cells_CG  # the next ones are waited for without these
+    mean = total / max(number, 1)
+    return mean if of_rates else np.asarray(np.maximum(mean, 0))
+
+
+def dense_to_csr(cells_CG: NDArray[np.float32]) -> sparse.csr_matrix:
+    """Return the same cells as CSR; several times as fast as scipy's own way over coordinates."""
+    stored_CG = cells_CG != 0
+    indptr = np.concatenate([[0], np.cumsum(np.count_nonzero(stored_CG, axis=1))])
+    columns_CG = np.broadcast_to(np.arange(cells_CG.shape[1], dtype=np.int32), cells_CG.shape)
+    return sparse.csr_matrix((cells_CG[stored_CG], columns_CG[stored_CG], indptr), shape=cells_CG.shape)

@@ -1,0 +1,226 @@
+"""Which few parameters learn when a network is adapted to a new cell line; all others stay as they are, to the bit.
+
+Shapes: C contexts, N batches, H hidden, R rank, I and O the widths of a matrix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pertcast.errors import ConfigError
+from pertcast.models.state import StateSpec, StateTransition
+
+__all__ = ["choose", "grow", "last_layer", "merge", "parse_learn"]
+
+_CONTEXT, _BATCH = "context_encoder.weight", "batch_encoder.weight"
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "c_proj")
+_ORIGINAL = ".parametrizations.weight.original"
+
+
+@dataclass(frozen=True)
+class Learn:
+    """What learns.
+
+    Attributes
+    ----------
+    context, batch
+        The line's own rows of the context embedding, and its batches' rows of the batch embedding.
+    bias, last
+        The bias of the last layer that gives genes, or all of that layer.
+    gain
+        One number that the last layer of a network that predicts a shift is multiplied by, and its bias, both by least
+        squares before anything else learns.
+    offset
+        The same bias, moved by the error on the line's controls and by what its targets have in common beside it;
+        found before anything else learns.
+    rank
+        R of the low-rank changes of the backbone's attention matrices; 0 for none.
+    """
+
+    context: bool = False
+    batch: bool = False
+    bias: bool = False
+    last: bool = False
+    gain: bool = False
+    offset: bool = False
+    rank: int = 0
+
+
+def parse_learn(text: str) -> Learn:
+    """Return what is meant by names with commas between them.
+
+    Raises
+    ------
+    ConfigError
+        Naming every word that is not known, or if there is none, or two that do not go together.
+
+    Examples
+    --------
+    >>> parse_learn("context,lora:4")
+    Learn(context=True, batch=False, bias=False, last=False, gain=False, offset=False, rank=4)
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    rank, flags, unknown = 0, {}, []
+    for word in words:
+        if match := re.fullmatch(r"lora:([1-9]\d*)", word):
+            rank = int(match[1])
+        elif word in ("context", "batch", "bias", "last", "gain", "offset"):
+            flags[word] = True
+        else:
+            unknown.append(word)
+    if unknown or not words:
+        raise ConfigError(
+            f"[adapt] learn: expected offset, context, batch, bias, last, gain or lora:R (R a rank, as lora:4), with "
+            f"commas between them, got {', '.join(map(repr, unknown)) or 'nothing'}; mend adapt.learn or --learn"
+        )
+    if "gain" in flags and "offset" in flags:
+        raise ConfigError(
+            "[adapt] learn: gain and offset both find the last bias, each in its own way; take one of them out of "
+            "adapt.learn or --learn"
+        )
+    return Learn(**flags, rank=rank)
+
+
+def grow(
+    spec: StateSpec, weights: Mapping[str, Tensor], *, new_contexts: int, new_batches: int, num_contexts: int
+) -> tuple[StateSpec, dict[str, Tensor]]:
+    """Return a network's specification and weights with rows for new contexts and batches; it predicts as before.
+
+    A new context starts at the mean of those that were trained. A network without a context embedding gets one of
+    zeros, which adds nothing. A new batch starts at the row of the unknown one.
+
+    Parameters
+    ----------
+    spec, weights
+        The network's.
+    new_contexts, new_batches
+        Rows to add; those of batches come before the row of the unknown batch, and only where there is an embedding.
+    num_contexts
+        C, contexts without the new ones.
+    """
+    grown = dict(weights)
+    if spec.num_contexts:
+        known_CH = weights[_CONTEXT]
+        grown[_CONTEXT] = torch.cat([known_CH, known_CH.mean(0, keepdim=True).expand(new_contexts, -1)])
+    else:
+        grown[_CONTEXT] = torch.zeros(num_contexts + new_contexts, spec.hidden)
+    if spec.num_batches and spec.unknown_batch:
+        known_NH = weights[_BATCH]
+        grown[_BATCH] = torch.cat([known_NH[:-1], known_NH[-1:].expand(new_batches, -1), known_NH[-1:]])
+        spec = replace(spec, num_batches=spec.num_batches + new_batches)
+    return replace(spec, num_contexts=num_contexts + new_contexts), grown
+
+
+def choose(
+    network: StateTransition,
+    learn: Learn,
+    *,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    generator: torch.Generator,
+) -> int:
+    """Let some parameters of a network learn and freeze all others; return how many numbers learn.
+
+    Rows of an embedding that are not named get no gradient; an optimiser without weight decay leaves them alone.
+
+    Parameters
+    ----------
+    network
+        What learns; gets low-rank changes where these are asked for, until :func:`merge`.
+    learn
+        What is asked for.
+    contexts, batches
+        Rows of the two embeddings that may learn.
+    generator
+        What low-rank changes are drawn from.
+
+    Raises
+    ------
+    ConfigError
+        If the network lacks what should learn.
+    """
+    network.requires_grad_(False)
+    number = 0
+    if learn.gain and not network.spec.shift:
+        raise ConfigError(
+            '[adapt] learn: gain is of what a network adds to control cells (model.residual = "shift"), and this one '
+            "does not; take gain out of adapt.learn"
+        )
+    if learn.context:
+        assert network.context_encoder is not None  # grow() saw to it
+        number += _learn_rows(network.context_encoder, contexts)
+    if learn.batch:
+        if network.batch_encoder is None:
+            raise ConfigError("[adapt] learn: the network has no batch embedding; take batch out of adapt.learn")
+        number += _learn_rows(network.batch_encoder, batches)
+    last = last_layer(network)
+    number += int(learn.gain)
+    if learn.bias or learn.last:
+        number += _learn_whole(last.bias)
+    elif learn.gain or learn.offset:
+        number += last.bias.numel()
+    if learn.last:
+        number += _learn_whole(last.weight)
+    if learn.rank:
+        for name, module in network.transformer_backbone.named_modules():
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _ATTENTION:
+                change = _LowRank(module.weight, learn.rank, generator)
+                parametrize.register_parametrization(module, "weight", change)
+                number += change.up_OR.numel() + change.down_RI.numel()
+    return number
+
+
+def merge(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of an ordinary network: low-rank changes are added to what they change."""
+    merged = {}
+    for name, value in weights.items():
+        if name.endswith(_ORIGINAL):
+            prefix = name.removesuffix("original")
+            merged[name.removesuffix(_ORIGINAL) + ".weight"] = (
+                value + weights[f"{prefix}0.up_OR"] @ weights[f"{prefix}0.down_RI"]
+            )
+        elif ".parametrizations." not in name:
+            merged[name] = value
+    return merged
+
+
+def _learn_rows(embedding: nn.Embedding, rows: Sequence[int]) -> int:
+    learns_N1 = torch.zeros(embedding.num_embeddings, 1, dtype=torch.bool)
+    learns_N1[list(rows)] = True
+    weight = embedding.weight.requires_grad_(True)
+    weight.register_hook(  # type: ignore[no-untyped-call]
+        lambda gradient: torch.where(learns_N1.to(gradient.device), gradient, 0.0)
+    )
+    return len(rows) * embedding.embedding_dim
+
+
+def _learn_whole(parameter: Tensor) -> int:
+    return parameter.requires_grad_(True).numel()
+
+
+def last_layer(network: StateTransition) -> nn.Linear:
+    """Return the layer that gives genes, before the last ReLU."""
+    modules = network.gene_decoder or network.final_down_then_up or network.project_out
+    layer = modules[-1]
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+class _LowRank(nn.Module):
+    """A matrix plus a change of rank R, which is 0 at first."""
+
+    def __init__(self, weight_OI: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        width_out, width_in = weight_OI.shape
+        self.down_RI = nn.Parameter(torch.empty(rank, width_in).normal_(0, width_in**-0.5, generator=generator))
+        self.up_OR = nn.Parameter(torch.zeros(width_out, rank))
+
+    def forward(self, weight_OI: Tensor) -> Tensor:
+        """Return the changed matrix."""
+        return weight_OI + self.up_OR @ self.down_RI

@@ -1,0 +1,281 @@
+"""Where training stands, on disk: checkpoints, the identity of a run, and the log of metrics.
+
+Invariants: a checkpoint is whole or absent; the log has one line for each step up to where training stands and none
+beyond; a folder goes on only with what it was begun with.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from torch import Tensor, nn
+
+from pertcast.config import Experiment, FeaturesConfig, LossConfig, ModelConfig, TrainConfig, upgrade
+from pertcast.errors import CheckpointError, Problem
+from pertcast.files.artefacts import (
+    Manifest,
+    atomic_dir,
+    atomic_file,
+    hash_file,
+    read_json,
+    read_manifest,
+    verify_artefact,
+    write_json,
+    write_manifest,
+)
+from pertcast.models.run_folder import WEIGHTS, load_tensors, load_weights, save_tensors
+from pertcast.train.devices import sharded_like
+
+__all__ = [
+    "IDENTITY",
+    "MetricsLog",
+    "Position",
+    "identity_of",
+    "identity_problems",
+    "load_newest",
+    "optimizer_tensors",
+    "restore",
+    "save_state",
+    "training_identity",
+    "with_defaults",
+]
+
+CHECKPOINTS = "checkpoints"
+IDENTITY = "training.json"
+_OPTIMIZER, _BEST, _STATE = "optimizer.safetensors", "best.safetensors", "state.json"
+_NUM_KEPT = 2
+# They decide how long, how visibly and on how many devices a run trains, not what its weights are after a step (but
+# for rounding, which the number of devices changes).
+_FREE_KEYS = frozenset({"steps", "checkpoint_every", "loggers", "devices", "num_nodes", "strategy", "compile"})
+
+
+@dataclass
+class Position:
+    """Where the loop stands after a finished step.
+
+    Attributes
+    ----------
+    step
+        Steps done.
+    epoch, offset
+        Where the stream of sets stands.
+    validated
+        The last step that was validated, -1 before the first.
+    best_step, best_loss, best_value
+        The best validated step, its validation loss, and the value that it was selected by (the lower the better);
+        -1 and infinity before the first.
+    num_worse
+        Validations since then.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    offset: int = 0
+    validated: int = -1
+    best_step: int = -1
+    best_loss: float = float("inf")
+    num_worse: int = 0
+    best_value: float = float("inf")
+
+
+class SavedState(NamedTuple):
+    """A checkpoint that was found: its folder, and where training stood."""
+
+    folder: Path
+    position: Position
+
+
+def save_state(
+    out: Path,
+    position: Position,
+    *,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    best: Mapping[str, Tensor] | None,
+) -> None:
+    """Write a checkpoint of the last finished step, and remove all but the newest two.
+
+    `moments` are :func:`optimizer_tensors`; `best` are the weights of the best validated step, where these are not the
+    current ones. All are whole.
+    """
+    folder = out / CHECKPOINTS / f"step_{position.step:09d}"
+    with atomic_dir(folder) as temporary:
+        save_tensors(temporary / WEIGHTS, weights)
+        save_tensors(temporary / _OPTIMIZER, moments)
+        if best is not None and position.best_step != position.step:
+            save_tensors(temporary / _BEST, best)
+        # JSON has no infinity.
+        none = {} if position.best_step >= 0 else {"best_loss": None, "best_value": None}
+        write_json(temporary / _STATE, {**asdict(position), **none})
+        write_manifest(temporary, Manifest("checkpoint"))
+    for old in _folders(out)[:-_NUM_KEPT]:
+        shutil.rmtree(old)
+
+
+def _folders(out: Path) -> list[Path]:
+    return sorted(path for path in (out / CHECKPOINTS).glob("step_*") if path.is_dir())
+
+
+def load_newest(out: Path) -> tuple[SavedState | None, list[str]]:
+    """Return the newest whole checkpoint, if there is one, and a sentence on each newer one that is damaged.
+
+    Raises
+    ------
+    CheckpointError
+        If there are checkpoints and none of them is whole.
+    """
+    for partial in (out / CHECKPOINTS).glob(".step_*"):
+        shutil.rmtree(partial)
+    notes: list[str] = []
+    folders = _folders(out)
+    for folder in reversed(folders):
+        try:
+            read_manifest(folder, kind="checkpoint")
+            problems = verify_artefact(folder)
+            if not problems:
+                return SavedState(folder, _position(folder)), notes
+            notes.append(f"checkpoint {folder} is damaged and left out ({problems[0]})")
+        except CheckpointError as error:
+            notes.append(f"checkpoint {folder} is damaged and left out ({error})")
+    if folders:
+        raise CheckpointError(
+            f"{out}: no checkpoint is whole; remove the folder to train from the start",
+            problems=[Problem(str(out), note) for note in notes],
+        )
+    return None, notes
+
+
+def _position(folder: Path) -> Position:
+    raw = read_json(folder / _STATE)
+    try:
+        best = {"best_loss": raw["best_loss"], "best_value": raw.get("best_value", raw["best_loss"])}
+        return Position(**{**raw, **{name: float("inf") if value is None else value for name, value in best.items()}})
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / _STATE}: not of this version of pertcast ({error})") from None
+
+
+def restore(saved: SavedState, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor] | None:
+    """Put a checkpoint's weights and optimiser state in place; return the best weights, if there are any."""
+    tensors = load_tensors(saved.folder / WEIGHTS)
+    _copy_weights(model, saved.folder / WEIGHTS, tensors)
+    moments = load_tensors(saved.folder / _OPTIMIZER)
+    for name, parameter in model.named_parameters():
+        found = {key.partition("/")[0]: value for key, value in moments.items() if key.partition("/")[2] == name}
+        for kind, value in found.items():
+            if kind != "step":
+                optimizer.state[parameter][kind] = sharded_like(value, parameter)
+            else:
+                # Only a fused optimiser wants its step count on the device.
+                is_fused = optimizer.defaults.get("fused")
+                optimizer.state[parameter][kind] = value.to(parameter.device) if is_fused else value
+    if saved.position.best_step < 0:
+        return None
+    return tensors if saved.position.best_step == saved.position.step else load_tensors(saved.folder / _BEST)
+
+
+def _copy_weights(model: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    names = model.state_dict()
+    if names.keys() != tensors.keys():
+        load_weights(model, path)
+    with torch.no_grad():
+        for name, value in names.items():
+            value.copy_(sharded_like(tensors[name], value))
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return an optimiser's state by the name of its kind and of its parameter."""
+    return {
+        f"{kind}/{name}": value
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state[parameter].items()
+    }
+
+
+def identity_of(experiment: Experiment, store_fingerprint: str) -> dict[str, Any]:
+    """Return what a run must keep to go on: store, features, model, loss, and all of training but its length."""
+    config = experiment.as_json()
+    features = {key: value for key, value in config["features"].items() if key != "path"}
+    if experiment.features.path is not None:
+        features["file"] = hash_file(experiment.features.path)
+    return {
+        "store": store_fingerprint,
+        "features": features,
+        "model": config["model"],
+        **training_identity(experiment),
+    }
+
+
+def training_identity(experiment: Experiment) -> dict[str, Any]:
+    """Return what of [loss] and [train] decides the weights after a step."""
+    config = experiment.as_json()
+    train = {key: value for key, value in config["train"].items() if key not in _FREE_KEYS}
+    unknown_batch = train["unknown_batch"] if experiment.model.batch_embedding else 0.0
+    return {"loss": config["loss"], "train": {**train, "unknown_batch": unknown_batch}}
+
+
+def with_defaults(begun: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run was begun with; keys that there were not yet have their defaults, which change nothing."""
+    upgraded = upgrade(begun)
+    sections = {"model": ModelConfig(), "loss": LossConfig(), "features": FeaturesConfig(), "train": TrainConfig()}
+    defaults = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    defaults["train"] |= {"unknown_batch": 0.0, "precision": "fp32"}
+    del defaults["features"]["path"]
+    for name in upgraded.keys() & defaults.keys() | {"loss"}:
+        upgraded[name] = {**defaults[name], **upgraded.get(name, {})}
+    return upgraded
+
+
+def identity_problems(begun: Mapping[str, Any], asked: Mapping[str, Any], *, place: str = "") -> list[Problem]:
+    """Return every key whose value is not what the run was begun with."""
+    problems = []
+    free = _FREE_KEYS if place == "train" else frozenset()
+    for key in sorted((begun.keys() | asked.keys()) - free):
+        name = f"{place}.{key}" if place else key
+        before, now = begun.get(key), asked.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            problems += identity_problems(before, now, place=name)
+        elif before != now:
+            problems.append(Problem(name, f"the run was begun with {before!r}, got {now!r}"))
+    return problems
+
+
+class MetricsLog:
+    """metrics.jsonl: a line for each step and each validation.
+
+    Parameters
+    ----------
+    path
+        The file; what is in it up to `position` is kept, the rest dropped.
+    position
+        Where training goes on.
+    """
+
+    def __init__(self, path: Path, position: Position) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines if _is_before(line, position)), "utf-8")
+        self._stream: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Append a line."""
+        self._stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def _is_before(line: str, position: Position) -> bool:
+    try:
+        entry = json.loads(line)
+        return bool(entry["step"] <= (position.validated if entry["kind"] == "val" else position.step))
+    except (json.JSONDecodeError, KeyError, TypeError):
+        # A line that a kill cut short.
+        return False

@@ -1,0 +1,304 @@
+"""What the auxiliary terms of the loss know of the training split: mean effects, and which genes are differential.
+
+Invariant: held-out cells and control cells of other splits are never read.
+Shapes: N training perturbations (each in its context), S screens, P perturbations, G predicted genes, B sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import special
+from torch import Tensor
+
+from pertcast.data.de_labels import de_labels
+from pertcast.data.split import Split
+from pertcast.data.store import Store
+from pertcast.progress import Progress
+from pertcast.stats.de import FDR
+from pertcast.stats.draws import generator
+from pertcast.train.control_counts import ControlRates
+from pertcast.train.training_effects import training_effects
+
+__all__ = ["Known", "Truth", "learn_truth"]
+
+_CELLS_AT_ONCE = 512
+
+
+def call_thresholds(
+    store: Store, codes: NDArray[np.int64], num_significant: NDArray[np.int64], genes: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Return the effects, in log1p units, from which on the test calls a gene, ``(N, G)``.
+
+    ``z sd sqrt(1 / cells + 1 / controls)``: the standard error of a difference of means, with the spread of the
+    screen's control cells on both sides, times the normal quantile of the largest p-value that Benjamini and Hochberg
+    let pass where the perturbation has as many differentially expressed genes as it has (at least one). The test itself
+    is of ranks; for log1p values of single cells the two are close. A gene that hardly any control cell shows counts as
+    seen in one of them, as 1. Screens of a context are combined as their effects are, weighted by cells.
+
+    Parameters
+    ----------
+    store
+        The training store.
+    codes
+        (N, 2) the context and the perturbation.
+    num_significant
+        (N,) how many of all genes were differentially expressed.
+    genes
+        Positions of the predicted genes, ascending.
+
+    References
+    ----------
+    Benjamini and Hochberg, "Controlling the false discovery rate", 1995.
+    """
+    row_of = {pair: row for row, pair in enumerate(map(tuple, codes.tolist()))}
+    trained = store.rows(split=Split.TRAIN)
+    sources = store.screen_codes[trained].astype(np.int64) * len(store.perts) + store.pert_codes[trained]
+    distinct, sizes = np.unique(sources, return_counts=True)
+    num_cells = {
+        divmod(source, len(store.perts)): size for source, size in zip(distinct.tolist(), sizes.tolist(), strict=True)
+    }
+    variance_NG, total_N = np.zeros((len(codes), len(genes))), np.zeros(len(codes))
+    for screen, of in enumerate(store.screens):
+        num_controls = num_cells.get((screen, store.control_code), 0)
+        if not num_controls:
+            continue
+        controls = store.screen_rows(screen, split=Split.TRAIN, pert=store.control_code)
+        spread_G = np.maximum(_spread(store, controls)[genes], 1 / np.sqrt(num_controls))
+        for (other, pert), size in num_cells.items():
+            row = row_of.get((of.context, pert))
+            if other == screen and row is not None:
+                variance_NG[row] += (size * spread_G) ** 2 * (1 / size + 1 / num_controls)
+                total_N[row] += size
+    share_N = FDR * np.maximum(num_significant, 1) / len(store.genes)
+    quantile_N = -special.ndtri(np.minimum(share_N, 1) / 2)
+    threshold_NG = (quantile_N / np.maximum(total_N, 1))[:, None] * np.sqrt(variance_NG)
+    return threshold_NG.astype(np.float32)
+
+
+def _spread(store: Store, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the standard deviation of each gene's log1p values over some cells."""
+    sums, squares = np.zeros(len(store.genes)), np.zeros(len(store.genes))
+    for start in range(0, len(rows), _CELLS_AT_ONCE):
+        block = store.csr(rows[start : start + _CELLS_AT_ONCE])
+        values = block.data.astype(np.float64)
+        sums += np.bincount(block.indices, weights=values, minlength=len(sums))
+        squares += np.bincount(block.indices, weights=values**2, minlength=len(squares))
+    count = max(len(rows), 1)
+    variance: NDArray[np.float64] = np.maximum(squares / count - (sums / count) ** 2, 0)
+    return np.sqrt(variance)
+
+
+_LARGEST_WEIGHT = 100.0
+
+
+class Known(NamedTuple):
+    """What is known of the sets of a batch, on its device.
+
+    Attributes
+    ----------
+    control_mean_BG
+        Mean log1p expression of the training control cells of each set's screen.
+    beside_BG
+        What a predicted pseudobulk is an effect beside: the same, or the mean of the set's own control cells.
+    effect_BG
+        The training effect of each set's perturbation; 0 where there is none, and for genes that were not measured.
+    has_effect_B
+        Where there is one.
+    labels_BG, valid_BG
+        Whether a gene is differentially expressed, and where that is known.
+    log_rate_BG
+        Logarithm of the mean normalised count in control cells of each set's screen, where the counts head is trained.
+    threshold_BG
+        The size of effect from which on the official test calls a gene, about.
+    own_gene_B
+        The position of the perturbation's own gene among those predicted, -1 where it is not.
+    is_control_B
+        Whether the set is of control cells.
+    measured_BG
+        Which genes were measured, in the set's screen and where its effect is from; ``None`` if all genes were.
+    """
+
+    control_mean_BG: Tensor
+    beside_BG: Tensor
+    effect_BG: Tensor
+    has_effect_B: Tensor
+    labels_BG: Tensor | None
+    valid_BG: Tensor | None
+    threshold_BG: Tensor | None
+    own_gene_B: Tensor
+    is_control_B: Tensor
+    log_rate_BG: Tensor | None = None
+    measured_BG: Tensor | None = None
+
+
+class Truth:
+    """Effects and labels of the training split.
+
+    Parameters
+    ----------
+    store
+        Whose TRAIN cells are meant.
+    contexts, perts
+        (N,) codes of what has an effect.
+    effects_NG
+        Mean log1p expression of the training cells, minus that of the control cells of their screens; NaN for genes
+        that were not measured.
+    control_mean_SG
+        Of each screen's training control cells.
+    labels_NG
+        Which genes are differentially expressed, where the DE head is trained.
+    threshold_NG
+        From which size of effect on the test calls a gene; beside `labels_NG`.
+    output_genes
+        Positions of the predicted genes in the store.
+    log_rate_SG
+        As :class:`pertcast.train.control_counts.ControlRates` has them, where the counts head is trained.
+
+    Attributes
+    ----------
+    effects_NG
+        As given, with 0 for NaN.
+    positive_weight
+        How many times rarer differentially expressed genes are than the others; between 1 and 100.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        contexts: NDArray[np.int64],
+        perts: NDArray[np.int64],
+        effects_NG: NDArray[np.float32],
+        control_mean_SG: NDArray[np.float32],
+        labels_NG: NDArray[np.bool_] | None,
+        threshold_NG: NDArray[np.float32] | None = None,
+        output_genes: NDArray[np.int64],
+        log_rate_SG: NDArray[np.float32] | None = None,
+    ) -> None:
+        self._store, self._contexts, self._perts = store, contexts, perts
+        row_CP = np.full((len(store.contexts), len(store.perts)), -1, dtype=np.int64)
+        row_CP[contexts, perts] = np.arange(len(perts))
+        place = {store.genes[gene]: number for number, gene in enumerate(output_genes.tolist())}
+        own_gene = [place.get(name, -1) for name in store.perts]
+        self._row_CP, self._own_gene_P = torch.from_numpy(row_CP), torch.tensor(own_gene)
+        measured_NG = ~np.isnan(effects_NG)
+        self._measured_NG = None if measured_NG.all() else torch.from_numpy(measured_NG)
+        self.effects_NG = torch.from_numpy(np.nan_to_num(effects_NG))
+        self._control_mean_SG = torch.from_numpy(control_mean_SG)
+        self._labels_NG = None if labels_NG is None else torch.from_numpy(labels_NG)
+        self._log_rate_SG = None if log_rate_SG is None else torch.from_numpy(log_rate_SG)
+        self._threshold_NG = None if threshold_NG is None else torch.from_numpy(threshold_NG)
+        share = 0.0 if labels_NG is None else float(labels_NG.mean())
+        self.positive_weight = float(np.clip((1 - share) / share, 1, _LARGEST_WEIGHT)) if share else 1.0
+
+    def to(self, device: torch.device) -> Truth:
+        """Put everything on a device; returns itself."""
+        names = (
+            "_row_CP",
+            "_own_gene_P",
+            "effects_NG",
+            "_control_mean_SG",
+            "_labels_NG",
+            "_threshold_NG",
+            "_log_rate_SG",
+            "_measured_NG",
+        )
+        for name in names:
+            value = getattr(self, name)
+            setattr(self, name, value if value is None else value.to(device))
+        return self
+
+    def of(self, context_B: Tensor, pert_B: Tensor, screen_B: Tensor, measured_BG: Tensor | None = None) -> Known:
+        """Return what is known of some sets, by their codes and the genes that their screens measured."""
+        row_B = self._row_CP[context_B, pert_B]
+        has_effect_B = row_B >= 0
+        found_B = row_B.clamp_min(0)
+        labels, threshold = self._labels_NG, self._threshold_NG
+        if self._measured_NG is not None:
+            of_effect_BG = self._measured_NG[found_B] | ~has_effect_B[:, None]
+            measured_BG = of_effect_BG if measured_BG is None else measured_BG & of_effect_BG
+        effect_BG = self.effects_NG[found_B] * has_effect_B[:, None]
+        valid_BG = has_effect_B[:, None].expand_as(effect_BG)
+        if measured_BG is not None:
+            effect_BG, valid_BG = effect_BG * measured_BG, valid_BG & measured_BG
+        return Known(
+            control_mean_BG=self._control_mean_SG[screen_B],
+            beside_BG=self._control_mean_SG[screen_B],
+            effect_BG=effect_BG,
+            has_effect_B=has_effect_B,
+            labels_BG=None if labels is None else labels[found_B] & valid_BG,
+            valid_BG=None if labels is None else valid_BG,
+            threshold_BG=None if threshold is None else threshold[found_B],
+            own_gene_B=self._own_gene_P[pert_B],
+            is_control_B=pert_B == self._store.control_code,
+            log_rate_BG=None if self._log_rate_SG is None else self._log_rate_SG[screen_B],
+            measured_BG=measured_BG,
+        )
+
+    def draw_others(
+        self, context_B: Tensor, pert_B: Tensor, *, num: int, seed: int, keys: Sequence[tuple[str | int, ...]]
+    ) -> Tensor:
+        """Return rows of `effects_NG` of other perturbations of each set's context, (B, num) int64, -1 where too few.
+
+        The draw for a set depends on the seed and the set's key alone.
+        """
+        rows_BK = np.full((len(context_B), num), -1, dtype=np.int64)
+        for place, (context, pert, key) in enumerate(zip(context_B.tolist(), pert_B.tolist(), keys, strict=True)):
+            others = np.flatnonzero((self._contexts == context) & (self._perts != pert))
+            random = generator(seed, "others", *key)
+            drawn = random.choice(others, size=min(num, len(others)), replace=False)
+            rows_BK[place, : len(drawn)] = drawn
+        return torch.from_numpy(rows_BK)
+
+
+def learn_truth(
+    store: Store,
+    output_genes: NDArray[np.int64],
+    *,
+    labels: bool,
+    rates: ControlRates | None = None,
+    progress: Progress,
+) -> Truth:
+    """Read the TRAIN cells once, group by group, and return their effects, with DE labels where wanted.
+
+    Parameters
+    ----------
+    store
+        The training store.
+    output_genes
+        Positions of the predicted genes, ascending.
+    labels
+        Whether to say which genes are differentially expressed, by the official statistics.
+    rates
+        Of the control cells, where the counts head is trained.
+    progress
+        Where groups are counted.
+    """
+    effects = training_effects(store, output_genes, progress=progress)
+    codes = np.stack([effects.contexts, effects.perts], axis=1)
+    labels_NG, threshold_NG = None, None
+    if labels and len(codes):
+        found = de_labels(store, progress=progress)
+        # They were adjusted over all genes, whichever of them are predicted.
+        significant_NG = found.significant[found.find(codes[:, 0], codes[:, 1])]
+        labels_NG = significant_NG[:, output_genes]
+        threshold_NG = call_thresholds(store, codes, significant_NG.sum(axis=1), output_genes)
+    elif labels:
+        labels_NG = np.zeros((1, len(output_genes)), dtype=bool)
+        threshold_NG = np.ones(labels_NG.shape, dtype=np.float32)
+    return Truth(
+        store,
+        contexts=effects.contexts,
+        perts=effects.perts,
+        effects_NG=effects.effects_NG if len(codes) else np.zeros((1, len(output_genes)), np.float32),
+        control_mean_SG=effects.control_mean_SG,
+        labels_NG=labels_NG,
+        threshold_NG=threshold_NG,
+        output_genes=output_genes,
+        log_rate_SG=None if rates is None else rates.log_rate_SG,
+    )

@@ -1,0 +1,219 @@
+"""The terms of the loss for a batch, and what each weighs at a step.
+
+Shapes: B sets of this device, G predicted genes, K other perturbations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pertcast.config import LossConfig
+from pertcast.models.heads import CountsPrediction
+from pertcast.models.losses import (
+    call_logits,
+    de_loss,
+    energy_distance,
+    negative_binomial_loss,
+    order_loss,
+    pseudobulk_mae,
+    ranking_loss,
+)
+from pertcast.models.state import Prediction
+from pertcast.train.batches import Batch
+from pertcast.train.loss_targets import Known
+
+__all__ = ["Others", "loss_terms", "needs_truth", "total_loss"]
+
+_SMALLEST_DEPTH = 1e-9
+# What effects are measured in where they are put into order, in mean sizes from which on the test calls a gene.
+_SCALE = 2.0
+_AUXILIARY = ("mae", "de", "rank", "nb")
+
+
+class Others(NamedTuple):
+    """Effects of other training perturbations that each set is ranked among, and which of them there are."""
+
+    effects_BKG: Tensor
+    exist_BK: Tensor
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values
+
+
+def needs_truth(config: LossConfig) -> bool:
+    """Return whether a term is switched on that needs what :func:`pertcast.train.loss_targets.learn_truth` learns."""
+    return bool(config.de or config.rank or config.nb or (config.mae and config.mae_of == "effect"))
+
+
+def loss_terms(
+    prediction: Prediction,
+    batch: Batch,
+    config: LossConfig,
+    *,
+    known: Known | None = None,
+    others: Others | None = None,
+    positive_weight: float = 1.0,
+    gather: Callable[[Tensor], Tensor] = _alone,
+) -> dict[str, Tensor]:
+    """Return the terms of the loss that are switched on, ``(B,)`` each, without weights.
+
+    Parameters
+    ----------
+    prediction, batch
+        What the network gives, and the cells that it should give.
+    config
+        Weights and options; a term with weight 0 is not computed.
+    known, others
+        What the training split says of the sets, and other perturbations' effects; needed for "de", "rank", "nb"
+        and "mae" of the effect.
+    positive_weight
+        What a differentially expressed gene weighs.
+    gather
+        Gives the rows of all devices for those of this one: a set is ranked among all sets of the step.
+    """
+    terms = {}
+    if batch.measured_BG is not None:
+        # cells show 0 of genes that were not measured; what is predicted of these must not count
+        prediction = _without(prediction, batch.measured_BG)
+    if config.energy:
+        terms["energy"] = energy_distance(prediction.latent_BSO, batch.real_BSO)
+    if config.decoder and prediction.genes_BSG is not None and batch.genes_BSG is not None:
+        terms["decoder"] = energy_distance(prediction.genes_BSG, batch.genes_BSG)
+    real_BSG = batch.real_BSO if batch.genes_BSG is None else batch.genes_BSG
+    if config.mae:
+        terms["mae"] = pseudobulk_mae(prediction.log1p_BSG, real_BSG)
+        if config.mae_of == "effect":
+            known = _needed(known, "mae")
+            # held-out perturbations and control cells have no training effect, and are compared set by set
+            of_effect_B = (_effects(prediction, known) - known.effect_BG).abs().mean(-1)
+            terms["mae"] = torch.where(known.has_effect_B, of_effect_B, terms["mae"])
+    if config.de:
+        terms["de"] = _de_term(prediction, _needed(known, "de"), config, positive_weight)
+    if config.nb:
+        rate_BG = _needed(known, "nb").log_rate_BG
+        if prediction.counts is None or batch.depth_BS is None or rate_BG is None:
+            raise ValueError("the term nb needs a network with a counts head, control rates and a store of counts")
+        terms["nb"] = _counts_loss(prediction.counts, real_BSG, batch, rate_BG)
+    if config.rank:
+        known = _needed(known, "rank")
+        if others is None:
+            raise ValueError("the term rank needs effects of other perturbations")
+        set_effect_BG = real_BSG.float().mean(1) - known.control_mean_BG
+        if known.measured_BG is not None:
+            set_effect_BG = set_effect_BG * known.measured_BG
+        # The mean of all training cells is less noisy than that of a set; held-out perturbations have none.
+        real_BG = torch.where(known.has_effect_B[:, None], known.effect_BG, set_effect_BG)
+        terms["rank"] = _rank(_effects(prediction, known), real_BG, batch, config, known, others, gather)
+    return terms
+
+
+def _needed(known: Known | None, term: str) -> Known:
+    """Return what is known of the sets, which a term that was asked for cannot do without."""
+    if known is None:
+        raise ValueError(f"the term {term} needs what the training split says of the sets")
+    return known
+
+
+def _without(prediction: Prediction, measured_BG: Tensor) -> Prediction:
+    """Return the prediction with 0 for genes that were not measured."""
+    cut_BG = None if prediction.cut_BG is None else prediction.cut_BG * measured_BG
+    if prediction.genes_BSG is None:
+        return prediction._replace(latent_BSO=prediction.latent_BSO * measured_BG[:, None], cut_BG=cut_BG)
+    return prediction._replace(genes_BSG=prediction.genes_BSG * measured_BG[:, None], cut_BG=cut_BG)
+
+
+def _counts_loss(found: CountsPrediction, real_BSG: Tensor, batch: Batch, log_rate_BG: Tensor) -> Tensor:
+    """Return the counts head's loss; counts come back out of log1p values, exactly, since they are whole."""
+    assert batch.depth_BS is not None
+    counts_BSG = (real_BSG.float().expm1() * batch.depth_BS[..., None]).round_()
+    log_mean_BG = log_rate_BG + found.log_fold_BG.float()
+    log_depth_BS = batch.depth_BS.clamp_min(_SMALLEST_DEPTH).log()
+    log_mean_BSG = log_mean_BG[:, None] + log_depth_BS[..., None]
+    return negative_binomial_loss(counts_BSG, log_mean_BSG, found.log_shape_G, measured_BG=batch.measured_BG)
+
+
+def _effects(prediction: Prediction, known: Known) -> Tensor:
+    """Return the effect that each set predicts, (B, G); 0 for genes that were not measured."""
+    effect_BG = prediction.uncut_BSG.float().mean(1) - known.beside_BG
+    return effect_BG if known.measured_BG is None else effect_BG * known.measured_BG
+
+
+def _de_term(prediction: Prediction, known: Known, config: LossConfig, positive_weight: float) -> Tensor:
+    """Return the DE head's loss; a set without a training effect has no labels, and 0."""
+    if known.labels_BG is None or known.valid_BG is None or known.threshold_BG is None:
+        raise ValueError("the term de needs DE labels")
+    direction_BG = known.effect_BG.sign() * known.labels_BG
+    if config.de_head == "order":
+        return order_loss(_effects(prediction, known), direction_BG, _SCALE * known.threshold_BG.mean(-1))
+    if config.de_head == "test":
+        logits_BG = call_logits(_effects(prediction, known), direction_BG, known.threshold_BG)
+    elif prediction.de_BG is not None:
+        logits_BG = prediction.de_BG
+    else:
+        raise ValueError("a learned DE head is part of the network, and this one has none")
+    focal = config.de_form == "focal"
+    return de_loss(
+        logits_BG,
+        known.labels_BG,
+        known.valid_BG,
+        positive_weight=1.0 if focal else positive_weight,
+        gamma=config.de_gamma if focal else 0.0,
+    )
+
+
+def _rank(
+    pred_BG: Tensor,
+    real_BG: Tensor,
+    batch: Batch,
+    config: LossConfig,
+    known: Known,
+    others: Others,
+    gather: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return the ranking loss; sets of control cells have no rank, as in the official metric.
+
+    A: the sets of all devices.
+    """
+    is_perturbed_B = ~known.is_control_B
+    codes_B3 = torch.stack([batch.context_B, batch.pert_B, is_perturbed_B.to(batch.pert_B.dtype)], dim=1)
+    real_AG, codes_A3 = gather(real_BG), gather(codes_B3)
+    comparable_BA = (
+        (batch.context_B[:, None] == codes_A3[:, 0])
+        & (batch.pert_B[:, None] != codes_A3[:, 1])
+        & is_perturbed_B[:, None]
+        & codes_A3[:, 2].bool()
+    )
+    others_BKG = torch.cat([real_AG.expand(len(real_BG), -1, -1), others.effects_BKG], dim=1)
+    if known.measured_BG is not None:
+        others_BKG = others_BKG * known.measured_BG[:, None]
+    return ranking_loss(
+        pred_BG,
+        real_BG,
+        others_BKG,
+        valid_BK=torch.cat([comparable_BA, others.exist_BK & is_perturbed_B[:, None]], dim=1),
+        own_gene_B=known.own_gene_B,
+        distance=config.rank_distance,
+        margin=config.rank_margin,
+    )
+
+
+def total_loss(terms: Mapping[str, Tensor], config: LossConfig, *, step: int | None) -> Tensor:
+    """Return the weighted sum of the terms.
+
+    Parameters
+    ----------
+    terms
+        Means of those of :func:`loss_terms`.
+    config
+        Weights.
+    step
+        Steps done, while auxiliary weights still rise; ``None`` for their full height, as in validation.
+    """
+    share = 1.0 if step is None or not config.warmup_steps else min(1.0, (step + 1) / config.warmup_steps)
+    weights = {name: getattr(config, name) * (share if name in _AUXILIARY else 1.0) for name in terms}
+    return torch.stack([weights[name] * value for name, value in terms.items()]).sum()

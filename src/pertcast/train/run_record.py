@@ -1,0 +1,117 @@
+"""What generation needs to know of a training: the run, beside what its store says of genes, labels and scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pertcast.config import STORE_KEYS, Experiment
+from pertcast.data.features import PertFeatures, coverage, load_features, open_features
+from pertcast.data.store import Store
+from pertcast.files.season_lists import read_targets
+from pertcast.models.baselines import BaselineSpec
+from pertcast.models.run_folder import Run
+from pertcast.models.spec import StateSpec
+from pertcast.progress import Progress
+
+__all__ = ["FEATURES", "needs_features", "run_features", "run_of", "show_coverage"]
+
+FEATURES = "features"
+
+
+def needs_features(experiment: Experiment) -> bool:
+    """Return whether what learns looks at features; a control copy and the mean effect do not."""
+    return experiment.model.kind not in ("control", "mean")
+
+
+def run_features(experiment: Experiment, store: Store, out: Path) -> PertFeatures:
+    """Return a run's features: those that it was begun with, else as the experiment says, for its targets too.
+
+    Raises
+    ------
+    DataError
+        Naming every label without a feature.
+    """
+    if (out / FEATURES / "features.json").is_file():
+        return open_features(out / FEATURES)
+    targets = _targets(experiment)
+    if needs_features(experiment):
+        return load_features(experiment.features, store, targets=targets)
+    names = tuple(dict.fromkeys((store.control, *store.perts, *targets)))
+    nothing = np.zeros((len(names), 0), dtype=np.float32)
+    return PertFeatures(names, nothing, kind="none", control=store.control, source="no features are looked at")
+
+
+def feature_facts(features: PertFeatures) -> dict[str, Any]:
+    """Return what a run tells of its features: kind, source, width, and what was filled in."""
+    return {"kind": features.kind, "source": features.source, "dim": features.dim, "filled": features.filled}
+
+
+def show_coverage(features: PertFeatures, store: Store, experiment: Experiment, progress: Progress) -> None:
+    """Show how many training perturbations, held-out ones and targets have a feature of their own."""
+    if not needs_features(experiment):
+        return
+    rows = coverage(features, store, _targets(experiment))
+    table = [[row.group, f"{row.covered:,}", f"{row.filled:,}", f"{row.total:,}"] for row in rows if row.total]
+    progress.table(f"Perturbation features: {features.source}", ["", "own feature", "filled in", "all"], table)
+
+
+def _targets(experiment: Experiment) -> tuple[str, ...]:
+    submission = experiment.submission
+    if submission.targets is None:
+        return ()
+    return tuple(read_targets(submission.targets, submission.resolve()))
+
+
+def run_of(
+    out: Path,
+    spec: StateSpec | BaselineSpec,
+    experiment: Experiment,
+    store: Store,
+    features: PertFeatures,
+    *,
+    output_genes: NDArray[np.int64],
+    step: int,
+    metrics: Mapping[str, Any],
+    notes: Sequence[str],
+) -> Run:
+    """Return the record of what was trained on a store; nothing is written.
+
+    Parameters
+    ----------
+    out
+        The run's folder.
+    spec
+        The network, or the baseline.
+    experiment, store, features
+        What it was trained with.
+    output_genes
+        Positions of the predicted genes in the store, ascending.
+    step, metrics, notes
+        As :class:`pertcast.models.run_folder.Run` has them.
+    """
+    return Run(
+        path=out,
+        spec=spec,
+        # as the store was made: its files may be elsewhere by now
+        experiment={**experiment.as_json(), **{key: store.config[key] for key in STORE_KEYS if "." not in key}},
+        genes=store.genes,
+        output_genes=output_genes,
+        hvg=store.hvg,
+        perts=store.perts,
+        contexts=store.contexts,
+        batches=store.batches,
+        control=store.control,
+        target_sum=store.target_sum,
+        scale=store.scale,
+        store_path=store.path,
+        store_fingerprint=store.fingerprint,
+        step=step,
+        metrics=dict(metrics),
+        features=feature_facts(features),
+        notes=tuple(notes),
+    )
