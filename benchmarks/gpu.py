@@ -31,7 +31,8 @@ from pertcast.data.prepare import prepare
 from pertcast.data.store import Store
 from pertcast.generate import generate
 from pertcast.models.run_folder import open_run
-from pertcast.models.state import StateSpec, StateTransition
+from pertcast.models.spec import StateSpec
+from pertcast.models.state import StateTransition
 from pertcast.progress import SILENT, Advance
 from pertcast.train import loop as training_loop
 from pertcast.train import train

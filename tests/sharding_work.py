@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pertcast.config import ModelConfig, TrainConfig
-from pertcast.models.state import StateTransition, spec_for
+from pertcast.models.spec import spec_for
+from pertcast.models.state import StateTransition
 from pertcast.progress import Progress
 from pertcast.train.devices import open_fabric
 from pertcast.train.loop import make_optimizer

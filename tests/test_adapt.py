@@ -23,7 +23,8 @@ from pertcast.files.artefacts import verify_artefact
 from pertcast.generate import generate
 from pertcast.models.few_parameters import choose, grow, merge, parse_learn
 from pertcast.models.run_folder import Run, open_run
-from pertcast.models.state import StateTransition, spec_for
+from pertcast.models.spec import spec_for
+from pertcast.models.state import StateTransition
 from pertcast.train import train
 from pertcast.train.adapt import adapt
 from pertcast.train.closed_form import least_squares_gain, offset_of

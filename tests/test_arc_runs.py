@@ -18,7 +18,8 @@ from pertcast.arc.import_export import export_run, import_run
 from pertcast.config import load_experiment, rung_overrides
 from pertcast.data.features import PertFeatures, open_features, save_features
 from pertcast.data.prepare import prepare
-from pertcast.data.store import Split, Store
+from pertcast.data.split import Split
+from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, DataError
 from pertcast.files.artefacts import read_manifest, verify_artefact
 from pertcast.generate import generate

@@ -19,7 +19,7 @@ from scipy import sparse
 from conftest import SMALL_GENES
 from pertcast.errors import DataError, SubmissionError
 from pertcast.files.artefacts import Manifest, manifest_path, read_manifest, verify_artefact, write_manifest
-from pertcast.files.h5ad import CsrWriter
+from pertcast.files.h5ad_writer import CsrWriter
 from pertcast.submission.assemble import assemble
 from pertcast.submission.check import check
 

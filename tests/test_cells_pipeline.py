@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from conftest import write_small_h5ad
 from pertcast.config import load_experiment
-from pertcast.data.store import Split, Store
+from pertcast.data.split import Split
+from pertcast.data.store import Store
 from pertcast.errors import ConfigError
 from pertcast.files.artefacts import hash_file, read_manifest
 from pertcast.generate import Part, generate

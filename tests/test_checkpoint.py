@@ -26,7 +26,8 @@ from pertcast.models.run_folder import (
     save_run,
     save_tensors,
 )
-from pertcast.models.state import StateTransition, spec_for
+from pertcast.models.spec import spec_for
+from pertcast.models.state import StateTransition
 
 SPEC = spec_for(
     ModelConfig(preset="tiny", layers=1, hidden=8, heads=2, feedforward=8, set_size=4),

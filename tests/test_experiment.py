@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pertcast.config import Experiment, load_experiment
-from pertcast.data.experiment import Split, assign_split, dataset_files, read_cells
+from pertcast.data.experiment import dataset_files, read_cells
 from pertcast.data.prepare import prepare
-from pertcast.data.split import CellKeys
+from pertcast.data.split import CellKeys, Split, assign_split
 from pertcast.errors import ConfigError, DataError
 
 Builder = Callable[..., Path]

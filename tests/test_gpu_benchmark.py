@@ -9,7 +9,8 @@ import pytest
 from benchmarks.gpu import SMALL, measure, measured_peak, network_flops, rows_of, write_data
 
 from pertcast.config import ModelConfig
-from pertcast.models.state import StateTransition, spec_for
+from pertcast.models.spec import spec_for
+from pertcast.models.state import StateTransition
 
 
 def test_it_trains_and_generates_and_measures_both(tmp_path: Path) -> None:

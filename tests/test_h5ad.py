@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from pertcast.errors import DataError
-from pertcast.files.h5ad import CsrWriter, open_h5ad, row_bands
+from pertcast.files.h5ad import open_h5ad, row_bands
+from pertcast.files.h5ad_writer import CsrWriter
 
 Builder = Callable[..., Path]
 

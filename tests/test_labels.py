@@ -18,7 +18,8 @@ import pertcast.data.de_labels
 from pertcast.config import Experiment
 from pertcast.data.de_labels import LABELS_FILE, DeLabels, de_labels
 from pertcast.data.prepare import prepare
-from pertcast.data.store import Split, Store
+from pertcast.data.split import Split
+from pertcast.data.store import Store
 
 Builder = Callable[..., Path]
 

@@ -19,7 +19,8 @@ from pertcast.config import Experiment
 from pertcast.data.de_labels import de_labels
 from pertcast.data.features import load_features
 from pertcast.data.prepare import prepare
-from pertcast.data.store import Split, Store
+from pertcast.data.split import Split
+from pertcast.data.store import Store
 from pertcast.progress import SILENT
 from pertcast.train import train
 from pertcast.train.training_effects import training_effects

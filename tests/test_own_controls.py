@@ -21,7 +21,8 @@ from pertcast.data.counts_fit import batch_effects
 from pertcast.data.de_labels import de_labels
 from pertcast.data.features import load_features
 from pertcast.data.prepare import prepare
-from pertcast.data.store import Split, Store
+from pertcast.data.split import Split
+from pertcast.data.store import Store
 from pertcast.errors import ConfigError, DataError
 from pertcast.files.artefacts import read_manifest
 from pertcast.generate import generate

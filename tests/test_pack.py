@@ -27,7 +27,7 @@ from agreement_cases import draft_2026
 from conftest import SMALL_GENES, write_small_h5ad
 from pertcast.errors import DataError, SubmissionError
 from pertcast.files.artefacts import read_manifest, verify_artefact
-from pertcast.files.h5ad import CsrWriter
+from pertcast.files.h5ad_writer import CsrWriter
 from pertcast.progress import SILENT
 from pertcast.seasons import SEASONS
 from pertcast.submission import archive

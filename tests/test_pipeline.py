@@ -20,7 +20,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from pertcast.config import load_experiment
-from pertcast.data.store import Split, Store
+from pertcast.data.split import Split
+from pertcast.data.store import Store
 from pertcast.errors import ConfigError, DataError
 from pertcast.files.artefacts import hash_file, read_manifest, verify_artefact
 from pertcast.generate import generate

@@ -18,7 +18,8 @@ from conftest import write_small_h5ad
 from pertcast.cli.app import main
 from pertcast.config import load_experiment
 from pertcast.data.prepare import prepare
-from pertcast.data.store import Split, Store
+from pertcast.data.split import Split
+from pertcast.data.store import Store
 from pertcast.errors import DataError
 from pertcast.ladder.report import write_report
 from pertcast.ladder.report.figures import Figure, curves

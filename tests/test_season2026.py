@@ -12,7 +12,8 @@ import pytest
 
 from conftest import SMALL_GENES, write_small_h5ad
 from pertcast.config import load_experiment
-from pertcast.data.store import Split, Store
+from pertcast.data.split import Split
+from pertcast.data.store import Store
 from pertcast.errors import ConfigError, DataError, SubmissionError
 from pertcast.generate import generate
 from pertcast.ladder.score import score

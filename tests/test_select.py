@@ -14,7 +14,8 @@ from scipy import sparse
 
 from pertcast.config import Experiment, load_experiment
 from pertcast.data.prepare import prepare
-from pertcast.data.store import Split, Store
+from pertcast.data.split import Split
+from pertcast.data.store import Store
 from pertcast.errors import ConfigError
 from pertcast.ladder.mean_baseline import constant_side
 from pertcast.ladder.score import compare_sides

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pertcast.config import ModelConfig
 from pertcast.errors import ConfigError
-from pertcast.models.state import PRESETS, StateSpec, StateTransition, spec_for
+from pertcast.models.spec import PRESETS, StateSpec, spec_for
+from pertcast.models.state import StateTransition
 
 
 def tiny_spec(**changes: Any) -> StateSpec:

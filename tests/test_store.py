@@ -19,7 +19,8 @@ import pertcast.data.prepare
 from pertcast.config import Experiment
 from pertcast.data.genes import choose_hvgs
 from pertcast.data.prepare import prepare
-from pertcast.data.store import GrowingArray, Split, Store, ValueArray
+from pertcast.data.split import Split
+from pertcast.data.store import GrowingArray, Store, ValueArray
 from pertcast.errors import CheckpointError, DataError
 from pertcast.files.artefacts import Manifest, verify_artefact, write_manifest
 from pertcast.progress import Advance

@@ -11,15 +11,14 @@ import anndata as ad
 import numpy as np
 from numpy.typing import NDArray
 
-from pertcast.data.store import Split, Store
+from pertcast.data.split import Split
+from pertcast.data.store import Store
 from pertcast.ladder.report import write_report
 from pertcast.pipeline import Outcome, run_experiment
 from pertcast.progress import SILENT, Progress
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN
 from pertcast.stats.metrics import compare_effects, knockdown
 from pertcast.submission.pack import unpack
-
-__all__ = ["HEADER", "run_demo"]
 
 HEADER = (
     "target",
@@ -34,11 +33,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class TargetRow:
-    """One target: its predicted cells, beside the cells that training has not seen.
-
-    `own_*` is the share of the target gene's expression that is left (NaN where the gene is not measured);
-    sizes are L2 norms of the mean effect over all genes, on the log1p scale.
-    """
+    """One target: its predicted cells, beside the cells that training has not seen."""
 
     target: str
     num_cells: int
@@ -67,15 +62,7 @@ class DemoOutcome:
 
 
 def run_demo(out: Path, *, overrides: Sequence[str] = (), progress: Progress = SILENT) -> DemoOutcome:
-    """Train, generate, assemble, check, pack and unpack on the shipped H1 cells, and write the report.
-
-    Parameters
-    ----------
-    out
-        The folder of all artefacts.
-    overrides
-        ``section.key=value`` on top of the demo's experiment.
-    """
+    """Train, generate, assemble, check, pack and unpack on the shipped H1 cells, and write the report."""
     with as_file(files("pertcast") / "assets") as assets:
         outcome = run_experiment(assets / "demo.toml", out, overrides=overrides, progress=progress)
     unpacked = unpack(outcome.archive, out / "unpacked.h5ad")

@@ -15,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "PertcastError", "Problem", "Problems", "SubmissionError"]
-
 
 class Problem(NamedTuple):
     """One thing that is wrong.
@@ -82,8 +80,6 @@ class SubmissionError(PertcastError):
 class Problems:
     """Collect the problems of independent checks, then raise them all at once.
 
-    Examples
-    --------
     >>> problems = Problems()
     >>> for name in ("A", "B"):
     ...     with problems.collect():

@@ -20,8 +20,6 @@ from pertcast.progress import SILENT, Progress
 if TYPE_CHECKING:
     from pertcast.submission.check import CheckReport
 
-__all__ = ["Outcome", "run_experiment"]
-
 
 @dataclass(frozen=True)
 class Outcome:

@@ -24,8 +24,6 @@ from pertcast.files.season_lists import read_targets
 from pertcast.generate.plan import plan_parts, prediction_sources
 from pertcast.progress import SILENT, Progress
 
-__all__ = ["preflight"]
-
 _SAMPLED_VALUES = 1 << 20
 _BYTES_IN_STORE = 6  # a column and a count, and again where highly variable genes are copied
 _BYTES_IN_PREDICTION = 16  # a float32 value and its column, in the parts and in the prediction
@@ -34,24 +32,7 @@ _BYTES_IN_PREDICTION = 16  # a float32 value and its column, in the parts and in
 def preflight(
     experiment: Experiment, *, out: Path | None = None, store: CodedCells | None = None, progress: Progress = SILENT
 ) -> None:
-    """Raise one error with everything that would stop the experiment later.
-
-    Parameters
-    ----------
-    experiment
-        The experiment to train and, where it names targets, to submit.
-    out
-        Where it will write everything; its disk must have room.
-    store
-        The store to train on; where it is not given, the files of the experiment are looked at.
-    progress
-        Where a note goes.
-
-    Raises
-    ------
-    PertcastError
-        If cells, split, scale, submission, features or disk space do not fit.
-    """
+    """Raise one error with everything that would stop the experiment later."""
     problems = Problems()
     cells, scale = store, store.known_scale if store is not None else None
     with problems.collect():

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-__all__ = ["SILENT", "Advance", "Progress"]
-
 
 class Advance(Protocol):
     """Moves a task on by `amount` of its units; `detail` is a short text beside the bar."""

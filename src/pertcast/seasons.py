@@ -15,8 +15,6 @@ from typing import Literal
 
 from pertcast.errors import ConfigError, Problem
 
-__all__ = ["CONTROL_LABEL", "PERT_COLUMN", "SEASONS", "Season", "season"]
-
 PERT_COLUMN = "target_gene"
 CONTROL_LABEL = "non-targeting"
 

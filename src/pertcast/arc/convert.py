@@ -20,8 +20,6 @@ from pertcast.models.run_folder import require_shapes
 from pertcast.models.spec import StateSpec
 from pertcast.models.state import StateTransition
 
-__all__ = ["TRANSPOSED", "ArcNames", "ArcNetwork", "convert_run", "network_names"]
-
 GENE_KEYS = (None, "X_hvg")
 
 # options that the network is made by
@@ -215,13 +213,7 @@ def _backbone_problems(options: Mapping[str, Any], *, is_early: bool) -> list[Pr
 
 
 def backbone_shape(options: Mapping[str, Any], *, hidden: int) -> BackboneShape:
-    """Return the backbone's shape; the options are covered.
-
-    Raises
-    ------
-    KeyError
-        If an option is missing that the shape depends on.
-    """
+    """Return the backbone's shape; the options are covered."""
     given = options["transformer_backbone_kwargs"]
     if options.get("transformer_backbone_key", "GPT2") == "llama":
         heads = int(given["num_attention_heads"])
@@ -241,38 +233,20 @@ _POSITIONS = "transformer_backbone.wpe.weight"
 
 @dataclass(frozen=True)
 class ArcNames:
-    """Which genes a network reads and gives, in its order.
+    """Which genes a network reads and gives, in its order."""
 
-    Attributes
-    ----------
-    inputs
-        Genes that it reads; empty where it reads an embedding.
-    outputs
-        Genes that it predicts; empty where it gives an embedding.
-    embedding
-        The ``obsm`` key that it reads, or ``None``.
-    """
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    embedding: str | None
+    inputs: tuple[str, ...]  # Genes that it reads; empty where it reads an embedding
+    outputs: tuple[str, ...]  # Genes that it predicts; empty where it gives an embedding
+    embedding: str | None  # The ``obsm`` key that it reads, or ``None``
 
 
 @dataclass(frozen=True)
 class ArcNetwork:
-    """A converted network.
+    """A converted network."""
 
-    Attributes
-    ----------
-    spec, weights
-        Our network.
-    notes
-        What was left out.
-    """
-
-    spec: StateSpec
+    spec: StateSpec  # Our network
     weights: dict[str, Tensor]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # What was left out
 
     def model(self) -> StateTransition:
         """Return the network with its weights, in evaluation mode."""
@@ -283,13 +257,7 @@ class ArcNetwork:
 
 
 def convert_run(folder: ArcFolder) -> ArcNetwork:
-    """Return the folder's network as ours.
-
-    Raises
-    ------
-    CheckpointError
-        Naming every option that is not covered, or every tensor that does not fit the options.
-    """
+    """Return the folder's network as ours."""
     problems = option_problems(folder.options, is_early=folder.is_early)
     if problems:
         raise CheckpointError(
@@ -431,20 +399,7 @@ def _merge_lora(folder: ArcFolder, weights: dict[str, Tensor]) -> dict[str, Tens
 def network_names(
     folder: ArcFolder, network: ArcNetwork, *, genes: Sequence[str] = (), hvgs: Sequence[str] = ()
 ) -> ArcNames:
-    """Return the names of a network's inputs and outputs.
-
-    Parameters
-    ----------
-    folder, network
-        The folder, and its network.
-    genes, hvgs
-        All genes, and the highly variable ones, as the user lists them; empty where not given.
-
-    Raises
-    ------
-    CheckpointError
-        If the folder does not name the genes and no list of the right length does.
-    """
+    """Return the names of a network's inputs and outputs."""
     embed_key, arc_space = folder.options.get("embed_key"), folder.options.get("output_space", "gene")
     spec, problems = network.spec, []
     own = folder.gene_names

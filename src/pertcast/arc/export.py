@@ -18,8 +18,6 @@ from pertcast.models.heads import COUNTS_HEAD_PREFIX, DE_HEAD_PREFIX
 from pertcast.models.run_folder import WEIGHTS, Run, load_tensors
 from pertcast.models.spec import StateSpec
 
-__all__ = ["write_arc_folder"]
-
 _OBSM = "obsm:"
 # which genes, in which order, the cells must hold in obsm["X_hvg"]
 HVG_LIST = "X_hvg_genes.csv"
@@ -27,26 +25,7 @@ _BATCHES = "batch_encoder.weight"
 
 
 def write_arc_folder(run: Run, vectors: Mapping[str, Tensor], out: Path) -> tuple[str, ...]:
-    """Write a run's network, names and perturbation vectors as ``state tx train`` would; return what is left out.
-
-    Parameters
-    ----------
-    run
-        The run.
-    vectors
-        Label → perturbation vector.
-    out
-        The folder; replaced as one.
-
-    Returns
-    -------
-    A sentence for each thing that arc-state's network has not and that its predictions do not need.
-
-    Raises
-    ------
-    CheckpointError
-        If the network has what arc-state's has not.
-    """
+    """Write a run's network, names and perturbation vectors as ``state tx train`` would; return what is left out."""
     _require_known(run)
     tensors, notes = _needed(run, load_tensors(run.path / WEIGHTS))
     options = _options(run)

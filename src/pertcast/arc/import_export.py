@@ -24,8 +24,6 @@ from pertcast.files.artefacts import any_content
 from pertcast.models.run_folder import Run, open_run, save_run
 from pertcast.progress import SILENT, Progress
 
-__all__ = ["export_run", "import_run"]
-
 _FEATURES = "features"
 
 
@@ -39,35 +37,7 @@ def import_run(
     target_sum: float | None = None,
     progress: Progress = SILENT,
 ) -> Path:
-    """Make a run of a folder that ``state tx train`` wrote; no code in it runs.
-
-    The run has no store: what generates with it gives one, and names are matched then.
-
-    Parameters
-    ----------
-    folder
-        config.yaml, var_dims.pkl, pert_onehot_map.pt, batch_onehot_map.*, cell_type_onehot_map.*, checkpoints/.
-    out
-        The run's folder.
-    checkpoint
-        Which checkpoint; default: checkpoints/final.ckpt.
-    genes, hvgs
-        Names of all genes, and of the highly variable ones, one a line, in the order that the network was trained
-        with; needed where the folder does not name them.
-    target_sum
-        The total that the training cells were normalised to before log1p; arc-state does not record it.
-
-    Returns
-    -------
-    `out`.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is not safe to read, an option is not covered, or names are missing.
-    DataError
-        If `out` is there already and is no run.
-    """
+    """Make a run of a folder that ``state tx train`` wrote; no code in it runs."""
     if target_sum is not None and not 0 < target_sum < float("inf"):
         raise DataError(f"--target-sum: expected a number above 0, got {target_sum}")
     if any_content(out) and not (out / "run.json").is_file():
@@ -156,15 +126,7 @@ def _read_names(path: Path | None) -> tuple[str, ...]:
 
 
 def export_run(run_path: Path, out: Path, *, progress: Progress = SILENT) -> Path:
-    """Write a run as a folder that ``state tx infer`` reads; what is left out is noted.
-
-    Raises
-    ------
-    CheckpointError
-        If the network has what arc-state's has not.
-    DataError
-        If `out` is there already.
-    """
+    """Write a run as a folder that ``state tx infer`` reads; what is left out is noted."""
     if any_content(out):
         raise DataError(f"{out}: it is there already; give another --out, or remove it first")
     run = open_run(run_path)

@@ -17,8 +17,6 @@ from torch import Tensor
 from pertcast.arc.safe_unpickle import read_pickle, read_tensors
 from pertcast.errors import CheckpointError, Problem
 
-__all__ = ["ArcFolder", "read_arc_folder"]
-
 _CHECKPOINT = "checkpoints/final.ckpt"
 # names of the State Transition network in config.yaml; the last two are of earlier versions
 _STATE = ("state", "pertsets", "neuralot")
@@ -27,59 +25,25 @@ _NESTED = ("transformer_backbone_kwargs", "lora")
 
 @dataclass(frozen=True)
 class ArcFolder:
-    """What a run folder holds.
+    """What a run folder holds."""
 
-    Attributes
-    ----------
-    path, checkpoint
-        The folder, and the file that the weights are from.
-    data
-        The settings of its data, as config.yaml has them.
-    options
-        The settings of its network: those that the checkpoint stores, and config.yaml's where it stores none.
-    gene_names
-        Names of the genes that it predicts, as var_dims.pkl has them; empty where it has none.
-    perts
-        Label → vector.
-    batches, contexts
-        Names, in the order of their codes.
-    weights
-        Name → tensor, as arc-state names them.
-    step
-        The step that the weights are of.
-    is_early
-        Whether an arc-state before 0.9.32 has trained it, whose cells always attend to each other.
-    """
-
-    path: Path
+    path: Path  # The folder, and the file that the weights are from
     checkpoint: Path
-    data: dict[str, Any]
+    data: dict[str, Any]  # The settings of its data, as config.yaml has them
+    # The settings of its network: those that the checkpoint stores, and config.yaml's where it stores none
     options: dict[str, Any]
+    # Names of the genes that it predicts, as var_dims.pkl has them; empty where it has none
     gene_names: tuple[str, ...]
-    perts: dict[str, Tensor]
-    batches: tuple[str, ...]
+    perts: dict[str, Tensor]  # Label → vector
+    batches: tuple[str, ...]  # Names, in the order of their codes
     contexts: tuple[str, ...]
-    weights: dict[str, Tensor]
-    step: int
-    is_early: bool = False
+    weights: dict[str, Tensor]  # Name → tensor, as arc-state names them
+    step: int  # The step that the weights are of
+    is_early: bool = False  # Whether an arc-state before 0.9.32 has trained it, whose cells always attend to each other
 
 
 def read_arc_folder(path: Path, *, checkpoint: Path | None = None) -> ArcFolder:
-    """Read a run folder of arc-state.
-
-    Parameters
-    ----------
-    path
-        The folder: config.yaml, var_dims.pkl, pert_onehot_map.pt, batch_onehot_map.torch or .pkl,
-        cell_type_onehot_map.torch or .pkl, checkpoints/*.ckpt.
-    checkpoint
-        Which checkpoint; default: checkpoints/final.ckpt, as ``state tx infer`` takes.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is missing, damaged, of another shape, or names anything that reading it safely does not allow.
-    """
+    """Read a run folder of arc-state."""
     chosen = checkpoint or path / _CHECKPOINT
     _require_files(path, chosen)
     config = _read_config(path / "config.yaml")

@@ -25,8 +25,6 @@ from torch._utils import _rebuild_tensor_v2
 from pertcast.errors import CheckpointError
 from pertcast.files.artefacts import hash_file
 
-__all__ = ["hash_contents", "read_pickle", "read_tensors"]
-
 # what torch's and Python's readers were seen to raise on files that were cut or are something else
 _READ_ERRORS = (
     pickle.UnpicklingError,
@@ -104,13 +102,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> Any:
-    """Return what a ``.pkl`` file holds.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is missing, damaged, or names anything that is not on the list; that is named and not run.
-    """
+    """Return what a ``.pkl`` file holds."""
 
     def read() -> Any:
         with path.open("rb") as stream:
@@ -120,13 +112,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> Any:
-    """Return what a ``.pt``, ``.torch`` or ``.ckpt`` file holds, its tensors on the CPU, read when they are looked at.
-
-    Raises
-    ------
-    CheckpointError
-        As :func:`read_pickle`.
-    """
+    """Read a ``.pt``, ``.torch`` or ``.ckpt`` file; its tensors are on the CPU and are read when they are used."""
 
     def read() -> Any:
         allowed: list[Any] = [(value, name) for name, value in _SCALARS.items()]
@@ -139,11 +125,7 @@ def read_tensors(path: Path) -> Any:
 
 
 def hash_contents(path: Path) -> str:
-    """Return the sha256 of an archive's table of contents: each record's name, size and CRC-32.
-
-    As a folder of ours is known by its manifest's hash, so a checkpoint by this, which most of it is not read for. Of a
-    file that is no archive it is the hash of all bytes.
-    """
+    """Return the sha256 of an archive's table of contents: each record's name, size and CRC-32."""
     if not zipfile.is_zipfile(path):
         return hash_file(path)
     with zipfile.ZipFile(path) as archive:

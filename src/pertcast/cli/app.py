@@ -14,7 +14,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from keyword import iskeyword
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,22 +22,6 @@ from cyclopts import App, CycloptsError, Parameter
 from pertcast import __version__
 from pertcast.errors import PertcastError
 from pertcast.processes import launched
-
-__all__ = [
-    "COMMANDS",
-    "DevicesOption",
-    "ForceOption",
-    "GenesOption",
-    "ModelOption",
-    "NodesOption",
-    "RungOption",
-    "SeasonOption",
-    "SetOption",
-    "TargetsOption",
-    "build_app",
-    "main",
-    "parse_rules",
-]
 
 SetOption = Annotated[
     list[str] | None,
@@ -92,13 +75,7 @@ TargetsOption = Annotated[Path | None, Parameter(name="--targets", help="The sea
 
 
 def parse_rules(assignments: list[str] | None, *, option: str = "--set") -> dict[str, int | str]:
-    """Return ``["num_genes=1000"]`` as ``{"num_genes": 1000}``.
-
-    Raises
-    ------
-    ConfigError
-        If one is not ``name=value``.
-    """
+    """Return ``["num_genes=1000"]`` as ``{"num_genes": 1000}``."""
     from pertcast.errors import ConfigError, Problem
 
     rules: dict[str, int | str] = {}
@@ -152,7 +129,7 @@ def build_app(asked: str | None = None) -> App:
         suppress_keyboard_interrupt=False,
     )
     for name, summary in COMMANDS.items():
-        function = "ladder_app" if name == "ladder" else f"{name}_" if iskeyword(name) else name
+        function = {"ladder": "ladder_app", "import": "import_run"}.get(name, name)
         module = "ladder" if name in _LADDER_COMMANDS else "pipeline"
         app.command(f"pertcast.cli.{module}:{function}", name=name, help=None if name == asked else summary)
     return app

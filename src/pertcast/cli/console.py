@@ -17,8 +17,6 @@ from rich.text import Text
 from pertcast.processes import launched
 from pertcast.progress import SILENT, Advance, Progress
 
-__all__ = ["Console", "console", "say", "stdout_table"]
-
 _SECONDS_BETWEEN_LINES = 10.0
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pertcast.ladder.ledger import Change, Ledger, Submission
     from pertcast.ladder.score import Score
 
-__all__ = ["adapt", "calibrate", "compare", "ladder", "ladder_app", "print_score", "record", "report", "score"]
 
 ladder_app = App(name="ladder")
 

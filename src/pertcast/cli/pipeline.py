@@ -27,24 +27,6 @@ if TYPE_CHECKING:
     from pertcast.submission.check import CheckReport
     from pertcast.submission.check.realism import RealismReport
 
-__all__ = [
-    "assemble",
-    "check",
-    "demo",
-    "export",
-    "generate",
-    "import_run",
-    "pack",
-    "prepare",
-    "print_realism",
-    "print_report",
-    "run",
-    "sample",
-    "train",
-    "unpack",
-    "verify",
-]
-
 
 def assemble(parts: Path, /, *, out: Path, force: ForceOption = False) -> None:
     """Join the parts and the control cells into one h5ad: the exact genes, float32, one scale.

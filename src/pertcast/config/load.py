@@ -18,22 +18,6 @@ from pydantic_core import ErrorDetails
 from pertcast.config.sections import RESIDUAL_OF_SWITCH, Experiment, FewshotConfig, LossConfig
 from pertcast.errors import ConfigError, Problem
 
-__all__ = [
-    "COMMANDS_WITH_SET",
-    "RUNGS",
-    "STORE_KEYS",
-    "differences",
-    "flat",
-    "load_experiment",
-    "model_overrides",
-    "rebuild_experiment",
-    "rung_of",
-    "rung_overrides",
-    "upgrade",
-    "uses",
-    "value_at",
-]
-
 RUNGS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
         "c1": {"energy": 1.0, "mae": 0.0, "de": 0.0, "rank": 0.0},
@@ -47,8 +31,6 @@ RUNGS: Mapping[str, Mapping[str, float]] = MappingProxyType(
 def rung_overrides(rung: str | None) -> tuple[str, ...]:
     """Return a rung as ``section.key=value`` overrides, to go before the user's own; none for ``None``.
 
-    Examples
-    --------
     >>> rung_overrides("c2")
     ('loss.energy=1.0', 'loss.mae=10.0', 'loss.de=0.0', 'loss.rank=0.0')
     """
@@ -58,8 +40,6 @@ def rung_overrides(rung: str | None) -> tuple[str, ...]:
 def model_overrides(kind: str | None) -> tuple[str, ...]:
     """Return what learns as a ``section.key=value`` override, to go before the user's own; none for ``None``.
 
-    Examples
-    --------
     >>> model_overrides("ridge")
     ('model.kind=ridge',)
     """
@@ -69,8 +49,6 @@ def model_overrides(kind: str | None) -> tuple[str, ...]:
 def rung_of(loss: Mapping[str, object]) -> str:
     """Return the rung that these weights of the loss are of, or ``"other"``; what is not given is the default.
 
-    Examples
-    --------
     >>> rung_of({"energy": 1.0, "mae": 10.0}), rung_of({"mae": 0.3})
     ('c2', 'other')
     """
@@ -151,8 +129,6 @@ def _covers(keys: Sequence[str], key: str) -> bool:
 def uses(command: str, key: str, *, kind: str = "state") -> bool:
     """Return whether a command does anything with a key such as ``train.steps``, for what learns.
 
-    Examples
-    --------
     >>> uses("train", "train.steps"), uses("train", "train.steps", kind="mean"), uses("generate", "train.steps")
     (True, False, False)
     """
@@ -193,19 +169,7 @@ def value_at(tree: Mapping[str, Any], key: str) -> Any:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str], *, what: str, remedy: str = ""
 ) -> list[Problem]:
-    """Return a problem for each key under some keys or sections that has another value now.
-
-    Parameters
-    ----------
-    before, now
-        Two experiments as JSON values.
-    keys
-        Sections, or keys as ``section.key``.
-    what
-        What `before` belongs to, for the message.
-    remedy
-        What the user can do.
-    """
+    """Return a problem for each key under some keys or sections that has another value now."""
     problems = []
     for key in keys:
         pair = [dict(flat({key: value_at(tree, key)})) for tree in (before, now)]
@@ -335,13 +299,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), *, command: str |
 def rebuild_experiment(
     tree: Mapping[str, Any], overrides: Sequence[str] = (), *, place: Path, command: str | None = None
 ) -> Experiment:
-    """Return the experiment that an artefact stores as JSON, with ``a.b=value`` overrides; `place` is named in errors.
-
-    Raises
-    ------
-    ConfigError
-        As :func:`load_experiment`; a file that has moved since is named with its section and key.
-    """
+    """Return the experiment that an artefact stores as JSON, with ``a.b=value`` overrides; errors name `place`."""
     return _resolve(copy.deepcopy(upgrade(tree)), overrides, path=place, text="", command=command)
 
 

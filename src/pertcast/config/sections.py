@@ -29,22 +29,6 @@ from pydantic import (
 from pertcast.errors import ConfigError, Problem
 from pertcast.seasons import CONTROL_LABEL, PERT_COLUMN, Season, season
 
-__all__ = [
-    "RESIDUAL_OF_SWITCH",
-    "AdaptConfig",
-    "ColumnsConfig",
-    "Experiment",
-    "FeaturesConfig",
-    "FewshotConfig",
-    "GenerateConfig",
-    "LossConfig",
-    "ModelConfig",
-    "PrepareConfig",
-    "Section",
-    "SubmissionConfig",
-    "TrainConfig",
-]
-
 logger = logging.getLogger(__name__)
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -56,10 +40,7 @@ def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
 
 
 def resolve_path(path: str, info: ValidationInfo) -> str:
-    """Return a path or pattern of an experiment file, absolute: relative to the file, or to the working folder.
-
-    The working folder counts where the first folder or file of the path is there alone; a warning says so.
-    """
+    """Return a path or pattern of an experiment file, absolute: relative to the file, or to the working folder."""
     base: Path = (info.context or {}).get("base", Path())
     expanded = Path(path).expanduser()
     # what comes before the first part with a wildcard or brace
@@ -84,22 +65,7 @@ RESIDUAL_OF_SWITCH = {True: "state", False: "none"}
 
 
 class ModelConfig(Section):
-    """What learns. `kind` is ``state``, the State Transition network, or a baseline.
-
-    Baselines are fitted on the effects of training perturbations: ``control`` (no effect), ``mean`` (the mean effect),
-    and on the perturbation features ``ridge``, ``kernel_ridge`` and ``knn`` (nearest neighbours). Of the other keys
-    they heed `output`, and `set_size` with its `preset`.
-
-    `base` is the baseline that a network with ``residual = "shift"`` adds its shift to, or ``none``.
-
-    A network is a preset, and what differs from it.
-    `input` is what control cells are read as: ``genes``, ``hvg``, or ``obsm:NAME`` (an embedding, with a decoder to
-    genes). `output` is ``genes`` (all of the gene list) or ``hvg``.
-
-    `residual` says what the network's output is added to: ``state``, the encoded control cell, as in STATE; ``shift``,
-    the control cell itself, so that the control condition comes out unchanged (input and output must be the same
-    genes); or ``none``.
-    """
+    """What learns. `kind` is ``state``, the State Transition network, or a baseline."""
 
     kind: Literal["state", "control", "mean", "ridge", "kernel_ridge", "knn"] = "state"
     base: Literal["none", "mean", "ridge", "kernel_ridge", "knn"] = "none"
@@ -145,22 +111,7 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    """Weights of the terms of the loss; 0 switches a term off. `decoder` applies where the input is an embedding.
-
-    `mae` is of the pseudobulk, `de` of a head that says which genes are differentially expressed, `rank` of how much
-    nearer a predicted effect is to its own real one than to others', `nb` of the counts head, which gives the network's
-    hidden state a negative binomial likelihood of the real counts; their weights rise linearly over `warmup_steps`.
-
-    `mae_of` says what the predicted pseudobulk is compared with: the mean ``effect`` of all training cells of the
-    perturbation, or the mean of the ``set`` of real cells alone, whose sampling noise is larger than most effects.
-    `de_head` asks that a perturbation's differentially expressed genes come first in the ``order`` of its predicted
-    effects; or of each gene by itself whether it is one: a soft version of the official ``test`` on the predicted
-    effect, without parameters of its own; or ``learned``, a logit from the set's pooled state and the size of the
-    effect. These two learn by cross-entropy, ``bce`` with a weight for differentially expressed genes ("balanced": as
-    many times as they are rarer), or ``focal`` with `de_gamma`. Ranking measures ``cosine`` or ``l1`` (whose margins
-    are about a hundredth) and compares with the other sets of the batch and with `rank_negatives` effects of other
-    training perturbations.
-    """
+    """Weights of the terms of the loss; 0 switches a term off. `decoder` applies where the input is an embedding."""
 
     energy: Weight = 1.0
     decoder: Weight = 1.0
@@ -189,30 +140,7 @@ class LossConfig(Section):
 
 
 class TrainConfig(Section):
-    """The training loop: a step is `sets_per_step` sets times `accumulate`; `patience` counts validations, 0 = no end.
-
-    The learning rate rises over `warmup_steps`, and falls linearly to a hundredth of its height over `decay_steps`,
-    counted from the first step; 0 = level. It does not hang on `steps`, so that a run can be made longer.
-
-    `match` says which controls a perturbed cell is paired with: those of its own ``batch``, or any of its ``context``;
-    in either case of its own file, or, where that has none, of its own dataset. ``all_datasets`` is as ``batch``, and a
-    cell whose dataset has no control of its context is paired with one of another dataset.
-
-    The sets of a step are shared out over `devices` on each of `num_nodes` machines. `strategy` is how: each device has
-    the whole network (``ddp``; ``auto`` with several devices), or a part of each of its parameters (``fsdp``). Where
-    the model embeds batches, a share `unknown_batch` of the sets is shown as of no known batch, so that cells of new
-    batches have a trained row.
-
-    `precision` is of the network's products: ``fp32``, ``tf32`` or ``bf16``; ``auto`` is bf16 where the processor or
-    GPU multiplies it natively, else fp32. Weights, optimiser and losses are float32 in each.
-
-    `feature_noise` is added to the perturbation feature that each set is shown with, normal draws of so many times the
-    features' root mean square: it keeps a network from learning a few hundred perturbations by heart, as a penalty does
-    ridge regression. Prediction adds none.
-
-    `select_by` says which validated step is best, whose weights are kept: that of the lowest ``loss``, or of the best
-    ``mae``, ``pds``, ``des`` or ``overall`` (against the training-mean baseline) of the perturbations that validate.
-    """
+    """The training loop: a step has `sets_per_step` x `accumulate` sets; `patience` counts validations, 0 = no end."""
 
     seed: int = 0
     steps: PositiveInt = 40_000
@@ -243,15 +171,7 @@ class TrainConfig(Section):
 
 
 class AdaptConfig(Section):
-    """Adaptation to a new cell line: which few parameters learn, how fast, and when they stop.
-
-    `learn` names them, with commas: ``offset`` (the bias of the last layer, in closed form, without steps), ``context``
-    (the line's own row of the context embedding), ``batch`` (rows of its new batches), ``bias`` (of the last layer, by
-    steps), ``last`` (all of the last layer), ``gain`` (a factor and the bias of what is added to control cells, without
-    steps), ``lora:R`` (low-rank changes of rank R of the backbone's matrices).
-    What takes steps stops after `steps`, or when `patience` validations in turn, one every `val_every` steps, have not
-    improved; 0 = no end. All else of the training is as in ``[train]``.
-    """
+    """Adaptation to a new cell line: which few parameters learn, how fast, and when they stop."""
 
     learn: str = "offset"
     steps: PositiveInt = 600
@@ -268,11 +188,7 @@ class FewshotConfig(Section):
 
 
 class DatasetColumns(Section):
-    """What one dataset calls otherwise than the others; what is not given is as in ``[columns]``.
-
-    `control` is its own control label, read as that of the experiment. An empty `batch` says that it has none; an empty
-    `layer` says that its values are in X. `rename` adds to that of all datasets.
-    """
+    """What one dataset calls otherwise than the others; what is not given is as in ``[columns]``."""
 
     pert: str | None = None
     control: str | None = None
@@ -284,13 +200,7 @@ class DatasetColumns(Section):
 
 
 class ColumnsConfig(Section):
-    """Where obs says what: the perturbation, the control label in it, the cell type (context), the batch.
-
-    `layer` names the matrix that is read in place of X: a key of ``layers``, or "raw" for ``raw.X``.
-    `context` names the one context of data that has no cell-type column. `of` says what differs for a dataset:
-    ``[columns.of.NAME]``. `rename` gives perturbation labels another name before anything else is done with them, as
-    ``ctrl = "non-targeting"``; a label that is renamed to itself is kept although it looks like a mistake.
-    """
+    """Where obs says what: the perturbation, the control label in it, the cell type (context), the batch."""
 
     pert: str = PERT_COLUMN
     control: str = CONTROL_LABEL
@@ -320,14 +230,7 @@ class ColumnsConfig(Section):
 
 
 class PrepareConfig(Section):
-    """The training store: scale, normalisation, genes, and what is held out beside the split of the file.
-
-    `target_sum` is the total that each cell is normalised to before log1p: "median" of the training cells, or a number.
-    `val_controls` and `test_controls` are shares of each context's control cells; `holdout_cells` is the share of each
-    training perturbation's cells that validate (seen perturbations, unseen cells).
-    `controls` says how control cells are divided: ``disjoint``, no cell in two splits; or ``shared`` as in cell-load,
-    where each split of a context has all of them, TRAIN too, and the two shares are not used.
-    """
+    """The training store: scale, normalisation, genes, and what is held out beside the split of the file."""
 
     scale: Literal["auto", "counts", "log1p"] = "auto"
     target_sum: PositiveFloat | Literal["median"] = "median"
@@ -341,14 +244,7 @@ class PrepareConfig(Section):
 
 
 class FeaturesConfig(Section):
-    """Perturbation features: ``onehot``, ``coexpression``, ``labels``, or ``file`` (.pt dict, .npz, .parquet, .csv).
-
-    ``labels`` tells which genes a label names, among those that training labels name: 1 for each. A label names several
-    genes with `separator` between them, as "A+B". `combine` says what such a label gets where the source (a file, or
-    co-expression) knows its genes and not the label: the ``sum`` or the ``mean`` of theirs, or ``none``.
-
-    `missing` says what a target without a feature gets; anything but "error" is counted in every report.
-    """
+    """Perturbation features: ``onehot``, ``coexpression``, ``labels``, or ``file`` (.pt dict, .npz, .parquet, .csv)."""
 
     kind: Literal["onehot", "coexpression", "labels", "file"] = "onehot"
     path: InputPath | None = None
@@ -365,28 +261,7 @@ class FeaturesConfig(Section):
 
 
 class GenerateConfig(Section):
-    """How cells are made. `controls_from` are the splits whose control cells a set may be made of.
-
-    `scale` is that of the prediction: ``log1p``, or whole ``counts`` (of a store of raw counts). `cells` says how cells
-    are made of what the model predicts (docs/cells.md says when to choose which):
-
-    - ``auto``: ``donors`` where the store has counts, else ``sparse``; what was chosen is printed and recorded.
-    - ``model``: the predicted cells as they are; in counts, rounded at random.
-    - ``donors``: real control cells, each gene thinned or added to until the pseudobulk is the predicted one.
-    - ``negative_binomial``: counts drawn around the predicted pseudobulk, with the controls' dispersion and depth.
-    - ``nb_head``: counts drawn from what the counts head says of them (a run trained with `loss.nb`), at control cells'
-      depths.
-    - ``shift``: the predicted mean plus `spread` times each control cell's residual; ``sparse``: the same, but zeros
-      of rarely seen genes stay.
-
-    Where the target list gives ``median_umi_per_cell``, counts that are drawn have that median, and the predicted mean
-    is met by cells of that depth. With `calibrated` effects and spread are scaled as `pertcast calibrate` chose for the
-    run. `centred` predicts each control cell too, as the control condition, and takes of the model only what a target
-    adds to that; it takes twice the time.
-
-    `other_genes` says where genes come from that the model does not predict (``output = "hvg"``); "control" copies
-    them from the control cell that each cell is made from, and is counted in every report.
-    """
+    """How cells are made. `controls_from` are the splits whose control cells a set may be made of."""
 
     seed: int = 0
     scale: Literal["log1p", "counts"] = "log1p"
@@ -424,12 +299,7 @@ class GenerateConfig(Section):
 
 
 class SubmissionConfig(Section):
-    """What goes out: the season, its files, the control cells, and rules overridden by name in `rules`.
-
-    `controls` are copied from the training cells or predicted by the model; `num_controls` of them, or
-    `control_share` of the cap. `context` names the cell line to predict, and `dataset` whose control cells are used,
-    where several datasets have that context.
-    """
+    """What goes out: the season, its files, the control cells, and rules overridden by name in `rules`."""
 
     season: str = "vcc2025"
     genes: InputPath | None = None

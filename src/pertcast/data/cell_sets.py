@@ -17,8 +17,6 @@ from pertcast.data.split import Split
 from pertcast.errors import DataError, Problem
 from pertcast.stats.draws import generator
 
-__all__ = ["CellSets", "Match", "generation_sets", "training_sets"]
-
 Match = Literal["batch", "context", "all_datasets"]
 
 Int32 = NDArray[np.int32]
@@ -52,27 +50,16 @@ class CellTable(Protocol):
 
 @dataclass(frozen=True)
 class CellSets:
-    """N sets of S perturbed cells, each cell paired with a control.
+    """N sets of S perturbed cells, each cell paired with a control."""
 
-    Attributes
-    ----------
-    pert, context, screen
-        (N,) int32: codes of each set's target, context and screen.
-    pert_rows, control_rows
-        (N, S) int64: rows of the store.
-    num_repeating
-        Groups (file, context and target) smaller than a set, whose cells repeat within it.
-    num_other_batch, num_other_file, num_other_dataset
-        Perturbed cells whose control is of another batch of their file, although ``match`` asked for their own; of
-        another file of their dataset; of another dataset.
-    """
-
-    pert: Int32
+    pert: Int32  # (N,) int32: codes of each set's target, context and screen
     context: Int32
     screen: Int32
-    pert_rows: Int64
+    pert_rows: Int64  # (N, S) int64: rows of the store
     control_rows: Int64
-    num_repeating: int = 0
+    num_repeating: int = 0  # Groups (file, context and target) smaller than a set, whose cells repeat within it
+    # Perturbed cells whose control is of another batch of their file, although ``match`` asked for their own;
+    # of another file of their dataset; of another dataset
     num_other_batch: int = 0
     num_other_file: int = 0
     num_other_dataset: int = 0
@@ -136,35 +123,7 @@ def training_sets(
     match: Match,
     control_sets: bool,
 ) -> CellSets:
-    """Cut every group of a split into sets of `set_size` cells, each paired with a control; new at each epoch.
-
-    A group is the cells of one file, context and target. It is shuffled and cut; its last set is filled with other
-    cells of the group. A cell's control is of its own split and context: of its own file and batch where that batch
-    has controls (``match = "batch"``), else of its own file, else of its own screen (dataset and context). Another
-    dataset's controls are used only with ``match = "all_datasets"``, for cells whose screen has none. Controls are
-    taken in turn from a shuffled pool, so none repeats in a set unless there are too few. A control cell is never
-    paired with itself, unless it is the only one of its screen.
-
-    Parameters
-    ----------
-    table
-        The store, or anything with its codes.
-    set_size
-        S, cells in a set.
-    seed, epoch
-        Equal values give equal sets.
-    split
-        The ``Split`` that cells and controls are of.
-    match
-        Which controls a perturbed cell may be paired with.
-    control_sets
-        Whether the control label is one more target.
-
-    Raises
-    ------
-    DataError
-        If perturbed cells have no control cell that `match` allows; all such files and contexts at once.
-    """
+    """Cut every group of a split into sets of `set_size` cells, each paired with a control; new at each epoch."""
     num_perts, num_contexts = len(table.perts), len(table.contexts)
     rows = np.flatnonzero((table.split & split) != 0).astype(np.int64)
     file_context = table.file_codes[rows].astype(np.int64) * num_contexts + table.context_codes[rows]
@@ -230,12 +189,7 @@ def _pool_keys(table: CellTable, rows: Int64, level: int) -> Int64:
 def _controls_for(
     table: CellTable, pert_rows: Int64, *, controls: Int64, match: Match, slots: _Slots
 ) -> tuple[Int64, NDArray[np.int64]]:
-    """Return a control for each slot, and the level of the pool that it came from (see :func:`_pool_keys`).
-
-    The k-th slot of a group that needs a pool takes its (k + offset)-th cell, cyclically: any run shorter than the pool
-    has no repeat. A control group runs through its batches and its file in their own order, so an offset of at least 1
-    never meets the cell itself.
-    """
+    """Return a control for each slot, and the level of the pool that it came from (see :func:`_pool_keys`)."""
     result = np.full(len(pert_rows), -1, dtype=np.int64)
     level_of = np.full(len(pert_rows), -1, dtype=np.int64)
     for level in {"batch": (0, 1, 2), "context": (1, 2), "all_datasets": (0, 1, 2, 3)}[match]:
@@ -283,36 +237,7 @@ def generation_sets(
     seed: int,
     controls: Int64,
 ) -> Int64:
-    """Draw the control cells that the cells of one target are made from.
-
-    The pool is gone through in a random order in which every stretch has the batches in the pool's proportions; when
-    it is used up it is gone through again in another order. The draw is keyed by the seed, the context's name and the
-    target, so it does not depend on other targets, and asking for more cells keeps the first ones.
-
-    Parameters
-    ----------
-    table
-        The store, or anything with its codes.
-    context
-        The context's code.
-    target
-        The label to generate.
-    num_cells, set_size
-        Cells asked for, and S; the last set is full, its surplus is the caller's to drop.
-    seed
-        The seed of generation.
-    controls
-        The pool: rows of control cells of this context, in any order.
-
-    Returns
-    -------
-    (ceil(num_cells / S), S) int64 rows; none repeats in a set unless the pool is smaller than S.
-
-    Raises
-    ------
-    DataError
-        If the pool is empty.
-    """
+    """Draw the control cells that the cells of one target are made from."""
     name = table.contexts[context]
     pool = np.unique(np.asarray(controls, dtype=np.int64))
     if not len(pool):

@@ -13,8 +13,6 @@ from pertcast.data.store import Store
 from pertcast.stats.counts import CountsFit, fit_counts
 from pertcast.stats.realism import explained_share
 
-__all__ = ["BatchEffects", "batch_effects", "fit_rows"]
-
 _MOST_CELLS = 4096
 _CELLS_AT_ONCE = 512
 
@@ -22,22 +20,7 @@ _CELLS_AT_ONCE = 512
 def fit_rows(
     store: Store, rows: NDArray[np.int64], batch: NDArray[np.int64], *, num_batches: int, random: np.random.Generator
 ) -> CountsFit:
-    """Fit the counts of cells of a store, of at most 4,096 of them.
-
-    Parameters
-    ----------
-    store, rows
-        Which cells, (n,), ascending.
-    batch, num_batches
-        (n,) the batch of each, from 0 to ``num_batches - 1``.
-    random
-        Draws cells where there are more.
-
-    Raises
-    ------
-    ValueError
-        If there is no cell, or none has a count.
-    """
+    """Fit the counts of cells of a store, of at most 4,096 of them."""
     if len(rows) > _MOST_CELLS:
         drawn = np.sort(random.choice(len(rows), _MOST_CELLS, replace=False))
         rows, batch = rows[drawn], batch[drawn]
@@ -50,19 +33,12 @@ _SET_SIZE = 32
 
 
 class BatchEffects(NamedTuple):
-    """Shares of the variance of perturbed minus control cells that the batch explains, within a screen and target.
+    """Shares of the variance of perturbed minus control cells that the batch explains, within a screen and target."""
 
-    Attributes
-    ----------
-    before, after
-        Each cell less a control of any batch of its file; and less one of its own batch, where there is one.
-    num_cells
-        Cells that were looked at.
-    """
-
+    # Each cell less a control of any batch of its file; and less one of its own batch, where there is one
     before: float
     after: float
-    num_cells: int
+    num_cells: int  # Cells that were looked at
 
     def __str__(self) -> str:
         """Say it in a sentence; an estimate below 0 is 0 and noise."""
@@ -75,15 +51,7 @@ class BatchEffects(NamedTuple):
 
 
 def batch_effects(store: Store, *, seed: int = 0) -> BatchEffects | None:
-    """Measure batch effects on training cells and highly variable genes, or return ``None`` where there is one batch.
-
-    Parameters
-    ----------
-    store
-        The training store; at most some thousand cells of it are read.
-    seed
-        Which cells those are.
-    """
+    """Measure batch effects on training cells and highly variable genes; return ``None`` if there is one batch."""
     train = (store.split & Split.TRAIN) != 0
     if len(np.unique(store.batch_codes[train & (store.batch_codes >= 0)])) < 2:
         return None

@@ -27,8 +27,6 @@ from pertcast.stats.de import FDR, adjust_fdr, rank_sum
 from pertcast.stats.groups import group_cells
 from pertcast.stats.metrics import is_significant
 
-__all__ = ["LABELS_FILE", "DeLabels", "de_labels"]
-
 logger = logging.getLogger(__name__)
 
 LABELS_FILE = "de_labels.npz"
@@ -39,19 +37,11 @@ _STATISTICS = 2
 
 
 class DeLabels(NamedTuple):
-    """Labels of N pairs of a context and a perturbation, sorted by their codes.
+    """Labels of N pairs of a context and a perturbation, sorted by their codes."""
 
-    Attributes
-    ----------
-    context, pert
-        (N,) int32 codes of the store.
-    significant
-        (N, genes) whether the gene is DE at FDR 0.05; False where no screen measured it.
-    """
-
-    context: NDArray[np.int32]
+    context: NDArray[np.int32]  # (N,) int32 codes of the store
     pert: NDArray[np.int32]
-    significant: NDArray[np.bool_]
+    significant: NDArray[np.bool_]  # (N, genes) whether the gene is DE at FDR 0.05; False where no screen measured it
 
     def find(self, context: NDArray[np.integer], pert: NDArray[np.integer]) -> NDArray[np.int64]:
         """Return the row of each asked pair, -1 where there is none (the control, what is held out)."""
@@ -61,10 +51,7 @@ class DeLabels(NamedTuple):
 
 
 def de_labels(store: Store, *, progress: Progress = SILENT) -> DeLabels:
-    """Return the DE labels of a store's training split, from its folder where they are there already.
-
-    A perturbation whose screens have no training control cells has no label.
-    """
+    """Return the DE labels of a store's training split, from its folder where they are there already."""
     kept = store.path / LABELS_FILE
     found = _load(kept, store)
     if found is not None:

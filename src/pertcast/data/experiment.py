@@ -17,23 +17,17 @@ import numpy as np
 import pandas as pd
 
 from pertcast.config import Experiment
-from pertcast.data.split import CellKeys, Split, assign_split
+from pertcast.data.split import CellKeys
 from pertcast.errors import ConfigError, DataError, Problem
 from pertcast.files.h5ad import H5adReader, open_h5ad
 from pertcast.files.labels import dubious_labels, is_no_label
 from pertcast.files.obs import near_misses
 
-__all__ = ["CellTable", "Split", "assign_split", "dataset_files", "read_cells"]
-
 _SUFFIXES = (".h5", ".h5ad")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return the patterns that ``{a, b}`` stands for; spaces around an alternative do not count.
-
-    >>> expand_braces("x/{a, b}*.h5")
-    ['x/a*.h5', 'x/b*.h5']
-    """
+    """Return the patterns that ``{a, b}`` stands for; spaces around an alternative do not count."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
@@ -42,11 +36,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _files_of(pattern: str) -> list[Path]:
-    """Return the .h5 and .h5ad files of one pattern without braces.
-
-    As in cell-load, a pattern that does not end in .h5 or .h5ad is of folders; where it matches no folder with such
-    files, the files that it matches itself are taken.
-    """
+    """Return the .h5 and .h5ad files of one pattern without braces."""
     path = Path(pattern)
     matches = [path] if path.exists() else [Path(name) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207 (a pattern may be absolute)
     inside = [item for folder in matches if folder.is_dir() for item in folder.iterdir()]
@@ -61,21 +51,7 @@ def _is_data(path: Path) -> bool:
 
 
 def dataset_files(name: str, pattern: str) -> list[Path]:
-    """Return the files of a dataset, sorted: a folder's .h5 and .h5ad files, one file, or what a pattern matches.
-
-    Parameters
-    ----------
-    name
-        The dataset, for messages.
-    pattern
-        A folder, a file, or a pattern with ``*``, ``?``, ``[...]``, ``**`` and ``{a,b}``, which mean what they mean in
-        cell-load: without .h5 or .h5ad at its end a pattern is of folders.
-
-    Raises
-    ------
-    DataError
-        Naming every alternative of the pattern that no file matches.
-    """
+    """Return the files of a dataset, sorted: a folder's .h5 and .h5ad files, one file, or what a pattern matches."""
     if Path(pattern).is_file():
         return [Path(pattern)]
     found: set[Path] = set()
@@ -96,13 +72,7 @@ def dataset_files(name: str, pattern: str) -> list[Path]:
 
 
 def experiment_files(experiment: Experiment) -> list[tuple[str, Path]]:
-    """Return ``(dataset, file)`` of all datasets, in the order of the experiment file.
-
-    Raises
-    ------
-    DataError
-        If a dataset has no file, or two datasets share one.
-    """
+    """Return ``(dataset, file)`` of all datasets, in the order of the experiment file."""
     files: list[tuple[str, Path]] = []
     problems: list[Problem] = []
     owner: dict[Path, str] = {}
@@ -128,30 +98,17 @@ def experiment_files(experiment: Experiment) -> list[tuple[str, Path]]:
 
 @dataclass(frozen=True, eq=False)
 class CellTable:
-    """What every cell of an experiment is; cells are in the order of the files.
+    """What every cell of an experiment is; cells are in the order of the files."""
 
-    Attributes
-    ----------
-    files
-        ``(dataset, path, number of cells)`` of each file.
-    genes_of_file
-        The genes of each file.
-    keys
-        Dataset, context, perturbation and name of each cell.
-    batches, batch_labels, batch_codes
-        Batches, what each is called in its own file, and each cell's position in them, int32 (num_cells,); -1 where
-        it is unknown. Batches of two files are two batches, whatever they are called.
-    notes
-        What a user should know.
-    """
-
-    files: tuple[tuple[str, Path, int], ...]
-    genes_of_file: tuple[tuple[str, ...], ...]
-    keys: CellKeys
+    files: tuple[tuple[str, Path, int], ...]  # ``(dataset, path, number of cells)`` of each file
+    genes_of_file: tuple[tuple[str, ...], ...]  # The genes of each file
+    keys: CellKeys  # Dataset, context, perturbation and name of each cell
+    # Batches, what each is called in its own file, and each cell's position in them, int32 (num_cells,); -1
+    # where it is unknown. Batches of two files are two batches, whatever they are called
     batches: tuple[str, ...]
     batch_labels: tuple[str, ...]
     batch_codes: np.ndarray
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # What a user should know
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,15 +199,7 @@ def _column(reader: H5adReader, column: str, problems: list[Problem], *, require
 
 
 def read_cells(experiment: Experiment) -> CellTable:
-    """Read what every cell is from the obs of all files.
-
-    Raises
-    ------
-    ConfigError
-        If `columns` names a cell-type column and one context.
-    DataError
-        With every problem of every file: not AnnData, a column that is missing or has gaps.
-    """
+    """Read what every cell is from the obs of all files."""
     columns = experiment.columns
     problems = [
         Problem(place, "cell_type and context are both given", "keep cell_type where there is a column")
@@ -350,10 +299,7 @@ def _rename_problems(experiment: Experiment, parts: Sequence[_FileObs]) -> list[
 def _joined_batches(
     parts: Sequence[pd.Categorical], files: Sequence[tuple[str, Path]]
 ) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
-    """Return the batches of all files, what each is called in its file, and the codes of all cells, int32.
-
-    With several files a batch is called "dataset.label", or "dataset/file.label" where the dataset has several.
-    """
+    """Return the batches of all files, what each is called in its file, and the codes of all cells, int32."""
     datasets = [dataset for dataset, _ in files]
     prefixes = [
         "" if len(files) == 1 else f"{dataset}." if datasets.count(dataset) == 1 else f"{dataset}/{name}."

@@ -14,8 +14,6 @@ from scipy import sparse
 from pertcast.errors import Problem
 from pertcast.files.obs import near_misses
 
-__all__ = ["GeneMap", "Moments", "choose_hvgs", "map_genes", "normalised_dispersion"]
-
 _NUM_NAMED = 10
 
 
@@ -24,20 +22,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 class GeneMap:
-    """Takes blocks of a file's genes to the store's genes.
-
-    Parameters
-    ----------
-    position
-        For each column of the file the position in the store's genes, or -1, int32.
-    num_genes
-        Genes of the store.
-
-    Attributes
-    ----------
-    measured
-        Which of the store's genes the file has, bool (num_genes,).
-    """
+    """Takes blocks of a file's genes to the store's genes."""
 
     def __init__(self, position: np.ndarray, num_genes: int) -> None:
         self._position = position
@@ -66,17 +51,7 @@ class GeneMap:
 def map_genes(
     path: Path, file_genes: Sequence[str], genes: Sequence[str], *, fill_missing: bool
 ) -> tuple[GeneMap, list[str], Problem | None]:
-    """Return where a file's genes go, notes on what is dropped or filled with zeros, and what is wrong.
-
-    Parameters
-    ----------
-    path, file_genes
-        The file, and its genes.
-    genes
-        The genes of the store.
-    fill_missing
-        Whether genes that the file lacks count as 0 (``prepare.missing_genes = "zero"``).
-    """
+    """Return where a file's genes go, notes on what is dropped or filled with zeros, and what is wrong."""
     place_of = {gene: place for place, gene in enumerate(genes)}
     position = np.array([place_of.get(gene, -1) for gene in file_genes], dtype=np.int32)
     here = set(file_genes)
@@ -102,13 +77,7 @@ _NUM_BINS = 20
 
 
 class Moments:
-    """Mean and variance of each gene over the cells that measured it, gathered from blocks of cells.
-
-    Parameters
-    ----------
-    num_cells
-        How many of the cells to come measured each gene, (genes,).
-    """
+    """Mean and variance of each gene over the cells that measured it, gathered from blocks of cells."""
 
     def __init__(self, num_cells: np.ndarray) -> None:
         self._num_cells = num_cells
@@ -136,13 +105,7 @@ class Moments:
 
 
 def normalised_dispersion(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Return the dispersion of each gene against the genes of its mean bin, (genes,); -inf where it has no variance.
-
-    Parameters
-    ----------
-    mean, variance
-        Of normalised expression before log1p, (genes,).
-    """
+    """Return the dispersion of each gene against the genes of its mean bin, (genes,); -inf where it has no variance."""
     ratio = variance / np.where(mean > 0, mean, 1e-12)
     dispersion = np.log(ratio, out=np.full(len(mean), np.nan), where=ratio > 0)
     log_mean = np.log1p(mean)

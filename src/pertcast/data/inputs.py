@@ -11,31 +11,13 @@ from torch import Tensor
 from pertcast.data.store import ALIGNMENT_BYTES, Store
 from pertcast.errors import ConfigError
 
-__all__ = ["SparseCells", "as_tensor", "input_dim", "read_inputs"]
-
 _OBSM = "obsm:"
 
 
 def read_inputs(
     store: Store, rows: NDArray[np.int64], *, source: str, genes: NDArray[np.int64] | None = None
 ) -> NDArray[np.float32]:
-    """Return what the network reads of some cells.
-
-    Parameters
-    ----------
-    store
-        The training store.
-    rows
-        (cells,) rows of the store, in any order.
-    source
-        ``genes`` or ``hvg`` (log1p values), or ``obsm:NAME``.
-    genes
-        Positions of the genes to read, in order, in place of the store's own choice; ignored with an embedding.
-
-    Returns
-    -------
-    (cells, :func:`input_dim`) float32.
-    """
+    """Return what the network reads of some cells."""
     if source.startswith(_OBSM):
         return store.embedding(rows, source.removeprefix(_OBSM))
     if genes is None and source == "hvg":
@@ -44,13 +26,7 @@ def read_inputs(
 
 
 def input_dim(store: Store, *, source: str) -> int:
-    """Return the width of what the network reads.
-
-    Raises
-    ------
-    ConfigError
-        If the store has no such embedding.
-    """
+    """Return the width of what the network reads."""
     if source.startswith(_OBSM):
         key = source.removeprefix(_OBSM)
         if key not in store.embedding_keys:
@@ -66,10 +42,6 @@ def input_dim(store: Store, *, source: str) -> int:
 def as_tensor(values: NDArray[np.generic]) -> Tensor:
     """Return the values as a tensor of the same shape; it may share their memory.
 
-    Products of matrices may round by the alignment of their operands, so that it must not be left to chance.
-
-    Examples
-    --------
     >>> as_tensor(np.arange(3)).tolist()
     [0, 1, 2]
     """
@@ -80,18 +52,6 @@ def as_tensor(values: NDArray[np.generic]) -> Tensor:
 class SparseCells:
     """Cells on their way to a device: stored values alone travel, and become a dense tensor where they arrive.
 
-    It stands in a batch for a tensor; whatever moves the batch calls :meth:`to`. The values are those of the dense
-    matrix, to the bit.
-
-    Parameters
-    ----------
-    cells
-        CSR float32 (cells, genes), no column twice in a row.
-    shape
-        Dimensions before the genes; their product is the number of cells.
-
-    Examples
-    --------
     >>> SparseCells(sparse.csr_matrix([[0.0, 2.0], [3.0, 0.0]], dtype=np.float32), (2, 1)).to("cpu").tolist()
     [[[0.0, 2.0]], [[3.0, 0.0]]]
     """

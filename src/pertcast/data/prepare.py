@@ -27,17 +27,6 @@ from pertcast.files.scales import Scale, ScaleEvidence, common_scale, log_proble
 from pertcast.files.season_lists import read_gene_list
 from pertcast.progress import SILENT, Advance, Progress
 
-__all__ = [
-    "Survey",
-    "natural_log_factor",
-    "prepare",
-    "require_same_store",
-    "scale_evidence",
-    "store_identity",
-    "survey",
-    "total_of_log1p",
-]
-
 _BLOCK_VALUES = 1 << 22
 _EMBEDDING_ROWS = 8192
 _SAME_TOTAL = 0.01
@@ -254,18 +243,7 @@ def scale_evidence(reader: H5adReader) -> ScaleEvidence:
 
 
 def natural_log_factor(reader: H5adReader, block: sparse.csr_matrix) -> float:
-    """Return what the values of a file are multiplied by to be natural logarithms; 1 where they are, or are counts.
-
-    Parameters
-    ----------
-    reader, block
-        The file, and its first cells.
-
-    Raises
-    ------
-    DataError
-        If the cells are clearly on another logarithm than the file states.
-    """
+    """Return what the values of a file are multiplied by to be natural logarithms; 1 where they are, or are counts."""
     evidence = scale_evidence(reader)
     base = reader.log_base() if reader.matrix_name == "X" else None
     if problem := log_problem(block[:_CHECKED_CELLS], evidence.place, base):
@@ -275,13 +253,7 @@ def natural_log_factor(reader: H5adReader, block: sparse.csr_matrix) -> float:
 
 
 def total_of_log1p(totals: np.ndarray, *, asked: float | Literal["median"]) -> tuple[float | None, str | None]:
-    """Return the total that log1p cells were normalised to, ``None`` with a note where they have no common one.
-
-    Raises
-    ------
-    DataError
-        If another total is asked for: log1p values stay as they are.
-    """
+    """Return the total that log1p cells were normalised to, ``None`` with a note where they have no common one."""
     filled = totals[totals > 0]
     middle = float(np.median(filled))
     if np.abs(filled - middle).max() > _SAME_TOTAL * middle:
@@ -315,15 +287,7 @@ def store_identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_same_store(store: CodedCells, experiment: Experiment, made_with: Mapping[str, Any]) -> None:
-    """Refuse a store that was made with other settings than the experiment has now.
-
-    Files are compared by name: a store may be used where the data are in another folder, or not at all.
-
-    Raises
-    ------
-    CheckpointError
-        With every key that differs, and both values.
-    """
+    """Refuse a store that was made with other settings than the experiment has now."""
     before, now = (_by_name(store_identity(config)) for config in (made_with, experiment.as_json()))
     problems = differences(before, now, list(STORE_KEYS), what="the store was made")
     if problems:
@@ -419,13 +383,7 @@ class Survey(CodedCells):
 
 
 def survey(experiment: Experiment, cells: CellTable | None = None) -> Survey:
-    """Read what all cells are, split them and match the genes of all files; no value of X is read.
-
-    Raises
-    ------
-    DataError
-        With every problem of labels, split, genes and embeddings.
-    """
+    """Read what all cells are, split them and match the genes of all files; no value of X is read."""
     cells = read_cells(experiment) if cells is None else cells
     problems = Problems()
     with problems.collect():

@@ -23,8 +23,6 @@ from pertcast.files.obs import near_misses
 from pertcast.files.scales import Scale
 from pertcast.stats.draws import key_hash
 
-__all__ = ["CellKeys", "CodedCells", "Split", "assign_split"]
-
 
 class Split(enum.IntFlag):
     """What a cell is for; a perturbed cell of a label held out for both is ``VAL | TEST``, an unused cell is 0."""
@@ -36,27 +34,17 @@ class Split(enum.IntFlag):
 
 @dataclass(frozen=True, eq=False)
 class CellKeys:
-    """What the split of each cell depends on.
+    """What the split of each cell depends on."""
 
-    Attributes
-    ----------
-    datasets, contexts, perts, files
-        Categories; `files` are file names without their folders.
-    dataset_codes, context_codes, pert_codes, file_codes
-        (num_cells,) positions in them.
-    names
-        (num_cells,) names of the cells; one that repeats within a file counts with its occurrence.
-    """
-
-    datasets: tuple[str, ...]
+    datasets: tuple[str, ...]  # Categories; `files` are file names without their folders
     contexts: tuple[str, ...]
     perts: tuple[str, ...]
     files: tuple[str, ...]
-    dataset_codes: np.ndarray
+    dataset_codes: np.ndarray  # (num_cells,) positions in them
     context_codes: np.ndarray
     pert_codes: np.ndarray
     file_codes: np.ndarray
-    names: np.ndarray
+    names: np.ndarray  # (num_cells,) names of the cells; one that repeats within a file counts with its occurrence
 
     def groups(self) -> Iterator[tuple[str, str, np.ndarray]]:
         """Yield ``(dataset, context, rows)`` of every dataset and context that has cells."""
@@ -104,10 +92,7 @@ class CodedCells:
     def rows(
         self, *, split: Split, dataset: int | None = None, context: int | None = None, pert: int | None = None
     ) -> np.ndarray:
-        """Return the rows that are in any of the splits and have the given codes, int64, ascending.
-
-        ``Split(0)`` asks for the cells that are not used.
-        """
+        """Return the rows that are in any of the splits and have the given codes, int64, ascending."""
         found = (self.split & int(split)) > 0 if split else self.split == 0
         for codes, wanted in (
             (self.dataset_codes, dataset),
@@ -205,19 +190,7 @@ def _missing_controls(experiment: Experiment, keys: CellKeys, place: str, rows: 
 
 
 def assign_split(experiment: Experiment, keys: CellKeys) -> np.ndarray:
-    """Return the :class:`Split` flags of every cell, uint8 (num_cells,); 0 where a cell is not used.
-
-    A dataset of [training] trains with all its cell types, but for what [zeroshot] and [fewshot] hold out. In a cell
-    type that validates (tests), `prepare.val_controls` (`test_controls`) of its control cells, to the nearest cell and
-    at least one, go there too; the others train. `prepare.holdout_cells` of each training perturbation's cells
-    validate, at least one and never all.
-
-    Raises
-    ------
-    DataError
-        With everything that is wrong: labels and cell types held out that are in no file, a cell type without control
-        cells or with too few, nothing left to train.
-    """
+    """Return the :class:`Split` flags of every cell, uint8 (num_cells,); 0 where a cell is not used."""
     prepare = experiment.prepare
     problems = _held_out_problems(experiment, keys)
     drawer = _Drawer(keys, prepare.seed)

@@ -24,17 +24,6 @@ from pertcast.files.h5ad import RangeFile, row_bands
 from pertcast.files.scales import Scale, normalise_log1p
 from pertcast.progress import Advance
 
-__all__ = [
-    "ALIGNMENT_BYTES",
-    "GrowingArray",
-    "Split",
-    "Store",
-    "StoredValues",
-    "ValueArray",
-    "worth_a_copy",
-    "write_hvg_values",
-]
-
 _LADDER = tuple(np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32, np.float32))
 _WIDEN_BLOCK_VALUES = 1 << 22
 
@@ -82,13 +71,7 @@ class ValueArray:
         return self._array.dtype
 
     def append(self, values: np.ndarray, *, place: str) -> None:
-        """Append values, which come from `place`; what is there is rewritten where they need a wider type.
-
-        Raises
-        ------
-        DataError
-            If a whole number does not fit into 32 bits.
-        """
+        """Append values, which come from `place`; what is there is rewritten where they need a wider type."""
         self.widen(_narrowest(values, place))
         self._array.append(values)
 
@@ -129,27 +112,7 @@ _MOST_GENES = 0.5
 
 
 class StoredValues:
-    """Values of cells as they are stored, opened for reading.
-
-    Parameters
-    ----------
-    folder
-        Where ``indptr.npy``, ``indices.npy`` and ``data.npy`` are.
-    num_genes
-        Width of a cell.
-    prefix
-        What their names start with.
-
-    Attributes
-    ----------
-    num_values
-        Stored values of all cells.
-
-    Raises
-    ------
-    OSError, ValueError, EOFError
-        If a file is missing or damaged, or they do not fit each other.
-    """
+    """Values of cells as they are stored, opened for reading."""
 
     def __init__(self, folder: Path, *, num_genes: int, prefix: str = "") -> None:
         self._num_genes = num_genes
@@ -164,13 +127,7 @@ class StoredValues:
         return len(self._indptr) - 1
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return the values of rows (int64), CSR (len(rows), genes) of the stored type; only their bytes are read.
-
-        Raises
-        ------
-        OSError
-            If a file is shorter than it was when it was opened.
-        """
+        """Return the values of rows (int64), CSR (len(rows), genes) of the stored type; only their bytes are read."""
         starts, stops = self._indptr[rows], self._indptr[rows + 1]
         indices = self._indices.gather(starts, stops).astype(np.int32)
         values = self._data.gather(starts, stops)
@@ -184,19 +141,7 @@ def worth_a_copy(num_hvgs: int, num_genes: int) -> bool:
 
 
 def write_hvg_values(folder: Path, hvg: np.ndarray, *, num_genes: int, advance: Advance) -> None:
-    """Write the values of some genes of all cells beside those of all genes, in one pass over these.
-
-    Parameters
-    ----------
-    folder
-        Where the files of all genes are.
-    hvg
-        Ascending positions of the genes; columns are positions in it.
-    num_genes
-        Width of a cell among all genes.
-    advance
-        Told how many cells are done.
-    """
+    """Write the values of some genes of all cells beside those of all genes, in one pass over these."""
     indptr = np.load(folder / "indptr.npy")
     columns, values = (np.load(folder / name, mmap_mode="r") for name in ("indices.npy", "data.npy"))
     is_hvg, place = np.zeros(num_genes, dtype=bool), np.zeros(num_genes, dtype=columns.dtype)
@@ -256,19 +201,11 @@ def _dense(block: sparse.csr_matrix) -> np.ndarray:
 
 
 class Screen(NamedTuple):
-    """The cells of one dataset and context whose files measured the same genes: what controls are compared with.
+    """The cells of one dataset and context whose files measured the same genes: what controls are compared with."""
 
-    Attributes
-    ----------
-    dataset, context
-        Codes of the store.
-    panel
-        A file of the screen; its row of ``Store.measured_FG`` is that of the screen.
-    """
-
-    dataset: int
+    dataset: int  # Codes of the store
     context: int
-    panel: int
+    panel: int  # A file of the screen; its row of ``Store.measured_FG`` is that of the screen
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,35 +26,6 @@ from typing import Any
 from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.resources import available_cpus
 
-__all__ = [
-    "GENERATOR",
-    "MANIFEST",
-    "Manifest",
-    "Origin",
-    "any_content",
-    "atomic_dir",
-    "atomic_file",
-    "claimed",
-    "clean",
-    "hash_file",
-    "hash_files",
-    "is_current",
-    "locked",
-    "manifest_origin",
-    "manifest_path",
-    "origin_facts",
-    "package_version",
-    "prediction_origin",
-    "read_json",
-    "read_manifest",
-    "remove_leftovers",
-    "require_replaceable",
-    "timestamp",
-    "verify_artefact",
-    "write_json",
-    "write_manifest",
-]
-
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial-"
 _MOST_AT_ONCE = 8
@@ -67,32 +38,18 @@ _PACKAGES = ("pertcast", "numpy", "scipy", "anndata", "h5py", "torch")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artefact is and what it was made from.
+    """What an artefact is and what it was made from."""
 
-    Attributes
-    ----------
-    kind
-        ``store``, ``run``, ``parts``, ``prediction`` or ``submission``.
-    inputs
-        Name → sha256 of what it was made from (files, or other artefacts by the hash of their manifest).
-    config
-        The resolved configuration of the stage, as JSON values.
-    files
-        Relative path → sha256 of every file of the artefact but the manifest itself.
-    facts
-        What a later stage or a reader wants to know (counts, scale, target sum), as JSON values.
-    notes
-        Sentences that every report of this artefact repeats.
-    versions
-        Package → version.
-    """
-
-    kind: str
+    kind: str  # ``store``, ``run``, ``parts``, ``prediction`` or ``submission``
+    # Name → sha256 of what it was made from (files, or other artefacts by the hash of their manifest)
     inputs: dict[str, str] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # The resolved configuration of the stage, as JSON values
+    # Relative path → sha256 of every file of the artefact but the manifest itself
     files: dict[str, str] = field(default_factory=dict)
+    # What a later stage or a reader wants to know (counts, scale, target sum), as JSON values
     facts: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # Sentences that every report of this artefact repeats
+    # Package → version
     versions: dict[str, str] = field(default_factory=lambda: {name: package_version(name) for name in _PACKAGES})
 
     def matches(self, *, inputs: Mapping[str, str], config: Mapping[str, Any]) -> bool:
@@ -130,8 +87,6 @@ def hash_file(path: Path, *, chunk_bytes: int = 1 << 22) -> str:
 def hash_files(paths: Sequence[Path]) -> Iterator[str]:
     """Yield the sha256 of each file, in order; as many are read at once as there are processors.
 
-    Examples
-    --------
     >>> list(hash_files([]))
     []
     """
@@ -165,8 +120,6 @@ def remove_leftovers(destination: Path) -> list[Path]:
 def atomic_file(destination: Path) -> Iterator[Path]:
     """Give a temporary name beside `destination`; sync and rename at the end, remove it if anything fails.
 
-    Examples
-    --------
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "a.txt"
     >>> with atomic_file(target) as temporary:
@@ -187,13 +140,7 @@ def atomic_file(destination: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(destination: Path) -> Iterator[Path]:
-    """Give an empty temporary folder beside `destination`; it takes that name at the end, replacing what was there.
-
-    Raises
-    ------
-    DataError
-        If `destination` is there and is no artefact's folder (it has no manifest): nothing of the user's is lost.
-    """
+    """Give an empty temporary folder beside `destination`; it takes that name at the end, replacing what was there."""
     if destination.exists() and not (destination / MANIFEST).is_file() and any_content(destination):
         raise DataError(
             f"{destination}: it is there already and no pertcast artefact; give another --out, or remove it first"
@@ -216,24 +163,7 @@ def atomic_dir(destination: Path) -> Iterator[Path]:
 
 
 def require_replaceable(path: Path, *, force: bool, interrupted: bool = False) -> None:
-    """Refuse to replace a file that pertcast did not write, or that somebody has changed since.
-
-    A file is ours if the manifest beside it has its hash, or if it says so itself (a report, a JSON of pertcast).
-
-    Parameters
-    ----------
-    path
-        The file that will be written.
-    force
-        Whether the user asked for it to be replaced, whatever it is.
-    interrupted
-        Whether a dead run was writing it: manifest and file may then be of two runs.
-
-    Raises
-    ------
-    DataError
-        If it is a folder, or a file that is not ours.
-    """
+    """Refuse to replace a file that pertcast did not write, or that somebody has changed since."""
     if path.is_dir():
         raise DataError(f"{path}: expected a file to write, got a folder; give a file name")
     if force or interrupted or not path.exists() or _is_ours(path):
@@ -265,13 +195,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is not there or is not JSON.
-    """
+    """Read JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -300,13 +224,7 @@ def _hashes(artefact: Path) -> dict[str, str]:
 
 
 def read_manifest(artefact: Path, *, kind: str | None = None) -> Manifest:
-    """Read the manifest of an artefact.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, it is broken, or it is of another kind than asked for.
-    """
+    """Read the manifest of an artefact."""
     path = manifest_path(artefact)
     if not artefact.exists() and not path.exists():
         what = f"a {kind}" if kind else "something that pertcast wrote"
@@ -351,13 +269,6 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 def locked(destination: Path) -> Iterator[None]:
     """Keep other runs from writing `destination`, a file or a folder.
 
-    Raises
-    ------
-    DataError
-        If another run is writing it now.
-
-    Examples
-    --------
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> with locked(folder / "a.txt"):
@@ -382,22 +293,13 @@ def locked(destination: Path) -> Iterator[None]:
 
 @contextmanager
 def claimed(destination: Path) -> Iterator[bool]:
-    """Lock an output, and remove what dead runs left beside and in it under temporary names; yield if one had.
-
-    Raises
-    ------
-    DataError
-        If another run is writing it now.
-    """
+    """Lock an output, and remove what dead runs left beside and in it under temporary names; yield if one had."""
     with locked(destination):
         yield clean(destination)
 
 
 def clean(destination: Path) -> bool:
-    """Remove what dead runs left beside and in an output under temporary names; return whether they left anything.
-
-    Nobody may be writing the output.
-    """
+    """Remove what dead runs left beside and in an output under temporary names; return whether they left anything."""
     removed = [*remove_leftovers(destination), *remove_leftovers(manifest_path(destination))]
     if destination.is_dir():
         for path in {leftover.parent for leftover in destination.rglob(".*.partial-*")}:
@@ -443,26 +345,13 @@ _KEY = "origin"
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint and the configuration that made some cells.
+    """The checkpoint and the configuration that made some cells."""
 
-    Attributes
-    ----------
-    weights
-        sha256 of the checkpoint's weights.
-    run
-        The run's folder when the cells were made, absolute.
-    step
-        The step that the weights are of.
-    store
-        Fingerprint of the store that control cells were taken from.
-    experiment
-        The resolved experiment: how the run was trained, how the cells were made and for what.
-    """
-
-    weights: str
-    run: str
-    step: int
-    store: str
+    weights: str  # sha256 of the checkpoint's weights
+    run: str  # The run's folder when the cells were made, absolute
+    step: int  # The step that the weights are of
+    store: str  # Fingerprint of the store that control cells were taken from
+    # The resolved experiment: how the run was trained, how the cells were made and for what
     experiment: dict[str, Any] = field(default_factory=dict)
 
     def as_facts(self) -> dict[str, Any]:
@@ -481,8 +370,6 @@ class Origin:
 def origin_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return what to tell on of the facts of what an artefact was made from; nothing where there is no origin.
 
-    Examples
-    --------
     >>> origin_facts({"cells": 3})
     {}
     """

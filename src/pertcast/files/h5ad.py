@@ -22,7 +22,6 @@ import pandas as pd
 from scipy import sparse
 
 from pertcast.errors import DataError, Problem
-from pertcast.files.h5ad_writer import CsrWriter
 from pertcast.files.obs import (
     column_names,
     index_length,
@@ -32,8 +31,6 @@ from pertcast.files.obs import (
     require_plausible,
     wrong_kind,
 )
-
-__all__ = ["CsrWriter", "H5adReader", "Matrix", "RangeFile", "open_h5ad", "row_bands"]
 
 
 class Entries(NamedTuple):
@@ -47,8 +44,6 @@ class Entries(NamedTuple):
 def row_bands(indptr: np.ndarray, *, max_values: int) -> np.ndarray:
     """Return bounds of consecutive row bands that hold at most `max_values` entries each, and at least one row.
 
-    Examples
-    --------
     >>> row_bands(np.array([0, 2, 4, 9, 9]), max_values=4).tolist()
     [0, 2, 3, 4]
     """
@@ -66,17 +61,7 @@ def _stable_order(keys: np.ndarray, *, limit: int) -> np.ndarray:
 
 
 class CscRows:
-    """The entries of a column-wise matrix, sorted into row bands in temporary files (in ``$TMPDIR``).
-
-    Parameters
-    ----------
-    read_entries
-        Gives the entries in column order, in blocks of bounded size; called twice.
-    num_rows, dtype
-        Rows of the matrix, and the type of its values.
-    max_values
-        Entries of a band at most (a band has at least one row).
-    """
+    """The entries of a column-wise matrix, sorted into row bands in temporary files (in ``$TMPDIR``)."""
 
     def __init__(
         self, read_entries: Callable[[], Iterator[Entries]], *, num_rows: int, dtype: np.dtype, max_values: int
@@ -153,35 +138,7 @@ def _rows_ascend(indices: np.ndarray, indptr: np.ndarray) -> bool:
 
 
 class Matrix:
-    """X of an open file.
-
-    Parameters
-    ----------
-    path
-        The file, for messages.
-    file
-        The same, opened with h5py.
-    name
-        Where the matrix is in it: ``X``, ``layers/counts``, ``raw/X``.
-
-    Attributes
-    ----------
-    layout
-        How X lies on disk: ``csr``, ``csc`` or ``dense``.
-    dtype
-        Its number type.
-    shape
-        Cells and genes.
-    num_stored
-        Stored entries, explicit zeros counted (dense: cells x genes).
-    in_order
-        Whether the rows read so far lay in the file with their column indices sorted.
-
-    Raises
-    ------
-    DataError
-        If X is no matrix of numbers in a layout of AnnData's, or larger than the file can hold.
-    """
+    """X of an open file."""
 
     def __init__(self, path: Path, file: Any, name: str = "X") -> None:
         self.in_order = True
@@ -222,19 +179,7 @@ class Matrix:
         raise DataError(problems=[Problem(f"{self._path}, {part}", message, DAMAGED)])
 
     def chunks(self, *, max_values: int = 1 << 24) -> Iterator[tuple[int, sparse.csr_matrix]]:
-        """Yield ``(first row, block)`` of consecutive rows, CSR (rows, num_genes) in the file's number type.
-
-        Parameters
-        ----------
-        max_values
-            Stored entries of a block at most, which bounds memory; a block has at least one row. A column-wise file is
-            sorted into rows through temporary files in ``$TMPDIR`` first, as large as the matrix.
-
-        Raises
-        ------
-        DataError
-            If indptr falls, a column index is out of range or stands twice in a row, or data cannot be read.
-        """
+        """Yield ``(first row, block)`` of consecutive rows, CSR (rows, num_genes) in the file's number type."""
         if self.layout == "dense":
             yield from self._dense_chunks(max_values)
         elif self.layout == "csr":
@@ -349,13 +294,6 @@ class Matrix:
 def open_h5ad(path: Path, *, layer: str | None = None) -> Iterator[H5adReader]:
     """Open a .h5ad or .h5 file in AnnData layout for reading: X, ``layers[layer]``, or raw.X where it is "raw".
 
-    Raises
-    ------
-    DataError
-        If it is missing, no HDF5 file, truncated, without X, obs or var, or its gene names repeat.
-
-    Examples
-    --------
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.h5ad"
     >>> with CsrWriter(path, ["TP53", "TET1"]) as writer:
@@ -388,29 +326,7 @@ def open_h5ad(path: Path, *, layer: str | None = None) -> Iterator[H5adReader]:
 
 
 class H5adReader:
-    """An open AnnData file; made by :func:`open_h5ad`.
-
-    Attributes
-    ----------
-    path
-        The file.
-    num_cells, num_genes
-        Its shape.
-    genes
-        Names of the columns, unique.
-    layout
-        How X lies on disk: ``csr``, ``csc`` or ``dense``.
-    dtype
-        Number type of X.
-    num_stored
-        Stored entries of X, explicit zeros counted (dense: cells x genes).
-    obs_columns, obsm_keys
-        What annotations and embeddings there are.
-    layers
-        Other matrices that can be read in place of X; "raw" is raw.X.
-    in_order
-        Whether the rows read so far lay in the file with their column indices sorted.
-    """
+    """An open AnnData file; made by :func:`open_h5ad`."""
 
     def __init__(self, path: Path, file: Any, layer: str | None = None) -> None:
         self.path = path
@@ -470,13 +386,7 @@ class H5adReader:
         raise DataError(problems=[Problem(f"{self.path}, {part}", message, DAMAGED)])
 
     def obs(self, column: str) -> pd.Categorical:
-        """Return an obs column (categorical, string or numeric) as strings; missing values have code -1.
-
-        Raises
-        ------
-        DataError
-            If there is no such column: its near-misses and the columns there are get named.
-        """
+        """Return an obs column (categorical, string or numeric) as strings; missing values have code -1."""
         return read_column(self._file, self.path, column, num_rows=self.num_cells)
 
     def obs_names(self) -> np.ndarray:
@@ -496,13 +406,7 @@ class H5adReader:
         return self._matrix.chunks(max_values=max_values)
 
     def embedding(self, key: str, start: int, stop: int) -> np.ndarray:
-        """Return rows `start` to `stop` of ``obsm[key]``, float32 (stop - start, dimensions).
-
-        Raises
-        ------
-        DataError
-            If there is no such embedding, or it is no two-dimensional array with a row for each cell.
-        """
+        """Return rows `start` to `stop` of ``obsm[key]``, float32 (stop - start, dimensions)."""
         if key not in self.obsm_keys:
             known = ", ".join(self.obsm_keys) or "none"
             raise DataError(
@@ -525,10 +429,6 @@ class H5adReader:
 class RangeFile:
     """A one-dimensional .npy file, mapped into memory.
 
-    Raises OSError or ValueError if it is missing or is no such file.
-
-    Examples
-    --------
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.npy"
     >>> np.save(path, np.arange(10))
@@ -549,10 +449,7 @@ class RangeFile:
         return len(self._values)
 
     def gather(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """Return the values of ranges ``[start, stop)``, one after the other.
-
-        Raises OSError if the file has become shorter: reading a map past its end would kill the process.
-        """
+        """Return the values of ranges ``[start, stop)``, one after the other."""
         if self._path.stat().st_size < self._num_bytes:
             raise OSError(f"{self._path} has become shorter than {self._num_bytes:,} bytes")
         gathered = np.empty(int((stops - starts).sum()), dtype=self.dtype)

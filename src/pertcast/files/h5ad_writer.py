@@ -19,8 +19,6 @@ from scipy import sparse
 
 from pertcast.errors import DataError, Problem
 
-__all__ = ["CsrWriter"]
-
 _CHUNK_VALUES = (1 << 20) // 4
 _STRING = h5py.string_dtype()
 
@@ -80,15 +78,6 @@ class _Column:
 class CsrWriter:
     """Streams a minimal AnnData file; a context manager.
 
-    Parameters
-    ----------
-    path
-        Where to write; give the temporary name of :func:`pertcast.files.artefacts.atomic_file`.
-    genes
-        Unique names of the columns.
-
-    Examples
-    --------
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.h5ad"
     >>> with CsrWriter(path, ["TP53", "TET1"]) as writer:
@@ -131,13 +120,7 @@ class CsrWriter:
             raise RuntimeError("CsrWriter.finish() was not called")
 
     def append(self, block: sparse.csr_matrix) -> None:
-        """Append rows (n, genes); values become float32, explicit zeros are dropped, duplicates are summed.
-
-        Raises
-        ------
-        DataError
-            If the block has not one column for each gene.
-        """
+        """Append rows (n, genes); values become float32, explicit zeros are dropped, duplicates are summed."""
         if block.shape[1] != len(self._genes):
             raise DataError(
                 problems=[
@@ -170,13 +153,7 @@ class CsrWriter:
         self._rows_done += block.shape[0]
 
     def finish(self, obs: pd.DataFrame) -> None:
-        """Write obs (categorical, string and numeric columns; the index as the cells' names) and var.
-
-        Raises
-        ------
-        DataError
-            If `obs` has not one row for each row of X, or its index repeats.
-        """
+        """Write obs (categorical, string and numeric columns; the index as the cells' names) and var."""
         if len(obs) != self._rows_done:
             raise DataError(
                 problems=[

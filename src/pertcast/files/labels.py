@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 from urllib.parse import quote
 
-__all__ = ["dubious_labels", "file_name", "is_control_name", "is_no_label", "plain", "too_long"]
-
 _CONTROL_NAMES = frozenset(
     {
         "control",
@@ -43,8 +41,6 @@ def plain(label: str) -> str:
 def is_control_name(label: str, control: str) -> bool:
     """Return whether a label is another name for the control: another spelling, a usual name, or a numbered one.
 
-    Examples
-    --------
     >>> [is_control_name(label, "non-targeting") for label in ("NTC", "non-targeting_3", "TP53")]
     [True, True, False]
     """
@@ -81,17 +77,7 @@ class DubiousLabel(NamedTuple):
 
 
 def dubious_labels(cells: Mapping[str, int], *, control: str | None, kept: Iterable[str] = ()) -> list[DubiousLabel]:
-    """Return every label that is likely a mistake, in alphabetical order.
-
-    Parameters
-    ----------
-    cells
-        Label → number of cells.
-    control
-        The control label; ``None`` for labels that are not perturbations, as cell types.
-    kept
-        Labels that the user has confirmed.
-    """
+    """Return every label that is likely a mistake, in alphabetical order."""
     sure = set(kept)
     found: list[DubiousLabel] = []
     # of several spellings the control is right, else the one of the most cells

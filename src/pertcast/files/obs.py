@@ -17,17 +17,6 @@ import pandas as pd
 
 from pertcast.errors import DataError, Problem
 
-__all__ = [
-    "column_names",
-    "index_length",
-    "near_misses",
-    "read_column",
-    "read_index",
-    "reading",
-    "require_plausible",
-    "wrong_kind",
-]
-
 MAX_RATIO = 2_000
 """Bytes that a byte of the file may stand for; deflate's own limit is 1,032."""
 MAX_CHUNK_BYTES = 1 << 30
@@ -38,15 +27,6 @@ _ALWAYS_BYTES = 1 << 26
 def require_plausible(node: Any) -> None:
     """Refuse a dataset whose declared size its file cannot hold, or whose chunks are too large to be read.
 
-    Raises
-    ------
-    TypeError
-        If it is no dataset.
-    ValueError
-        If it is larger than it can be.
-
-    Examples
-    --------
     >>> import io
     >>> with h5py.File(io.BytesIO(), "w") as file:
     ...     require_plausible(file.create_dataset("small", shape=(1000,), dtype="f4"))
@@ -84,8 +64,6 @@ def reading(path: Path, part: str) -> Iterator[None]:
 def near_misses(name: str, known: Sequence[str], *, num: int = 3) -> list[str]:
     """Return names that differ from `name` by case, punctuation or a few letters, the nearest first.
 
-    Examples
-    --------
     >>> near_misses("non-targeting", ["TP53", "non_targeting"])
     ['non_targeting']
     """
@@ -111,13 +89,7 @@ def _index_name(group: Any, path: Path, table: str) -> str:
 
 
 def table(file: Any, path: Path, name: str) -> Any:
-    """Return the group of ``obs`` or ``var``.
-
-    Raises
-    ------
-    DataError
-        If there is none, or it is in a form that AnnData has not written since 0.7.
-    """
+    """Return the group of ``obs`` or ``var``."""
     with reading(path, name):
         group = file.get(name)
     if group is None:
@@ -210,13 +182,7 @@ def _categorical(codes: np.ndarray, categories: Any) -> pd.Categorical:
 
 
 def read_column(file: Any, path: Path, column: str, *, num_rows: int) -> pd.Categorical:
-    """Return a column of obs as a Categorical of strings; missing values have code -1.
-
-    Raises
-    ------
-    DataError
-        If there is no such column (its near-misses and all columns are named), or it is broken.
-    """
+    """Return a column of obs as a Categorical of strings; missing values have code -1."""
     columns = column_names(file, path, "obs")
     if column not in columns:
         near = near_misses(column, columns)
@@ -252,15 +218,7 @@ _KINDS = (
 
 
 def wrong_kind(path: Path, *, zipped: bool = False) -> str | None:
-    """Return what a file is, and what to do, if its first bytes are those of another kind; ``None`` otherwise.
-
-    Parameters
-    ----------
-    path
-        A file that should be HDF5, a table or a text.
-    zipped
-        Whether a zip archive is fine, as for .pt and .npz.
-    """
+    """Return what a file is, and what to do, if its first bytes are those of another kind; ``None`` otherwise."""
     try:
         with path.open("rb") as stream:
             head = stream.read(_HEAD_BYTES).lstrip().lower()

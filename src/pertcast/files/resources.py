@@ -15,8 +15,6 @@ from typing import TypeVar
 
 from pertcast.errors import DataError
 
-__all__ = ["available_cpus", "describe_write_error", "one_ahead", "require_space"]
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -24,17 +22,6 @@ Result = TypeVar("Result")
 def one_ahead(items: Iterable[Item], work: Callable[[Item], Result], *, threads: int = 1) -> Iterator[Result]:
     """Yield ``work(item)`` for each item, in order; the next one is worked on while the caller has the last.
 
-    Parameters
-    ----------
-    items
-        Drawn from in the threads, one after the other.
-    work
-        Worth a thread where it lets go of the interpreter: reading, array arithmetic, a network.
-    threads
-        How many next items are worked on at once.
-
-    Examples
-    --------
     >>> list(one_ahead(range(4), lambda number: number**2, threads=3))
     [0, 1, 4, 9]
     """
@@ -79,8 +66,6 @@ _SLACK_BYTES = 1 << 20
 def size_text(size: float) -> str:
     """Return a number of bytes for people.
 
-    Examples
-    --------
     >>> size_text(3_712_000_000), size_text(20_500)
     ('3.7 GB', '20.5 kB')
     """
@@ -99,22 +84,7 @@ def _folder_of(destination: Path) -> Path:
 
 
 def require_space(destination: Path, needed: int, *, what: str) -> None:
-    """Make sure that a disk has room for what is to be written.
-
-    Parameters
-    ----------
-    destination
-        What is to be written there; its folder need not be there yet.
-    needed
-        Bytes, as far as they can be told.
-    what
-        Names what is written, for the message.
-
-    Raises
-    ------
-    DataError
-        If there is less.
-    """
+    """Make sure that a disk has room for what is to be written."""
     free = shutil.disk_usage(_folder_of(destination)).free
     if needed + _SLACK_BYTES > free:
         raise DataError(
@@ -142,8 +112,6 @@ _OWN_GROUP = Path("/proc/self/cgroup")
 def available_cpus() -> int:
     """Return the processors that this process may use, at least 1.
 
-    Examples
-    --------
     >>> 1 <= available_cpus() <= (os.cpu_count() or 1)
     True
     """

@@ -23,21 +23,6 @@ from scipy import sparse
 
 from pertcast.errors import DataError, Problem
 
-__all__ = [
-    "FAINT",
-    "MAX_LOG1P",
-    "MIN_WHOLE_VALUES",
-    "Scale",
-    "ScaleEvidence",
-    "common_scale",
-    "fractional_rows",
-    "log1p_totals",
-    "log_problem",
-    "normalise_log1p",
-    "only_faint",
-    "row_sums",
-]
-
 Scale = Literal["counts", "log1p"]
 
 MAX_LOG1P = 15.0
@@ -52,28 +37,6 @@ RECOUNT = "give raw counts, or log1p of normalised counts"
 class ScaleEvidence:
     """Gathers, block by block, what a file says about its scale.
 
-    Parameters
-    ----------
-    place
-        The file, for messages.
-    genes
-        Names of the columns, for messages.
-    max_log1p
-        The first value that is too high for log1p.
-    hint
-        What else could be done; remedies end with it.
-
-    Attributes
-    ----------
-    num_whole, num_fractional, num_weak, num_empty
-        Cells of whole numbers, with fractions, of one or two whole numbers, and without any value.
-    first_whole, first_fractional
-        The first few row numbers of each of the first two kinds.
-    max_value
-        The largest value seen.
-
-    Examples
-    --------
     >>> evidence = ScaleEvidence("a.h5ad")
     >>> evidence.add(np.array([[0, 3, 1, 7], [2, 0, 5, 1]]))
     >>> evidence.verdict()
@@ -102,22 +65,7 @@ class ScaleEvidence:
         cell_of_value: np.ndarray | None = None,
         gene_of_value: np.ndarray | None = None,
     ) -> None:
-        """Add the values of whole cells: dense rows (n, genes), or entries with the cell that each belongs to.
-
-        Parameters
-        ----------
-        values
-            Rows (n, genes); or entries (m,), which are one cell's where `cell_of_value` is not given.
-        first_cell
-            The number of the first cell; added to `cell_of_value`.
-        cell_of_value, gene_of_value
-            The cell and gene of each entry, (m,), counted from 0.
-
-        Raises
-        ------
-        DataError
-            At the first value that is NaN, infinite or negative.
-        """
+        """Add the values of whole cells: dense rows (n, genes), or entries with the cell that each belongs to."""
         if values.ndim == 2:
             self.add_csr(sparse.csr_matrix(values), first_cell=first_cell)
             return
@@ -129,13 +77,7 @@ class ScaleEvidence:
         self._tally(values[order], indptr, genes[order], first_cell)
 
     def add_csr(self, block: sparse.csr_matrix, *, first_cell: int = 0) -> None:
-        """Add a block of whole cells, (n, genes).
-
-        Raises
-        ------
-        DataError
-            At the first value that is NaN, infinite or negative.
-        """
+        """Add a block of whole cells, (n, genes)."""
         self._tally(block.data, block.indptr, block.indices, first_cell)
 
     def _tally(self, values: np.ndarray, indptr: np.ndarray, genes: np.ndarray, first_cell: int) -> None:
@@ -233,13 +175,7 @@ class ScaleEvidence:
         return "log1p" if self.num_fractional else "counts"
 
     def verdict(self) -> Scale:
-        """Return the scale.
-
-        Raises
-        ------
-        DataError
-            If the values are on neither scale, mixed, or fit both.
-        """
+        """Return the scale."""
         if problem := self.problem():
             raise DataError(problems=[problem])
         return self._found()
@@ -272,15 +208,7 @@ def _count(is_so: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def common_scale(evidence: Sequence[ScaleEvidence], *, asked: Literal["auto", "counts", "log1p"] = "auto") -> Scale:
-    """Return the one scale of several files.
-
-    An ambiguous file (only 0 and 1) goes with the others where these are counts.
-
-    Raises
-    ------
-    DataError
-        With every file that is mixed, on no scale, or against `asked`; or naming which file is on which scale.
-    """
+    """Return the one scale of several files."""
     clear = [item for item in evidence if not item.ambiguous]
     judged = (
         clear
@@ -321,17 +249,6 @@ def row_sums(values: np.ndarray, indptr: np.ndarray) -> np.ndarray:
 def normalise_log1p(counts: sparse.csr_matrix, totals: np.ndarray, target_sum: float) -> sparse.csr_matrix:
     """Return log1p(count * target_sum / total of the cell), float32; a cell whose total is 0 stays 0.
 
-    Parameters
-    ----------
-    counts
-        Whole counts, (n, genes).
-    totals
-        Sum of counts of each cell, (n,); of all genes that the normalisation refers to.
-    target_sum
-        The total that every cell gets before log1p.
-
-    Examples
-    --------
     >>> log1p = normalise_log1p(sparse.csr_matrix([[1, 3], [0, 0]]), np.array([4.0, 0.0]), 4.0)
     >>> np.expm1(log1p.toarray()).round(5).tolist()
     [[1.0, 3.0], [0.0, 0.0]]
@@ -349,17 +266,7 @@ _MAX_CHECKED_COUNT = 1000
 
 
 def log_problem(cells: sparse.csr_matrix, place: str, base: float | None = None) -> Problem | None:
-    """Return what shows that values with fractions are not log1p of normalised counts; ``None`` without clear evidence.
-
-    Parameters
-    ----------
-    cells
-        Some cells of the file, as they are stored.
-    place
-        The file.
-    base
-        The base of the logarithm that the file states; ``None`` where it states none.
-    """
+    """Return the evidence that values with fractions are not log1p of normalised counts, or ``None``."""
     filled = np.flatnonzero(np.diff(cells.indptr))
     if not len(filled):
         return None

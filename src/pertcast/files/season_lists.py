@@ -17,8 +17,6 @@ from pertcast.files.labels import too_long
 from pertcast.files.obs import wrong_kind
 from pertcast.seasons import Season
 
-__all__ = ["TargetList", "read_gene_list", "read_targets", "read_written_genes", "write_genes"]
-
 _CELLS = "n_cells"
 _UMI = "median_umi_per_cell"
 _TARGET_ALIASES = ("gene", "target", "perturbation", "pert", "gene_name", "symbol", "target_gene_name")
@@ -30,24 +28,14 @@ _NUM_SHOWN = 20
 
 @dataclass(frozen=True)
 class TargetList:
-    """The targets of a submission, in the order of their list.
+    """The targets of a submission, in the order of their list."""
 
-    Attributes
-    ----------
-    targets
-        Labels of the targets, controls not among them.
-    n_cells
-        Cells asked for of each target (in each context), or ``None`` where neither list nor season says.
-    median_umi
-        Median UMI count of a real cell of each target, or ``None`` where the list has none.
-    notes
-        Sentences that the user should read.
-    """
-
-    targets: tuple[str, ...]
+    targets: tuple[str, ...]  # Labels of the targets, controls not among them
+    # Cells asked for of each target (in each context), or ``None`` where neither list nor season says
     n_cells: tuple[int, ...] | None = None
+    # Median UMI count of a real cell of each target, or ``None`` where the list has none
     median_umi: tuple[float, ...] | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # Sentences that the user should read
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -56,13 +44,7 @@ class TargetList:
         return iter(self.targets)
 
     def requested(self) -> dict[str, int]:
-        """Return target → cells asked for.
-
-        Raises
-        ------
-        DataError
-            If neither the list nor the season says how many cells.
-        """
+        """Return target → cells asked for."""
         if self.n_cells is None:
             raise DataError(
                 f"target list: it has no column {_CELLS!r}, and the season does not say how many cells a target has; "
@@ -97,21 +79,7 @@ def _limited(problems: Sequence[Problem], path: Path) -> list[Problem]:
 
 
 def read_targets(path: Path, season: Season) -> TargetList:
-    """Read the target list of a season (``pert_counts*.csv``): a column ``target_gene``, perhaps cells and UMI counts.
-
-    Parameters
-    ----------
-    path
-        CSV with a header. ``n_cells`` and ``median_umi_per_cell`` are read where they stand, other columns are not.
-    season
-        Its rules; ``cells_per_target`` fills in the cells where the list has none.
-
-    Raises
-    ------
-    DataError
-        With every problem at its line: a missing column, an empty or repeated or control label, cells that are no
-        whole number of at least 1, a list without targets.
-    """
+    """Read a season's target list (``pert_counts*.csv``): ``target_gene``, and cells and UMI counts if given."""
     rows = [(line, fields) for line, fields in _read_rows(path, "target list") if fields]
     if not rows:
         raise DataError(f"{path}: expected a target list, got an empty file; give the season's pert_counts file")
@@ -201,21 +169,6 @@ def _positive_number(text: str) -> float | None:
 def read_gene_list(path: Path, season: Season) -> tuple[str, ...]:
     """Read the genes of a prediction in their order (``gene_names.csv``), one a line.
 
-    Parameters
-    ----------
-    path
-        A text file; it has a header line if, and only if, the season's list has one.
-    season
-        Its rules: the header and the number of genes.
-
-    Raises
-    ------
-    DataError
-        With every problem at its line: a header that is missing or not expected, an empty line, a repeated gene, more
-        than one column, a wrong number of genes.
-
-    Examples
-    --------
     >>> import tempfile
     >>> from pertcast.seasons import season
     >>> path = Path(tempfile.mkdtemp()) / "genes.csv"

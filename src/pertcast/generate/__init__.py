@@ -213,13 +213,7 @@ def _open_store(run: Run, run_path: Path, store_path: Path | None) -> Store:
 
 
 def _features(run: Run, run_path: Path, experiment: Experiment, store: Store, plan: Plan) -> PertFeatures:
-    """Return features of every target: those that the run keeps, or the file's where the run has not seen a target.
-
-    Raises
-    ------
-    CheckpointError
-        If the file gives the run's own perturbations other features than it was trained with.
-    """
+    """Return features of every target: those that the run keeps, or the file's where the run has not seen a target."""
     kept = open_features(run_path / "features")
     targets = tuple(dict.fromkeys(part.target for part in plan.parts if part.target != plan.season.control_label))
     if set(targets) <= set(kept.names):

@@ -22,17 +22,6 @@ from pertcast.files.artefacts import hash_file, read_json, read_manifest, write_
 from pertcast.generate.predict import Predictor
 from pertcast.models.run_folder import WEIGHTS, Run
 
-__all__ = [
-    "CalibratedPredictor",
-    "Calibration",
-    "amplify",
-    "calibrated",
-    "effect_size",
-    "largest_log1p",
-    "open_calibration",
-    "save_calibration",
-]
-
 
 def amplify(
     predicted_log1p_SG: NDArray[np.float32],
@@ -43,21 +32,6 @@ def amplify(
 ) -> NDArray[np.float32]:
     """Return predicted cells whose mean effect is `amplitude` times as large, where that is not below 0; zeros stay 0.
 
-    A gene's values are multiplied by what its mean must become over what it is. One that was predicted to fall and has
-    to rise again gets a share of each cell's own control instead, since there may be nothing left to multiply.
-
-    Parameters
-    ----------
-    predicted_log1p_SG, control_log1p_SG
-        Cells of a set, each beside the control cell that it was made from.
-    amplitude
-        0 gives the controls' mean, 1 the prediction itself, to the bit.
-    ceiling
-        What no value rises above, unless it was predicted there: log1p of a cell's total is what a gene has that is all
-        of the cell. Means fall short by what is cut off.
-
-    Examples
-    --------
     >>> amplify(np.array([[0.0, 1.0], [4.0, 1.0]], dtype="f4"), np.array([[1.0, 2.0]] * 2, dtype="f4"), 2.0).tolist()
     [[0.0, 0.0], [6.0, 0.0]]
     """
@@ -78,8 +52,6 @@ def amplify(
 def effect_size(predicted_log1p_SG: NDArray[np.float32], control_log1p_SG: NDArray[np.float32]) -> float:
     """Return the root mean square over genes of the mean effect.
 
-    Examples
-    --------
     >>> effect_size(np.array([[2.0, 2.0]], dtype="f4"), np.zeros((1, 2), dtype="f4"))
     2.0
     """
@@ -94,40 +66,21 @@ _LARGEST_TOTAL = 1e6
 
 @dataclass(frozen=True)
 class Calibration:
-    """How much larger or smaller a run's effects, and the spread of its cells, should be.
+    """How much larger or smaller a run's effects, and the spread of its cells, should be."""
 
-    Attributes
-    ----------
-    amplitude
-        Of all effects.
-    slope, reference
-        A target whose predicted effect has the size s has the amplitude ``amplitude * (s / reference) ** slope``; the
-        second factor is at most 4 and at least a quarter.
-    cells, spread
-        The way of making cells that it was chosen for, and the spread for ``generate.spread``.
-    weights
-        Hash of the run's weights.
-    num_targets
-        How many held-out targets it was chosen on.
-    before, after
-        What these score without and with it: metric → mean.
-    tried
-        Every choice that was looked at, with its scores.
-    notes
-        What was done, in sentences.
-    """
-
-    amplitude: float
+    amplitude: float  # Of all effects
+    # A target whose predicted effect has the size s has the amplitude ``amplitude * (s / reference) **
+    # slope``; the second factor is at most 4 and at least a quarter
     slope: float
     reference: float
-    cells: str
+    cells: str  # The way of making cells that it was chosen for, and the spread for ``generate.spread``
     spread: float
-    weights: str
-    num_targets: int
-    before: dict[str, float] = field(default_factory=dict)
+    weights: str  # Hash of the run's weights
+    num_targets: int  # How many held-out targets it was chosen on
+    before: dict[str, float] = field(default_factory=dict)  # What these score without and with it: metric → mean
     after: dict[str, float] = field(default_factory=dict)
-    tried: tuple[dict[str, float], ...] = ()
-    notes: tuple[str, ...] = ()
+    tried: tuple[dict[str, float], ...] = ()  # Every choice that was looked at, with its scores
+    notes: tuple[str, ...] = ()  # What was done, in sentences
 
     def of(self, size: float) -> float:
         """Return the amplitude of a target whose predicted effect has this size."""
@@ -159,13 +112,7 @@ def save_calibration(run_path: Path, calibration: Calibration) -> Path:
 
 
 def open_calibration(run_path: Path) -> Calibration:
-    """Read the calibration of a run.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, or it was made for other weights.
-    """
+    """Read the calibration of a run."""
     remedy = f"run `pertcast calibrate {run_path}`, or leave generate.calibrated away"
     if CALIBRATION not in read_manifest(run_path, kind="run").files:
         raise CheckpointError(f"{run_path}: it is not calibrated; {remedy}")
@@ -180,13 +127,7 @@ def open_calibration(run_path: Path) -> Calibration:
 
 
 def calibrated(run: Run, experiment: Experiment) -> tuple[Calibration | None, Experiment]:
-    """Return the run's calibration where ``generate.calibrated`` asks for it, and the experiment with its spread.
-
-    Raises
-    ------
-    ConfigError
-        If cells are made in another way than it was chosen for.
-    """
+    """Return the run's calibration where ``generate.calibrated`` asks for it, and the experiment with its spread."""
     generate: GenerateConfig = experiment.generate
     if not generate.calibrated:
         return None, experiment
@@ -205,15 +146,7 @@ def largest_log1p(store: Store) -> float:
 
 
 class CalibratedPredictor:
-    """A predictor with the effects of its targets scaled; control cells are predicted as they were.
-
-    Parameters
-    ----------
-    predictor, store, calibration
-        What predicts, where control cells are read from, and how effects are scaled.
-    output_genes
-        Positions of the predicted genes in the store.
-    """
+    """A predictor with the effects of its targets scaled; control cells are predicted as they were."""
 
     def __init__(
         self, predictor: Predictor, store: Store, calibration: Calibration, *, output_genes: NDArray[np.int64]

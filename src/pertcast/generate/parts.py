@@ -27,7 +27,7 @@ from pertcast.files.artefacts import (
     verify_artefact,
     write_manifest,
 )
-from pertcast.files.h5ad import CsrWriter
+from pertcast.files.h5ad_writer import CsrWriter
 from pertcast.files.resources import one_ahead
 from pertcast.generate.calibration import CalibratedPredictor, calibrated
 from pertcast.generate.cells import CellMaker
@@ -37,19 +37,9 @@ from pertcast.models.run_folder import Run
 from pertcast.progress import Advance
 from pertcast.submission.controls import choose_controls
 
-__all__ = ["PartMaker", "own_share", "wait_for_others"]
-
 
 class PartMaker:
-    """Makes one part after another with one model.
-
-    Parameters
-    ----------
-    run, store, experiment, features
-        The model, what its control cells are read from, how cells are made, and features of every target.
-    weights
-        The hash of the run's weights.
-    """
+    """Makes one part after another with one model."""
 
     def __init__(
         self,
@@ -128,10 +118,7 @@ class PartMaker:
         return same and not verify_artefact(path)
 
     def make(self, out: Path, parts: Sequence[Part], *, done: Callable[[Part], None]) -> None:
-        """Write parts and their manifests, one after the other; `done` is called after each.
-
-        Cells are predicted one batch ahead of what is written, across parts, so that neither waits for the other.
-        """
+        """Write parts and their manifests, one after the other; `done` is called after each."""
         batches = ((part, sets_BS) for part in parts if not part.copied for sets_BS in self._batches(part))
         with closing(one_ahead(batches, lambda item: self._predict(*item))) as predicted:  # type: ignore[type-var]
             for part in parts:
@@ -228,8 +215,6 @@ _POLL_SECONDS = 0.5
 def own_share(parts: Sequence[Part], *, rank: int, size: int) -> tuple[Part, ...]:
     """Return the parts that a process makes, in the plan's order; all processes have about as many cells.
 
-    Examples
-    --------
     >>> parts = [Part(name, "vcc", "H1", name, num) for name, num in (("A", 5), ("B", 9), ("C", 4), ("D", 1))]
     >>> [[part.target for part in own_share(parts, rank=rank, size=2)] for rank in range(2)]
     [['B', 'D'], ['A', 'C']]

@@ -21,37 +21,20 @@ from pertcast.seasons import Season
 from pertcast.submission.cell_budget import Budget, plan_budget, room_for_controls
 from pertcast.submission.season_bundle import contexts_in_force
 
-__all__ = ["Part", "Plan", "control_rows", "plan_parts", "prediction_sources"]
-
 _USED = Split.TRAIN | Split.VAL | Split.TEST
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file of the parts: all cells of one target in one context.
+    """One file of the parts: all cells of one target in one context."""
 
-    Attributes
-    ----------
-    file
-        Path relative to the parts' folder.
-    context, target
-        The labels; the target of control cells is the season's control label.
-    dataset
-        The dataset whose control cells it is made from.
-    num_cells
-        Cells in it.
-    copied
-        Whether they are control cells copied from training, and not predicted.
-    median_umi
-        Median total of counts that its cells should have, ``None`` where the list does not say.
-    """
-
-    file: str
-    dataset: str
-    context: str
+    file: str  # Path relative to the parts' folder
+    dataset: str  # The dataset whose control cells it is made from
+    context: str  # The labels; the target of control cells is the season's control label
     target: str
-    num_cells: int
-    copied: bool = False
+    num_cells: int  # Cells in it
+    copied: bool = False  # Whether they are control cells copied from training, and not predicted
+    # Median total of counts that its cells should have, ``None`` where the list does not say
     median_umi: float | None = None
 
 
@@ -118,13 +101,7 @@ def _dataset_of(cells: CodedCells, experiment: Experiment, context: str) -> str:
 
 
 def control_rows(cells: CodedCells, experiment: Experiment, dataset: str, context: str) -> NDArray[np.int64]:
-    """Return the rows of the control cells of a dataset and context that cells may be made from.
-
-    Raises
-    ------
-    DataError
-        If there are none in the splits that ``generate.controls_from`` names.
-    """
+    """Return the rows of the control cells of a dataset and context that cells may be made from."""
     codes = {"dataset": cells.datasets.index(dataset), "context": cells.contexts.index(context)}
     rows: NDArray[np.int64] = cells.rows(split=_split_of(experiment), pert=cells.control_code, **codes)
     if not len(rows):
@@ -179,13 +156,7 @@ def _check_genes(cells: CodedCells, season: Season) -> None:
 
 
 def plan_parts(cells: CodedCells, experiment: Experiment) -> Plan:
-    """Return the plan: which cells of which target in which context, under the season's cap.
-
-    Raises
-    ------
-    ConfigError, DataError, SubmissionError
-        With everything in which targets, contexts, controls and the cap do not fit one another.
-    """
+    """Return the plan: which cells of which target in which context, under the season's cap."""
     submission = experiment.submission
     if submission.targets is None:
         raise ConfigError("[submission] targets: no target list is given; pass --targets pert_counts.csv")

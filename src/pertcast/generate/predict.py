@@ -16,24 +16,14 @@ from numpy.typing import NDArray
 
 from pertcast.data.features import PertFeatures
 from pertcast.data.inputs import as_tensor, read_inputs
-from pertcast.data.store import Split, Store
+from pertcast.data.split import Split
+from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, Problem
 from pertcast.models.baselines import Baseline, BaselineSpec, predict_effects
 from pertcast.models.heads import COUNTS_HEAD_PREFIX, LOG_SHAPES
 from pertcast.models.run_folder import WEIGHTS, Run, load_tensors
 from pertcast.models.state import Prediction, StateTransition
 from pertcast.processes import launched
-
-__all__ = [
-    "CentredPredictor",
-    "CountsHeadPredictor",
-    "Predictor",
-    "bind",
-    "is_imported",
-    "make_predictor",
-    "match_total",
-    "shapes_of",
-]
 
 _SHOWN = 8
 _ALL = Split.TRAIN | Split.VAL | Split.TEST
@@ -47,13 +37,7 @@ def is_imported(run: Run) -> bool:
 
 
 def bind(run: Run, store: Store) -> Run:
-    """Return an imported run as if it had been trained on a store: its genes are positions in the store's list.
-
-    Raises
-    ------
-    CheckpointError
-        With every name that the run needs and the store lacks.
-    """
+    """Return an imported run as if it had been trained on a store: its genes are positions in the store's list."""
     if run.network.output_space == "embedding":
         raise CheckpointError(f"{run.path}: the network gives an embedding and no genes; import one that gives genes")
     problems = [*_gene_problems(run, store), *_input_problems(run, store), *_batch_problems(run, store)]
@@ -68,13 +52,7 @@ def bind(run: Run, store: Store) -> Run:
 
 
 def match_total(run: Run, store: Store) -> tuple[Store, list[str]]:
-    """Return the store normalised to the total of an imported run's cells, and a note on it.
-
-    Raises
-    ------
-    CheckpointError
-        If the store has log1p values of another or an unknown total.
-    """
+    """Return the store normalised to the total of an imported run's cells, and a note on it."""
     has = "an unknown total" if store.target_sum is None else f"{store.target_sum:,.6g}"
     if run.target_sum is None:
         remedy = "import it again with --target-sum to have it matched"
@@ -147,20 +125,7 @@ class Predictor(Protocol):
     """Predicts cells, each from a control cell of a store."""
 
     def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
-        """Return (B * S, output genes) log1p values, in the order of the control cells.
-
-        They may be below 0, where an effect takes more than a cell has: the mean over cells is what is predicted, and
-        whoever makes cells cuts them off at 0.
-
-        Parameters
-        ----------
-        rows_BS
-            Sets of rows of control cells of the context.
-        target
-            A perturbation, or the store's control label.
-        context
-            A context of the store.
-        """
+        """Return (B * S, output genes) log1p values, in the order of the control cells."""
         ...
 
 
@@ -202,17 +167,7 @@ class BaselinePredictor:
 
 
 class NetworkPredictor:
-    """A State Transition network on one device.
-
-    Parameters
-    ----------
-    run, store, features
-        The network, where control cells are read from, and features of every target.
-    device
-        Where it computes; default: a GPU where there is one, each process of a machine its own.
-    counts_head
-        Whether the counts head, which the run must have, says something, too.
-    """
+    """A State Transition network on one device."""
 
     def __init__(
         self,
@@ -276,17 +231,7 @@ def _own_device() -> torch.device:
 
 
 class CentredPredictor:
-    """Predicts the control cell plus what the target adds to the prediction of the control condition.
-
-    Control cells come out as they are. Values may be below 0. Each cell is predicted twice.
-
-    Parameters
-    ----------
-    predictor, store
-        What predicts, and where control cells are read from.
-    output_genes
-        Positions of the predicted genes in the store.
-    """
+    """Predicts the control cell plus what the target adds to the prediction of the control condition."""
 
     def __init__(self, predictor: Predictor, store: Store, *, output_genes: NDArray[np.int64]) -> None:
         self._predictor, self._store = predictor, store
@@ -302,13 +247,7 @@ class CentredPredictor:
 
 
 def shapes_of(run: Run) -> NDArray[np.float64]:
-    """Return 1 / dispersion of each gene that a run's counts head predicts, (O,).
-
-    Raises
-    ------
-    CheckpointError
-        If the run has no counts head.
-    """
+    """Return 1 / dispersion of each gene that a run's counts head predicts, (O,)."""
     log_shape_O = load_tensors(run.path / WEIGHTS).get(f"{COUNTS_HEAD_PREFIX}log_shape_G")
     if log_shape_O is None:
         raise CheckpointError(

@@ -29,29 +29,9 @@ from pertcast.progress import SILENT, Progress
 from pertcast.seasons import Season, season
 from pertcast.stats.draws import generator
 
-__all__ = ["candidates_of", "compare", "held_out_folds"]
-
 
 def held_out_folds(experiment: Experiment, *, folds: int, seed: int = 0) -> tuple[list[Experiment], list[str]]:
-    """Return one experiment for each fold, and what the user should know.
-
-    Parameters
-    ----------
-    experiment
-        With 0 folds it is compared as it stands: on its test perturbations, or where it has none on those that
-        validate.
-    folds
-        Into how many parts to divide perturbations; each is the test of one fold. Those divided are the ones that
-        ``[fewshot]`` lists as test, and without any all of every context; a label is in the same fold in all its
-        contexts. Perturbations that validate do so in every fold.
-    seed
-        Key of the division.
-
-    Raises
-    ------
-    ConfigError
-        If nothing is held out, or there are fewer perturbations than folds.
-    """
+    """Return one experiment for each fold, and what the user should know."""
     tests = {key: held.test for key, held in experiment.fewshot.items() if held.test}
     if not folds:
         return _as_it_stands(experiment)
@@ -118,13 +98,7 @@ class _Fold(NamedTuple):
 
 
 def candidates_of(paths: Sequence[Path], *, rungs: Sequence[str], models: Sequence[str]) -> list[Candidate]:
-    """Return every rung and model of every experiment; with neither, the experiments as they stand.
-
-    Raises
-    ------
-    ConfigError
-        If two would have one name.
-    """
+    """Return every rung and model of every experiment; with neither, the experiments as they stand."""
     found = []
     for path in paths:
         prefix = f"{path.stem}:" if len(paths) > 1 else ""
@@ -148,30 +122,7 @@ def compare(
     overrides: Sequence[str] = (),
     progress: Progress = SILENT,
 ) -> Comparison:
-    """Train and score every candidate on every fold with every seed, as far as that is not done, and compare them.
-
-    Parameters
-    ----------
-    candidates
-        From :func:`candidates_of`.
-    out
-        The folder: ``comparison.json``, ``comparison.md``, ``comparison.svg``; stores, truths, runs and scores.
-    seeds
-        How many seeds, from 0: of training, of generation.
-    folds
-        0 for the perturbations that the experiment holds out, else into how many folds to divide them.
-    jobs
-        Processes that do trials at a time; on a machine with accelerators each takes the next of these.
-    overrides
-        ``section.key=value`` on top of all candidates.
-    progress
-        Where to report to.
-
-    Raises
-    ------
-    PertcastError
-        Whatever a stage refuses; what is done stays.
-    """
+    """Train and score every candidate on every fold with every seed, as far as that is not done, and compare them."""
     if any_content(out) and not (out / "folds").is_dir():
         raise DataError(f"{out}: it is there already and holds no comparison; give another --out, or remove it first")
     with claimed(out):

@@ -19,18 +19,6 @@ from numpy.typing import NDArray
 from pertcast.stats.intervals import Interval, Resamples, draw_resamples, interval, resampled_means
 from pertcast.stats.metrics import BEST
 
-__all__ = [
-    "METRICS",
-    "REFERENCES",
-    "TITLES",
-    "Comparison",
-    "as_markdown",
-    "collect",
-    "draw_chart",
-    "level_rows",
-    "verdict",
-]
-
 Floats = NDArray[np.float64]
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
 
@@ -54,45 +42,22 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result.
+    """The result."""
 
-    Attributes
-    ----------
-    candidates
-        Names, in order.
-    units
-        ``(context, target, fold)`` of each held-out unit.
-    num_seeds
-        S.
-    values
-        Candidate or reference → metric → (S, U); references have one row.
-    levels
-        Candidate or reference → metric → mean with its interval; ``overall`` too.
-    changes
-        Each candidate against the one before it and against every model and reference.
-    strata
-        Stratum of the size of the real effect → candidate → metric → mean with its interval.
-    folders
-        Candidate → folder of its trials, in the comparison's.
-    """
-
-    candidates: tuple[str, ...]
-    units: tuple[tuple[str, str, int], ...]
-    num_seeds: int
+    candidates: tuple[str, ...]  # Names, in order
+    units: tuple[tuple[str, str, int], ...]  # ``(context, target, fold)`` of each held-out unit
+    num_seeds: int  # S
+    # Candidate or reference → metric → (S, U); references have one row
     values: Mapping[str, Mapping[str, Floats]] = field(repr=False)
+    # Candidate or reference → metric → mean with its interval; ``overall`` too
     levels: Mapping[str, Mapping[str, Interval]]
-    changes: tuple[Change, ...]
+    changes: tuple[Change, ...]  # Each candidate against the one before it and against every model and reference
+    # Stratum of the size of the real effect → candidate → metric → mean with its interval
     strata: Mapping[str, Mapping[str, Mapping[str, Interval]]]
-    folders: Mapping[str, str] = field(default_factory=dict)
+    folders: Mapping[str, str] = field(default_factory=dict)  # Candidate → folder of its trials, in the comparison's
 
     def change(self, name: str, against: str, metric: str) -> Change:
-        """Return one change.
-
-        Raises
-        ------
-        KeyError
-            If the two were not compared.
-        """
+        """Return one change."""
         for found in self.changes:
             if (found.name, found.against, found.metric) == (name, against, metric):
                 return found
@@ -119,19 +84,7 @@ def collect(
     folders: Mapping[str, str] | None = None,
     num_resamples: int = 4000,
 ) -> Comparison:
-    """Put the scores of all trials together, and compare.
-
-    Parameters
-    ----------
-    trials
-        ``(candidate, fold, seed, context → target → metric → value)``.
-    references
-        For each fold ``baseline`` and ``ceiling``, with scores of the same form.
-    folders
-        Where each candidate's trials lie.
-    num_resamples
-        R.
-    """
+    """Put the scores of all trials together, and compare."""
     names = tuple(dict.fromkeys(name for name, _, _, _ in trials))
     num_seeds = 1 + max(seed for _, _, seed, _ in trials)
     first = [(fold, scores) for name, fold, seed, scores in trials if name == names[0] and seed == 0]
@@ -255,11 +208,7 @@ _TOLERATED_PERCENT = 2.0
 
 
 def verdict(comparison: Comparison) -> list[str]:
-    """Return one sentence for each pair that was compared.
-
-    A metric "is raised" or "is lowered" where the 95 % interval leaves 0 out, else it is "unchanged" as far as this
-    comparison can see.
-    """
+    """Return one sentence for each pair that was compared."""
     pairs = dict.fromkeys((change.name, change.against) for change in comparison.changes)
     return [_sentence(comparison, *pair) for pair in pairs]
 

@@ -33,8 +33,6 @@ from pertcast.progress import Progress
 from pertcast.seasons import Season
 from pertcast.stats.metrics import discrimination
 
-__all__ = ["HeldOut", "Scores", "against_truth", "prepare_truth", "reference_scores"]
-
 Scores = dict[str, dict[str, dict[str, float]]]
 """Screen ("dataset.context") → target → metric → value."""
 
@@ -43,32 +41,17 @@ _CELLS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a fold holds out in one dataset and context.
+    """What a fold holds out in one dataset and context."""
 
-    Attributes
-    ----------
-    dataset, context
-        Their names.
-    tested
-        The labels that are predicted and scored.
-    truth
-        h5ad of the real cells of all ranked labels, and the control cells.
-    targets
-        The target list: the labels tested, with as many cells as there are real ones.
-    num_controls, num_cells
-        Control cells, and all cells of a prediction.
-    target_sum
-        Where the truth is of counts, the median total of its cells, to which the scorer normalises it; ``None`` where
-        it is of log1p values.
-    """
-
-    dataset: str
+    dataset: str  # Their names
     context: str
-    tested: tuple[str, ...]
-    truth: Path
-    targets: Path
-    num_controls: int
+    tested: tuple[str, ...]  # The labels that are predicted and scored
+    truth: Path  # h5ad of the real cells of all ranked labels, and the control cells
+    targets: Path  # The target list: the labels tested, with as many cells as there are real ones
+    num_controls: int  # Control cells, and all cells of a prediction
     num_cells: int
+    # Where the truth is of counts, the median total of its cells, to which the scorer normalises it; ``None``
+    # where it is of log1p values
     target_sum: float | None = None
 
     @property
@@ -80,27 +63,7 @@ class HeldOut:
 def prepare_truth(
     store: Store, experiment: Experiment, folder: Path, *, rules: Season, ranked: Mapping[str, Sequence[str]]
 ) -> list[HeldOut]:
-    """Write the truth of each dataset and context that has held-out perturbations, where it is not there already.
-
-    The truth is on the scale that ``generate.scale`` asks for. In counts, the target list says the median depth of each
-    target's real cells, too, as a season's list does.
-
-    Parameters
-    ----------
-    store, experiment
-        Of the fold.
-    folder
-        Where to write; it belongs to this store and scale.
-    rules
-        Names of the column and the control.
-    ranked
-        "dataset.context" → labels that are held out in any fold.
-
-    Raises
-    ------
-    DataError
-        If no cell is held out, or counts are asked for of a store of log1p values.
-    """
+    """Write the truth of each dataset and context that has held-out perturbations, where it is not there already."""
     in_counts = experiment.generate.scale == "counts"
     found = []
     pairs = sorted({(screen.dataset, screen.context) for screen in store.screens})
@@ -174,11 +137,7 @@ def against_truth(predicted: Side, truth: Side) -> dict[str, dict[str, float]]:
 def reference_scores(
     store: Store, held: Sequence[HeldOut], kept: Path, *, rules: Season, progress: Progress
 ) -> dict[str, Scores]:
-    """Return what the official training-mean baseline and one half of the real cells score; kept in a file.
-
-    ``baseline``: every target is the mean over the training perturbations' means, as `cell-eval baseline` makes it.
-    ``ceiling``: one half of the real cells, and of the control cells, for the other half.
-    """
+    """Return what the official training-mean baseline and one half of the real cells score; kept in a file."""
     if kept.is_file():
         return read_json(kept)
     scores: dict[str, Scores] = {"baseline": {}, "ceiling": {}}

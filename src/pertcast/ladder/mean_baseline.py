@@ -23,32 +23,18 @@ from pertcast.stats.de import differential_expression
 from pertcast.stats.groups import CellGroups, group_cells, group_means
 from pertcast.stats.metrics import is_significant
 
-__all__ = ["TrainingMean", "constant_side", "training_mean_side"]
-
 _MAX_VALUES = 1 << 27
 
 
 @dataclass(frozen=True)
 class TrainingMean:
-    """Asks for the training-mean baseline.
+    """Asks for the training-mean baseline."""
 
-    Attributes
-    ----------
-    cells
-        h5ad file of training cells, controls among them.
-    """
-
-    cells: Path
+    cells: Path  # h5ad file of training cells, controls among them
 
 
 def training_mean_side(training: TrainingMean, truth: Side, rules: Season, *, progress: Progress = SILENT) -> Side:
-    """Return the baseline for the targets of a truth, each with as many cells as the truth has.
-
-    Raises
-    ------
-    DataError
-        If the training cells cannot be read, or have no control cells.
-    """
+    """Return the baseline for the targets of a truth, each with as many cells as the truth has."""
     read = read_groups(training.cells, rules, progress=progress)
     means = group_means(read.groups)[0].astype(read.groups.values.dtype)
     return _constant_side(
@@ -63,17 +49,7 @@ def training_mean_side(training: TrainingMean, truth: Side, rules: Season, *, pr
 def constant_side(
     constant_log1p: NDArray[np.floating], controls_log1p: sparse.csr_matrix, truth: Side, *, progress: Progress = SILENT
 ) -> Side:
-    """Return targets whose cells are all one cell, beside control cells, each with as many cells as the truth has.
-
-    Parameters
-    ----------
-    constant_log1p
-        (G,), in the number type of the control cells.
-    controls_log1p
-        (cells, G).
-    truth
-        The targets; genes in the same order.
-    """
+    """Return targets whose cells are all one cell, beside control cells, each with as many cells as the truth has."""
     control = group_cells(controls_log1p, np.zeros(controls_log1p.shape[0], dtype=np.int64))
     mean = group_means(control)[0][0].astype(control.values.dtype)
     beside = dataclasses.replace(truth, control_mean_log1p=mean)

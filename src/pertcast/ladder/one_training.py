@@ -22,40 +22,22 @@ from pertcast.progress import SILENT, Progress
 from pertcast.seasons import Season
 from pertcast.seasons import season as season_of
 
-__all__ = ["Trial", "digest_of", "run_trial"]
-
 _SCORES = "scores.json"
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What one trial needs; it travels to worker processes.
+    """What one trial needs; it travels to worker processes."""
 
-    Attributes
-    ----------
-    name, fold, seed
-        The candidate, and which of its trials this is.
-    experiment
-        Resolved, with the fold's held-out perturbations and the seed.
-    store
-        The fold's store.
-    held_out
-        Its truth, one for each context.
-    season
-        Whose metrics.
-    out
-        The trial's folder.
-    """
-
-    name: str
+    name: str  # The candidate, and which of its trials this is
     fold: int
     seed: int
-    experiment: Experiment
-    store: Path
-    held_out: tuple[HeldOut, ...]
-    season: str
-    out: Path
+    experiment: Experiment  # Resolved, with the fold's held-out perturbations and the seed
+    store: Path  # The fold's store
+    held_out: tuple[HeldOut, ...]  # Its truth, one for each context
+    season: str  # Whose metrics
+    out: Path  # The trial's folder
 
     @property
     def rules(self) -> Season:
@@ -74,10 +56,7 @@ def digest_of(*parts: Any) -> str:
 
 
 def run_trial(trial: Trial, *, progress: Progress = SILENT) -> Scores:
-    """Do what of a trial is not done yet, and return its scores.
-
-    Cells are deleted once they are scored; the run and the scores stay.
-    """
+    """Do what of a trial is not done yet, and return its scores."""
     key = _key(trial)
     kept = trial.out / _SCORES
     if kept.is_file():

@@ -35,24 +35,11 @@ from pertcast.stats.metrics import (
     spearman_brown,
 )
 
-__all__ = ["Score", "compare_sides", "score"]
-
 
 def score_by_cell_eval2(
     predicted: Path, real: Path, *, rules: Season, progress: Progress = SILENT
 ) -> tuple[dict[str, float], dict[str, dict[str, float]], list[str]]:
-    """Return metric → mean, target → metric → value, and notes; each context is scored by itself.
-
-    With several contexts a target is named ``context/target``, and means are means of the contexts' own aggregates: of
-    those that have the metric. The control cells are those of the real file. The third value names missing metrics.
-
-    Raises
-    ------
-    ConfigError
-        If cell-eval2 is not installed.
-    DataError
-        If a file is missing, the contexts of the two files differ, or cell-eval2 refuses them.
-    """
+    """Return metric → mean, target → metric → value, and notes; each context is scored by itself."""
     official = _import_cell_eval2(rules)
     for path in (predicted, real):
         if not path.is_file():
@@ -131,34 +118,20 @@ _CELL_EVAL_NAMES = {"mae": "mae", "discrimination_score_l1": "pds", "overlap_at_
 
 @dataclass(frozen=True)
 class Score:
-    """What a prediction scored.
+    """What a prediction scored."""
 
-    Attributes
-    ----------
-    season
-        Whose metrics these are.
-    overall
-        Metric → mean over targets; with a baseline ``overall`` too, which clips each metric at 0.
-    targets
-        Target → metric → value.
-    relative
-        Metric → how far it has come from the baseline (0) to the best (1), not clipped; empty without a baseline.
-    baseline
-        Metric → the baseline's value; empty without one.
-    ceiling
-        Metric → what one half of the real cells scores for the other (``des``, ``pds``, ``mae``, ...), and as
-        ``des_full``, ``pds_full`` what that means at full depth (Spearman-Brown); empty where not asked for.
-    notes
-        Sentences that a reader of the score should know.
-    """
-
-    season: str
+    season: str  # Whose metrics these are
+    # Metric → mean over targets; with a baseline ``overall`` too, which clips each metric at 0
     overall: dict[str, float]
-    targets: dict[str, dict[str, float]]
+    targets: dict[str, dict[str, float]]  # Target → metric → value
+    # Metric → how far it has come from the baseline (0) to the best (1), not clipped; empty without a
+    # baseline
     relative: dict[str, float] = field(default_factory=dict)
-    baseline: dict[str, float] = field(default_factory=dict)
+    baseline: dict[str, float] = field(default_factory=dict)  # Metric → the baseline's value; empty without one
+    # Metric → what one half of the real cells scores for the other (``des``, ``pds``, ``mae``, ...), and as
+    # ``des_full``, ``pds_full`` what that means at full depth (Spearman-Brown); empty where not asked for
     ceiling: dict[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # Sentences that a reader of the score should know
 
     def as_json(self) -> dict[str, Any]:
         """Return the score as JSON values; what is not a number is ``None``."""
@@ -183,32 +156,7 @@ def score(
     ceiling: bool = False,
     progress: Progress = SILENT,
 ) -> Score:
-    """Score predicted cells against real ones of the same targets and genes.
-
-    Parameters
-    ----------
-    predicted, real
-        h5ad files on either scale, with control cells (season 2026: a prediction has none; the real ones serve both);
-        the statistics of the real one are kept under its content.
-    season
-        Whose metrics.
-    rules
-        Rules of the season to override: ``{"control_label": "control"}``.
-    baseline
-        What the overall is relative to: a prediction (.h5ad, such as `cell-eval baseline` writes), the JSON of an
-        earlier score, cell-eval's agg_results.csv, or the mean of training cells.
-    ceiling
-        Whether to score one half of the real cells for the other, too.
-    progress
-        Where to report to.
-
-    Raises
-    ------
-    DataError
-        If a file cannot be read, or the two do not have the same targets and genes in the same order.
-    ConfigError
-        If there is no such season, or it needs a package that is not installed.
-    """
+    """Score predicted cells against real ones of the same targets and genes."""
     rules_of = season if isinstance(season, Season) else season_of(season)
     rules_of = rules_of.override(rules or {})
     for line in rules_of.describe_overrides():
@@ -240,13 +188,7 @@ def score(
 def compare_sides(
     predicted: Side, real: Side, *, places: tuple[Path | str, Path | str] = ("prediction", "truth")
 ) -> dict[str, dict[str, float]]:
-    """Return the metrics of each target.
-
-    Raises
-    ------
-    DataError
-        If targets or genes differ.
-    """
+    """Return the metrics of each target."""
     _refuse_other_labels(predicted, real, places)
     found = de_overlap(real.significant, predicted.significant, predicted.log2_fold_change)
     position = {gene: number for number, gene in enumerate(real.genes)}

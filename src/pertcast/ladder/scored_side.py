@@ -31,36 +31,20 @@ from pertcast.stats.de import differential_expression
 from pertcast.stats.groups import CellGroups, count_entries, entry_starts, group_means, place_entries
 from pertcast.stats.metrics import is_significant
 
-__all__ = ["Side", "cache_folder", "make_side", "read_groups", "read_halves", "read_side", "select_perts"]
-
 _FORMAT = "1"
 
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """What the metrics need to know of real or predicted cells (P perturbations without the control, G genes).
+    """What the metrics need to know of real or predicted cells (P perturbations without the control, G genes)."""
 
-    Attributes
-    ----------
-    perts, genes
-        Names; the perturbations are sorted.
-    num_cells
-        (P,) cells of each perturbation.
-    means_log1p, control_mean_log1p
-        (P, G) and (G,), in the number type of the file.
-    significant
-        (P, G) whether the gene is DE against the control cells of the same file.
-    log2_fold_change
-        (P, G) float32.
-    """
-
-    perts: tuple[str, ...]
+    perts: tuple[str, ...]  # Names; the perturbations are sorted
     genes: tuple[str, ...]
-    num_cells: NDArray[np.int64]
-    means_log1p: NDArray[np.floating]
+    num_cells: NDArray[np.int64]  # (P,) cells of each perturbation
+    means_log1p: NDArray[np.floating]  # (P, G) and (G,), in the number type of the file
     control_mean_log1p: NDArray[np.floating]
-    significant: NDArray[np.bool_]
-    log2_fold_change: NDArray[np.float32]
+    significant: NDArray[np.bool_]  # (P, G) whether the gene is DE against the control cells of the same file
+    log2_fold_change: NDArray[np.float32]  # (P, G) float32
 
     @property
     def effects(self) -> NDArray[np.floating]:
@@ -82,10 +66,7 @@ def select_perts(side: Side, perts: Sequence[str]) -> Side:
 
 
 class LabelledGroups(NamedTuple):
-    """Cells by label: the groups, their names, and which of them there are enough cells of.
-
-    With halves, the second halves follow as groups ``len(names) + code``.
-    """
+    """Cells by label: the groups, their names, and which of them there are enough cells of."""
 
     groups: CellGroups
     names: tuple[str, ...]
@@ -102,22 +83,7 @@ def cache_folder() -> Path:
 
 
 def read_side(path: Path, rules: Season, *, cache: Path | None = None, progress: Progress = SILENT) -> Side:
-    """Read cells and return what the metrics need.
-
-    Parameters
-    ----------
-    path
-        An h5ad file on either scale.
-    rules
-        The season, which says what the column of perturbations and the control are called.
-    cache
-        A folder to keep the result in, under a name made of the file's content; not kept where not given.
-
-    Raises
-    ------
-    DataError
-        If the file cannot be read, its values are on no one scale, or it has no control cells or nothing else.
-    """
+    """Read cells and return what the metrics need."""
     if cache is None:
         (side,) = _sides(read_groups(path, rules, progress=progress), parts=1)
         return side
@@ -136,16 +102,7 @@ def read_side(path: Path, rules: Season, *, cache: Path | None = None, progress:
 
 
 def read_halves(path: Path, rules: Season, *, seed: int = 0, progress: Progress = SILENT) -> tuple[Side, Side]:
-    """Split the cells of each label at random into two halves of as many cells, and return both sides.
-
-    Of an odd number one cell is left out; a perturbation of one cell is left out. The split is `cell-eval run
-    --ceiling`'s for the same seed.
-
-    Raises
-    ------
-    DataError
-        As :func:`read_side`; and if there are fewer than two control cells.
-    """
+    """Split the cells of each label at random into two halves of as many cells, and return both sides."""
     read = read_groups(path, rules, halves=np.random.default_rng(seed), progress=progress)
     first, second = _sides(read, parts=2)
     return first, second
@@ -154,13 +111,7 @@ def read_halves(path: Path, rules: Season, *, seed: int = 0, progress: Progress 
 def read_groups(
     path: Path, rules: Season, *, halves: np.random.Generator | None = None, progress: Progress = SILENT
 ) -> LabelledGroups:
-    """Read cells by label; with a generator, each label's cells as two random halves.
-
-    Raises
-    ------
-    DataError
-        As :func:`read_side` and :func:`read_halves`.
-    """
+    """Read cells by label; with a generator, each label's cells as two random halves."""
     column, control_label = rules.pert_column, rules.control_label
     with open_h5ad(path) as reader:
         labels = reader.obs(column)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pertcast.errors import ConfigError
-from pertcast.models.state import StateSpec, StateTransition
-
-__all__ = ["choose", "grow", "last_layer", "merge", "parse_learn"]
+from pertcast.models.spec import StateSpec
+from pertcast.models.state import StateTransition
 
 _CONTEXT, _BATCH = "context_encoder.weight", "batch_encoder.weight"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "c_proj")
@@ -25,43 +24,24 @@ _ORIGINAL = ".parametrizations.weight.original"
 
 @dataclass(frozen=True)
 class Learn:
-    """What learns.
+    """What learns."""
 
-    Attributes
-    ----------
-    context, batch
-        The line's own rows of the context embedding, and its batches' rows of the batch embedding.
-    bias, last
-        The bias of the last layer that gives genes, or all of that layer.
-    gain
-        One number that the last layer of a network that predicts a shift is multiplied by, and its bias, both by least
-        squares before anything else learns.
-    offset
-        The same bias, moved by the error on the line's controls and by what its targets have in common beside it;
-        found before anything else learns.
-    rank
-        R of the low-rank changes of the backbone's attention matrices; 0 for none.
-    """
-
-    context: bool = False
+    context: bool = False  # The line's own rows of the context embedding, and its batches' rows of the batch embedding
     batch: bool = False
-    bias: bool = False
+    bias: bool = False  # The bias of the last layer that gives genes, or all of that layer
     last: bool = False
+    # One number that the last layer of a network that predicts a shift is multiplied by, and its bias, both
+    # by least squares before anything else learns
     gain: bool = False
+    # The same bias, moved by the error on the line's controls and by what its targets have in common beside
+    # it; found before anything else learns
     offset: bool = False
-    rank: int = 0
+    rank: int = 0  # R of the low-rank changes of the backbone's attention matrices; 0 for none
 
 
 def parse_learn(text: str) -> Learn:
     """Return what is meant by names with commas between them.
 
-    Raises
-    ------
-    ConfigError
-        Naming every word that is not known, or if there is none, or two that do not go together.
-
-    Examples
-    --------
     >>> parse_learn("context,lora:4")
     Learn(context=True, batch=False, bias=False, last=False, gain=False, offset=False, rank=4)
     """
@@ -90,20 +70,7 @@ def parse_learn(text: str) -> Learn:
 def grow(
     spec: StateSpec, weights: Mapping[str, Tensor], *, new_contexts: int, new_batches: int, num_contexts: int
 ) -> tuple[StateSpec, dict[str, Tensor]]:
-    """Return a network's specification and weights with rows for new contexts and batches; it predicts as before.
-
-    A new context starts at the mean of those that were trained. A network without a context embedding gets one of
-    zeros, which adds nothing. A new batch starts at the row of the unknown one.
-
-    Parameters
-    ----------
-    spec, weights
-        The network's.
-    new_contexts, new_batches
-        Rows to add; those of batches come before the row of the unknown batch, and only where there is an embedding.
-    num_contexts
-        C, contexts without the new ones.
-    """
+    """Return a network's specification and weights with rows for new contexts and batches; it predicts as before."""
     grown = dict(weights)
     if spec.num_contexts:
         known_CH = weights[_CONTEXT]
@@ -125,26 +92,7 @@ def choose(
     batches: Sequence[int],
     generator: torch.Generator,
 ) -> int:
-    """Let some parameters of a network learn and freeze all others; return how many numbers learn.
-
-    Rows of an embedding that are not named get no gradient; an optimiser without weight decay leaves them alone.
-
-    Parameters
-    ----------
-    network
-        What learns; gets low-rank changes where these are asked for, until :func:`merge`.
-    learn
-        What is asked for.
-    contexts, batches
-        Rows of the two embeddings that may learn.
-    generator
-        What low-rank changes are drawn from.
-
-    Raises
-    ------
-    ConfigError
-        If the network lacks what should learn.
-    """
+    """Let some parameters of a network learn and freeze all others; return how many numbers learn."""
     network.requires_grad_(False)
     number = 0
     if learn.gain and not network.spec.shift:

@@ -15,22 +15,6 @@ from torch.nn import functional
 
 from pertcast.stats.draws import key_hash
 
-__all__ = [
-    "COUNTS_HEAD_PREFIX",
-    "DE_HEAD_PREFIX",
-    "LOG_SHAPES",
-    "ConfidenceToken",
-    "CountsHead",
-    "CountsPrediction",
-    "DeHead",
-    "SetDropout",
-    "bottleneck",
-    "dropout_keys",
-    "key_dropout",
-    "mlp",
-    "normed_mlp",
-]
-
 _GOLDEN = 0x9E3779B9
 # Multipliers of a well-mixing 32-bit hash, as signed numbers.
 # Source: Christopher Wellons, "Prospecting for hash functions", 2018 (lowbias32).
@@ -38,16 +22,7 @@ _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
 
 
 class SetDropout(nn.Module):
-    """Dropout over a batch whose first dimension is sets; without keys, as ``nn.Dropout``.
-
-    Whether a value is dropped is a hash of the set's key, the layer's number and the value's place in the set, so any
-    split of a batch over devices drops the same values. It is also less work than to draw.
-
-    Parameters
-    ----------
-    share
-        How much is dropped in training; what is left is scaled up.
-    """
+    """Dropout over a batch whose first dimension is sets; without keys, as ``nn.Dropout``."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
@@ -126,15 +101,7 @@ def bottleneck(width: int) -> nn.Sequential:
 
 
 class ConfidenceToken(nn.Module):
-    """A learnt token that attends to the cells of a set, and what it says of how well they are predicted.
-
-    Parameters
-    ----------
-    hidden
-        H.
-    dropout
-        Within the projection.
-    """
+    """A learnt token that attends to the cells of a set, and what it says of how well they are predicted."""
 
     def __init__(self, hidden: int, *, dropout: float) -> None:
         super().__init__()
@@ -147,16 +114,7 @@ class ConfidenceToken(nn.Module):
 
 
 class DeHead(nn.Module):
-    """Says for each gene whether the perturbation changes it: a logit from the set's pooled state and predicted effect.
-
-    ``logit = linear(layer norm(pooled state)) + gain * |predicted effect|``, so that its gradient reaches the predicted
-    cells themselves, in gene space. It serves training alone: predictions are the same with and without it.
-
-    Parameters
-    ----------
-    hidden, num_genes
-        H and G.
-    """
+    """Predict which genes are differentially expressed: a logit from the set's pooled state and predicted effect."""
 
     def __init__(self, hidden: int, num_genes: int) -> None:
         super().__init__()
@@ -179,33 +137,14 @@ class DeHead(nn.Module):
 
 
 class CountsPrediction(NamedTuple):
-    """What the counts head says.
+    """What the counts head says."""
 
-    Attributes
-    ----------
-    log_fold_BG
-        Logarithm of each gene's rate over that of control cells of the context.
-    log_shape_G
-        Logarithm of 1 / dispersion.
-    """
-
-    log_fold_BG: Tensor
-    log_shape_G: Tensor
+    log_fold_BG: Tensor  # Logarithm of each gene's rate over that of control cells of the context
+    log_shape_G: Tensor  # Logarithm of 1 / dispersion
 
 
 class CountsHead(nn.Module):
-    """Says how counts of perturbed cells are distributed: negative binomial, beside what control cells show.
-
-    The mean count of a cell is its library size times the control cells' share of the gene times ``exp(linear(layer
-    norm(pooled state)))``; each gene has a dispersion. So before anything is learnt it gives the control cells' own
-    distribution, in any context that has some. It stands beside the output and does not replace it: the other terms of
-    the loss, and every other way to make cells, need single cells in log1p, and a run is the same with and without it.
-
-    Parameters
-    ----------
-    hidden, num_genes
-        H and G.
-    """
+    """Says how counts of perturbed cells are distributed: negative binomial, beside what control cells show."""
 
     def __init__(self, hidden: int, num_genes: int) -> None:
         super().__init__()

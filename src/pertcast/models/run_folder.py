@@ -35,20 +35,8 @@ from pertcast.files.artefacts import (
 from pertcast.models.baselines import Baseline, BaselineSpec, open_baseline
 from pertcast.models.baselines.predict import open_arrays, read_spec
 from pertcast.models.heads import COUNTS_HEAD_PREFIX, DE_HEAD_PREFIX
-from pertcast.models.state import StateSpec, StateTransition
-
-__all__ = [
-    "BASE",
-    "RUN_JSON",
-    "WEIGHTS",
-    "Run",
-    "load_tensors",
-    "load_weights",
-    "open_run",
-    "require_shapes",
-    "save_run",
-    "save_tensors",
-]
+from pertcast.models.spec import StateSpec
+from pertcast.models.state import StateTransition
 
 WEIGHTS = "weights.safetensors"
 RUN_JSON = "run.json"
@@ -59,71 +47,37 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class Run:
-    """A trained network or fitted baseline, and everything that generation needs to know about it.
+    """A trained network or fitted baseline, and everything that generation needs to know about it."""
 
-    Attributes
-    ----------
-    path
-        The folder.
-    spec
-        The network, or the baseline.
-    experiment
-        The resolved experiment that it was trained with, as JSON values.
-    genes
-        Genes of the training store, in order.
-    output_genes
-        (predicted genes,) int64 positions in `genes`, ascending.
-    hvg
-        (highly variable genes,) int64 positions in `genes`: what the network reads where ``model.input`` is "hvg", and
-        in its order what an imported network reads.
-    perts, contexts, batches
-        Names of the codes that the network was trained with.
-    control
-        The control label.
-    target_sum
-        The total that cells were normalised to before log1p; ``None`` where the data came as log1p.
-    scale
-        The scale of the store's own values: ``counts`` or ``log1p``. The network reads and predicts log1p always.
-    store_path, store_fingerprint
-        The store that it was trained on; the fingerprint is empty where the run was imported.
-    step
-        The step that the weights are of.
-    metrics
-        ``last_step``, ``val_loss`` (``None`` without validation), ``num_parameters`` and the like.
-    features
-        What the perturbation features are: kind, source, width, how many were filled in.
-    notes
-        Sentences that every report of this run repeats.
-    """
-
-    path: Path
-    spec: StateSpec | BaselineSpec
-    experiment: dict[str, Any]
-    genes: tuple[str, ...]
-    output_genes: NDArray[np.int64]
+    path: Path  # The folder
+    spec: StateSpec | BaselineSpec  # The network, or the baseline
+    experiment: dict[str, Any]  # The resolved experiment that it was trained with, as JSON values
+    genes: tuple[str, ...]  # Genes of the training store, in order
+    output_genes: NDArray[np.int64]  # (predicted genes,) int64 positions in `genes`, ascending
+    # (highly variable genes,) int64 positions in `genes`: what the network reads where ``model.input`` is
+    # "hvg", and in its order what an imported network reads
     hvg: NDArray[np.int64]
-    perts: tuple[str, ...]
+    perts: tuple[str, ...]  # Names of the codes that the network was trained with
     contexts: tuple[str, ...]
     batches: tuple[str, ...]
-    control: str
+    control: str  # The control label
+    # The total that cells were normalised to before log1p; ``None`` where the data came as log1p
     target_sum: float | None
+    # The scale of the store's own values: ``counts`` or ``log1p``. The network reads and predicts log1p
+    # always
     scale: str
-    store_path: Path
+    store_path: Path  # The store that it was trained on; the fingerprint is empty where the run was imported
     store_fingerprint: str
-    step: int
+    step: int  # The step that the weights are of
+    # ``last_step``, ``val_loss`` (``None`` without validation), ``num_parameters`` and the like
     metrics: dict[str, Any] = field(default_factory=dict)
+    # What the perturbation features are: kind, source, width, how many were filled in
     features: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # Sentences that every report of this run repeats
 
     @property
     def network(self) -> StateSpec:
-        """The network.
-
-        Raises
-        ------
-        CheckpointError
-            If this is a run of a baseline.
-        """
+        """The network."""
         if isinstance(self.spec, BaselineSpec):
             raise CheckpointError(
                 f'{self.path}: expected a run of a network, got the baseline "{self.spec.kind}"; '
@@ -132,13 +86,7 @@ class Run:
         return self.spec
 
     def model(self, *, counts_head: bool = False) -> StateTransition:
-        """Return the network with its weights, on the CPU, in evaluation mode; with the counts head where asked for.
-
-        Raises
-        ------
-        CheckpointError
-            If the weights do not fit the network, it has no such head, or this is a run of a baseline.
-        """
+        """Return the network with its weights, on the CPU, in evaluation mode; with the counts head where asked for."""
         with torch.device("meta"):
             model = StateTransition(self.network)
             if counts_head:
@@ -147,13 +95,7 @@ class Run:
         return model.eval()
 
     def baseline(self) -> Baseline | None:
-        """Return the baseline that this run is of, or that its network stands on; ``None`` where there is none.
-
-        Raises
-        ------
-        CheckpointError
-            If its files are not whole.
-        """
+        """Return the baseline that this run is of, or that its network stands on; ``None`` where there is none."""
         if isinstance(self.spec, BaselineSpec):
             return open_arrays(self.path / WEIGHTS, self.spec)
         stands_on_one = self.experiment["model"].get("base", "none") != "none"
@@ -161,17 +103,7 @@ class Run:
 
 
 def save_run(run: Run, weights: Mapping[str, Tensor], *, inputs: Mapping[str, str]) -> None:
-    """Write a run into its folder, the manifest last; checkpoints and metrics there are left alone.
-
-    Parameters
-    ----------
-    run
-        What to write; features are expected in the folder ``features`` already, the network's baseline in ``base``.
-    weights
-        The network's tensors, or the baseline's.
-    inputs
-        Name → hash of what the run was made from.
-    """
+    """Write a run into its folder, the manifest last; checkpoints and metrics there are left alone."""
     folder = run.path
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -200,13 +132,7 @@ def save_run(run: Run, weights: Mapping[str, Tensor], *, inputs: Mapping[str, st
 
 
 def open_run(path: Path) -> Run:
-    """Open a run: its manifest, its files' hashes, its JSON, and the names and shapes of its tensors are checked.
-
-    Raises
-    ------
-    CheckpointError
-        With every problem at once: a missing or changed file, a missing, unknown or misshapen tensor.
-    """
+    """Open a run: its manifest, its files' hashes, its JSON, and the names and shapes of its tensors are checked."""
     read_manifest(path, kind="run")
     if problems := verify_artefact(path):
         raise CheckpointError(f"{path}: the run is not whole; {_REMEDY}", problems=problems)
@@ -262,13 +188,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises
-    ------
-    CheckpointError
-        If it is missing, truncated or something else.
-    """
+    """Read a safetensors file."""
     try:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
@@ -276,13 +196,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Read a network's weights; those of heads that the network does not have are passed over.
-
-    Raises
-    ------
-    CheckpointError
-        Naming every tensor that is missing, not known, or of another shape.
-    """
+    """Read a network's weights; those of heads that the network does not have are passed over."""
     tensors = load_tensors(path)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tensors = _without_heads(tensors, but=expected)
@@ -314,13 +228,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def require_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Require that a file's tensors are those that a network expects.
-
-    Raises
-    ------
-    CheckpointError
-        Naming every tensor that is missing, not known, or of another shape.
-    """
+    """Require that a file's tensors are those that a network expects."""
     problems = []
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:

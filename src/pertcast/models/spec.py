@@ -10,8 +10,6 @@ from typing import Literal, NamedTuple
 from pertcast.config import ModelConfig
 from pertcast.errors import ConfigError
 
-__all__ = ["PRESETS", "Preset", "StateSpec", "set_size_of", "spec_for"]
-
 
 class Preset(NamedTuple):
     """The shape of a network, without what the data decide."""
@@ -36,55 +34,16 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 @dataclass(frozen=True)
 class StateSpec:
-    """Everything that decides the shapes of a network and what it computes; JSON-able.
+    """Everything that decides the shapes of a network and what it computes; JSON-able."""
 
-    The fields from `backbone` to `confidence_token` are those of networks that arc-state trained; ours leave them as
-    they are.
-
-    Attributes
-    ----------
-    input_dim, output_dim, pert_dim
-        Widths of a control cell, of what the backbone's head gives, and of a perturbation feature.
-    num_genes
-        Genes predicted: equal to `output_dim` in gene space, the gene decoder's width in latent space.
-    output_space
-        ``gene``: the head gives log1p expression, through a ReLU. ``latent``: it gives an embedding, and a gene decoder
-        turns that into log1p expression. ``embedding``: an embedding through a ReLU, and no genes.
-    set_size, hidden, layers, heads, head_dim, feedforward, encoder_layers, decoder_layers
-        The preset, as overridden. ``heads * head_dim`` may differ from `hidden`.
-    dropout
-        Within the encoders' and decoders' MLPs; the backbone has none.
-    residual
-        Whether the encoded control cell is added to the backbone's output before the head; with `bottleneck` it is the
-        control cell itself, added after the head.
-    num_batches, num_contexts
-        Rows of the batch and context embeddings; 0 where there is none.
-    unknown_batch
-        Whether the last row of the batch embedding stands for a batch that is not known (code -1).
-    backbone
-        ``llama`` (RMSNorm, SwiGLU) or ``gpt2`` (LayerNorm, GELU, biases).
-    basal_layers
-        Layers of the control cells' encoder.
-    bottleneck
-        Whether the head's output passes through two more layers, an eighth as wide between them.
-    latent_relu
-        Whether a ReLU stands before the gene decoder.
-    decoder_widths
-        Hidden widths of a gene decoder with LayerNorms; empty for our own gene decoder.
-    batch_token, confidence_token
-        Whether a learnt token stands before the cells of a set, and one after them that gives the set's confidence.
-    shift
-        Whether the head's output is added to the control cell itself, and is 0 for the control condition.
-    on_base
-        Whether the effect of a baseline is added, too.
-    """
-
-    input_dim: int
+    input_dim: int  # Widths of a control cell, of what the backbone's head gives, and of a perturbation feature
     output_dim: int
     pert_dim: int
-    num_genes: int
+    num_genes: int  # Genes predicted: equal to `output_dim` in gene space, the gene decoder's width in latent space
+    # ``gene``: the head gives log1p expression, through a ReLU. ``latent``: it gives an embedding, and a gene
+    # decoder turns that into log1p expression. ``embedding``: an embedding through a ReLU, and no genes
     output_space: Literal["gene", "latent", "embedding"]
-    set_size: int
+    set_size: int  # The preset, as overridden. ``heads * head_dim`` may differ from `hidden`
     hidden: int
     layers: int
     heads: int
@@ -92,20 +51,27 @@ class StateSpec:
     feedforward: int
     encoder_layers: int
     decoder_layers: int
-    dropout: float = 0.1
+    dropout: float = 0.1  # Within the encoders' and decoders' MLPs; the backbone has none
+    # Whether the encoded control cell is added to the backbone's output before the head; with `bottleneck` it
+    # is the control cell itself, added after the head
     residual: bool = True
-    num_batches: int = 0
+    num_batches: int = 0  # Rows of the batch and context embeddings; 0 where there is none
     num_contexts: int = 0
+    # Whether the last row of the batch embedding stands for a batch that is not known (code -1)
     unknown_batch: bool = False
-    backbone: Literal["llama", "gpt2"] = "llama"
-    basal_layers: int = 1
-    bottleneck: bool = False
-    latent_relu: bool = False
+    backbone: Literal["llama", "gpt2"] = "llama"  # ``llama`` (RMSNorm, SwiGLU) or ``gpt2`` (LayerNorm, GELU, biases)
+    basal_layers: int = 1  # Layers of the control cells' encoder
+    bottleneck: bool = False  # Whether the head's output passes through two more layers, an eighth as wide between them
+    latent_relu: bool = False  # Whether a ReLU stands before the gene decoder
+    # Hidden widths of a gene decoder with LayerNorms; empty for our own gene decoder
     decoder_widths: tuple[int, ...] = ()
+    # Whether a learnt token stands before the cells of a set, and one after them that gives the set's
+    # confidence
     batch_token: bool = False
     confidence_token: bool = False
+    # Whether the head's output is added to the control cell itself, and is 0 for the control condition
     shift: bool = False
-    on_base: bool = False
+    on_base: bool = False  # Whether the effect of a baseline is added, too
 
 
 def spec_for(
@@ -118,23 +84,7 @@ def spec_for(
     num_batches: int,
     num_contexts: int,
 ) -> StateSpec:
-    """Return the network's specification: the preset, what the configuration overrides, and what the data decide.
-
-    Parameters
-    ----------
-    config
-        The ``[model]`` section.
-    num_genes, input_dim, output_dim, pert_dim
-        As in :class:`StateSpec`.
-    num_batches, num_contexts
-        Batches and contexts of the data; used where the configuration asks for their embeddings. The batch embedding
-        gets one row more, for a batch that is not known.
-
-    Raises
-    ------
-    ConfigError
-        If the heads do not divide the hidden width, or a shift is asked for and cells are not read as they are given.
-    """
+    """Return the network's specification: the preset, what the configuration overrides, and what the data decide."""
     preset = PRESETS[config.preset]
     shape = Preset(*((own if (own := getattr(config, name)) is not None else value) for name, value in _items(preset)))
     if shape.hidden % shape.heads:

@@ -13,40 +13,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pertcast.models.heads import ConfidenceToken, CountsHead, CountsPrediction, DeHead, bottleneck, mlp, normed_mlp
-from pertcast.models.spec import PRESETS, StateSpec, spec_for
+from pertcast.models.spec import StateSpec
 from pertcast.models.transformer import Backbone, Gpt2Backbone
 from pertcast.stats.draws import key_hash
-
-__all__ = ["PRESETS", "Prediction", "StateSpec", "StateTransition", "cut_of", "spec_for"]
 
 _INIT_STD = 0.02
 _GENE_DECODER_LAYERS = 3
 
 
 class Prediction(NamedTuple):
-    """What the network gives: the head's output and, in latent space, the decoded genes.
+    """What the network gives: the head's output and, in latent space, the decoded genes."""
 
-    Attributes
-    ----------
-    latent_BSO
-        The head's output: log1p expression in gene space (`genes_BSG` is ``None``), an embedding in latent space.
-    genes_BSG
-        Log1p expression decoded from the embedding, or ``None`` in gene space.
-    confidence_B
-        The confidence of each set, from networks with a confidence token.
-    de_BG
-        Logits of the DE head, in training with one.
-    counts
-        What the counts head says, from networks with one.
-    cut_BG
-        What cells that cannot fall below 0 lost of the effect of the baseline that the network stands on, 0 or less.
-    """
-
+    # The head's output: log1p expression in gene space (`genes_BSG` is ``None``), an embedding in latent
+    # space
     latent_BSO: Tensor
-    genes_BSG: Tensor | None
-    confidence_B: Tensor | None = None
-    de_BG: Tensor | None = None
-    counts: CountsPrediction | None = None
+    genes_BSG: Tensor | None  # Log1p expression decoded from the embedding, or ``None`` in gene space
+    confidence_B: Tensor | None = None  # The confidence of each set, from networks with a confidence token
+    de_BG: Tensor | None = None  # Logits of the DE head, in training with one
+    counts: CountsPrediction | None = None  # What the counts head says, from networks with one
+    # What cells that cannot fall below 0 lost of the effect of the baseline that the network stands on, 0 or
+    # less
     cut_BG: Tensor | None = None
 
     @property
@@ -63,23 +49,6 @@ class Prediction(NamedTuple):
 class StateTransition(nn.Module):
     """The State Transition network of STATE.
 
-    ``pert_encoder(feature) + basal_encoder(cell)`` for each cell of a set, a transformer over the set without mask or
-    positions (so the cells of a set are exchangeable), and a head on its output plus the encoded control cell.
-
-    Parameters
-    ----------
-    spec
-        Shapes and switches.
-    generator
-        Where initial weights are drawn from; seeded with a fixed key when not given. Within ``torch.device("meta")``
-        nothing is drawn, and weights have shapes alone.
-
-    References
-    ----------
-    Adduri et al., "Predicting cellular responses to perturbation across diverse contexts with STATE", 2025.
-
-    Examples
-    --------
     >>> from pertcast.config import ModelConfig
     >>> config = ModelConfig(preset="tiny")
     >>> spec = spec_for(
@@ -171,21 +140,7 @@ class StateTransition(nn.Module):
 
     @torch.no_grad()
     def start_at_mean(self, mean_log1p_G: Tensor) -> None:
-        """Set the bias of the last layer that gives genes to a mean expression, usually of training control cells.
-
-        A network that starts at the mean need not spend its first thousands of steps on finding it: a cell's mean
-        expression is a far larger signal than any effect, and a short training would otherwise end underway.
-
-        Parameters
-        ----------
-        mean_log1p_G
-            ``(num_genes,)``, mean log1p expression.
-
-        Raises
-        ------
-        ValueError
-            If it is of other genes, or the network predicts a shift, which starts at 0.
-        """
+        """Set the bias of the last layer that gives genes to a mean expression, usually of training control cells."""
         if self.spec.shift:
             raise ValueError("a network that predicts a shift starts at the control cells, not at a mean")
         last = (self.gene_decoder if self.gene_decoder is not None else self.project_out)[-1]
@@ -202,29 +157,7 @@ class StateTransition(nn.Module):
         base_BG: Tensor | None = None,
         control_mean_BG: Tensor | None = None,
     ) -> Prediction:
-        """Predict perturbed cells.
-
-        Parameters
-        ----------
-        control_BSI
-            Control cells: log1p expression or an embedding.
-        pert_BF
-            One perturbation feature a set.
-        batch_BS
-            Batch codes of the control cells, -1 where unknown; needed with a batch embedding, ignored without.
-        context_B
-            Context codes of the sets; needed with a context embedding, ignored without.
-        base_BG
-            Effects of a baseline, to which the network adds its shift; needed by a network on a baseline.
-        control_mean_BG
-            Mean log1p expression of control cells; where given, the DE head, if there is one, says what it makes of
-            the predicted effect.
-
-        Raises
-        ------
-        ValueError
-            If batches, contexts or effects of a baseline are needed and not given.
-        """
+        """Predict perturbed cells."""
         basal_BSH = self.basal_encoder(control_BSI)
         hidden_BSH, confidence_B = self.attend(basal_BSH, pert_BF, batch_BS, context_B)
         if self.spec.residual and self.final_down_then_up is None:
@@ -256,10 +189,7 @@ class StateTransition(nn.Module):
     def attend(
         self, basal_BSH: Tensor, pert_BF: Tensor, batch_BS: Tensor | None, context_B: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the backbone's output of encoded control cells, ``(B, S, H)``, and the sets' confidence.
-
-        The other arguments, and what is raised, are as in :meth:`forward`.
-        """
+        """Return the backbone's output of encoded control cells, ``(B, S, H)``, and the sets' confidence."""
         hidden_BSH = basal_BSH + self.pert_encoder(pert_BF)[:, None]
         if self.batch_encoder is not None:
             if batch_BS is None:
@@ -297,8 +227,6 @@ class StateTransition(nn.Module):
 def cut_of(control_BSG: Tensor, effect_BG: Tensor) -> Tensor:
     """Return what sets of control cells that are moved by an effect, and cut off at 0, lose of it in the mean, (B, G).
 
-    Examples
-    --------
     >>> cut_of(torch.tensor([[[0.0], [2.0]]]), torch.tensor([[-1.0]]))
     tensor([[-0.5000]])
     """

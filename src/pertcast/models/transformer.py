@@ -8,8 +8,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Backbone", "Gpt2Backbone"]
-
 _RMS_EPSILON = 1e-6
 _LAYER_NORM_EPSILON = 1e-5
 
@@ -63,13 +61,7 @@ class _Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Layers of attention and SwiGLU, each on an RMS-normalised residual stream, and a last RMSNorm.
-
-    Parameters
-    ----------
-    hidden, layers, heads, head_dim, feedforward
-        As in :class:`pertcast.models.state.StateSpec`.
-    """
+    """Layers of attention and SwiGLU, each on an RMS-normalised residual stream, and a last RMSNorm."""
 
     def __init__(self, hidden: int, layers: int, *, heads: int, head_dim: int, feedforward: int) -> None:
         super().__init__()
@@ -129,16 +121,7 @@ class _Gpt2Layer(nn.Module):
 
 
 class Gpt2Backbone(nn.Module):
-    """GPT-2's layers without positions: attention and a GELU MLP, each on a LayerNorm, and a last LayerNorm.
-
-    A cell does not see those after it in its set. arc-state means to lift that mask, and does not in the versions of
-    transformers that its GPT-2 runs with (4.52 to 4.57 were tried); weights that were trained so are computed so.
-
-    Parameters
-    ----------
-    hidden, layers, heads, head_dim, feedforward
-        As in :class:`pertcast.models.spec.StateSpec`.
-    """
+    """GPT-2's layers without positions: attention and a GELU MLP, each on a LayerNorm, and a last LayerNorm."""
 
     def __init__(self, hidden: int, layers: int, *, heads: int, head_dim: int, feedforward: int) -> None:
         super().__init__()

@@ -28,35 +28,13 @@ from pertcast.errors import ConfigError, PertcastError
 from pertcast.files.resources import available_cpus
 from pertcast.progress import SILENT, Advance, Progress
 
-__all__ = ["LostProcessError", "Ranks", "launched", "run_processes"]
-
 _WORKER = "pertcast.processes.launch"
 _GRACE_SECONDS = 15.0
 _POLL_SECONDS = 0.2
 
 
 def run_processes(work: str, job: Mapping[str, Any], *, num: int, progress: Progress) -> None:
-    """Run a function in several new processes at once, and return when all have ended well.
-
-    Parameters
-    ----------
-    work
-        ``module:function``; called with the job and a progress. Its environment says which process it is, in the
-        words of torchrun (``RANK``, ``WORLD_SIZE``, …), so that :func:`pertcast.processes.launched` and PyTorch know.
-    job
-        JSON values.
-    num
-        How many processes.
-    progress
-        Where the first one's tasks, notes and tables are shown.
-
-    Raises
-    ------
-    PertcastError, OSError
-        The error of the process that failed first.
-    KeyboardInterrupt, SystemExit
-        After Ctrl-C or SIGTERM, when all have ended.
-    """
+    """Run a function in several new processes at once, and return when all have ended well."""
     port, processes = _free_port(), []
     try:
         for rank in range(num):
@@ -214,26 +192,14 @@ class _Watch:
 
 
 class Ranks(NamedTuple):
-    """One process among those of a command.
+    """One process among those of a command."""
 
-    Attributes
-    ----------
-    rank, size
-        Its number, and how many there are on all machines.
-    local_rank, local_size
-        Its number on its machine, and how many there are on it.
-    num_nodes
-        Machines.
-    launcher
-        Who started them.
-    """
-
-    rank: int = 0
+    rank: int = 0  # Its number, and how many there are on all machines
     size: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # Its number on its machine, and how many there are on it
     local_size: int = 1
-    num_nodes: int = 1
-    launcher: Literal["torchrun", "srun"] = "torchrun"
+    num_nodes: int = 1  # Machines
+    launcher: Literal["torchrun", "srun"] = "torchrun"  # Who started them
 
     def __str__(self) -> str:
         """Return ``process 2 of 4``, counted from 1."""
@@ -253,13 +219,6 @@ _SRUN_STEP = "SLURM_STEP_ID"
 def launched(environment: Mapping[str, str] = os.environ) -> Ranks | None:
     """Return which process this is, or ``None`` where no launcher has started several.
 
-    Raises
-    ------
-    ConfigError
-        If the launcher's variables are no numbers, or machines do not have equally many processes.
-
-    Examples
-    --------
     >>> launched({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
     Ranks(rank=3, size=4, local_rank=1, local_size=2, num_nodes=2, launcher='torchrun')
     >>> launched({}) is None

@@ -16,16 +16,6 @@ from scipy import sparse
 
 from pertcast.stats.groups import compiled
 
-__all__ = [
-    "LARGE_NB",
-    "CountsFit",
-    "binomial_quantile",
-    "fit_counts",
-    "is_exact_binomial",
-    "negative_binomial_quantile",
-    "normal_quantile",
-]
-
 Float = NDArray[np.float64]
 
 _PRIOR_CELLS = 10.0
@@ -37,21 +27,14 @@ _HALVINGS = 16
 
 
 class CountsFit(NamedTuple):
-    """What control cells of one context say about counts.
+    """What control cells of one context say about counts."""
 
-    Attributes
-    ----------
-    share
-        (B, G) share of each gene in the counts of a cell, pulled towards that of all batches by ten cells' worth of
-        it; above 0 everywhere: a gene that no cell shows gets half a count among all cells.
-    shape
-        (G,) 1 / dispersion; genes that say little about theirs have nearly that of the others.
-    inflation
-        (G,) chance of a zero beside those of the negative binomial; 0 unless the cells show more zeros than it gives.
-    """
-
+    # (B, G) share of each gene in the counts of a cell, pulled towards that of all batches by ten cells'
+    # worth of it; above 0 everywhere: a gene that no cell shows gets half a count among all cells
     share: Float
-    shape: Float
+    shape: Float  # (G,) 1 / dispersion; genes that say little about theirs have nearly that of the others
+    # (G,) chance of a zero beside those of the negative binomial; 0 unless the cells show more zeros than it
+    # gives
     inflation: Float
 
 
@@ -69,20 +52,6 @@ def _add(indptr: Any, genes: Any, counts: Any, sizes: Any, batch: Any, first: An
 def fit_counts(blocks: Iterable[tuple[sparse.csr_matrix, NDArray[np.int64]]], *, num_batches: int) -> CountsFit:
     """Fit the distribution of counts by moments, in one pass and memory of a few (B, G) arrays.
 
-    Parameters
-    ----------
-    blocks
-        Whole counts (n, G) of control cells, and the batch of each, (n,), from 0 to ``num_batches - 1``.
-    num_batches
-        B, at least 1.
-
-    Raises
-    ------
-    ValueError
-        If there is no cell, or none has a count.
-
-    Examples
-    --------
     >>> cells = sparse.csr_matrix(np.array([[2.0, 0.0], [4.0, 0.0]]))
     >>> fit_counts([(cells, np.zeros(2, dtype=np.int64))], num_batches=1).share.round(3).tolist()
     [[1.0, 0.069]]

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 from pertcast.stats.groups import CellGroups, compiled, group_means, in_bands
 
-__all__ = ["FDR", "DeTable", "adjust_fdr", "differential_expression", "log2_fold_changes", "rank_sum"]
-
 FDR = 0.05
 
 _DIGIT_BITS = 11
@@ -23,21 +21,11 @@ _DIGIT_MASK = (1 << _DIGIT_BITS) - 1
 
 
 class DeTable(NamedTuple):
-    """Statistics of every group against the control, each (P, G) float64.
+    """Statistics of every group against the control, each (P, G) float64."""
 
-    Attributes
-    ----------
-    p_value
-        Two-sided, with tie and continuity correction.
-    fdr
-        `p_value`, adjusted within a group.
-    log2_fold_change
-        Of geometric means; infinite where one of the two is 0, 0 where both are.
-    """
-
-    p_value: NDArray[np.float64]
-    fdr: NDArray[np.float64]
-    log2_fold_change: NDArray[np.float64]
+    p_value: NDArray[np.float64]  # Two-sided, with tie and continuity correction
+    fdr: NDArray[np.float64]  # `p_value`, adjusted within a group
+    log2_fold_change: NDArray[np.float64]  # Of geometric means; infinite where one of the two is 0, 0 where both are
 
 
 @compiled
@@ -173,29 +161,6 @@ def rank_sum(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Compare every group with the control by the Wilcoxon rank-sum (Mann-Whitney) test, gene by gene.
 
-    The asymptotic two-sided test with tie and continuity correction; a gene whose cells are all alike has p = 1.
-
-    Parameters
-    ----------
-    groups
-        P groups.
-    control
-        One group, of the same genes.
-    threads
-        How many ranges of genes to work on at a time.
-
-    Returns
-    -------
-    p_value, statistic
-        (P, G) each; the statistic is U of the group: pairs in which its cell is above the control's, ties as halves.
-
-    Raises
-    ------
-    ValueError
-        If the two sides are not on one number type.
-
-    Examples
-    --------
     >>> from pertcast.stats.groups import group_cells
     >>> cells = np.array([[1.0], [2.0], [3.0], [4.0], [5.0], [6.0]])
     >>> groups = group_cells(cells, np.array([1, 1, 1, 0, 0, 0]))
@@ -219,8 +184,6 @@ def rank_sum(
 def adjust_fdr(p_value: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the p-values of each row, (P, G), adjusted after Benjamini and Hochberg.
 
-    Examples
-    --------
     >>> adjust_fdr(np.array([[0.01, 0.04, 0.03]])).round(6).tolist()
     [[0.03, 0.04, 0.04]]
     """
@@ -238,8 +201,6 @@ def log2_fold_changes(
 ) -> NDArray[np.float64]:
     """Return log2(expm1(mean) / expm1(mean of the control)), (P, G); 0 where both are 0.
 
-    Examples
-    --------
     >>> log2_fold_changes(np.log1p([[4.0, 0.0, 1.0]]), np.log1p([1.0, 0.0, 0.0])).round(9).tolist()
     [[2.0, 0.0, inf]]
     """
@@ -251,17 +212,7 @@ def log2_fold_changes(
 def differential_expression(
     groups: CellGroups, control: CellGroups, *, from_dense: bool = False, threads: int = 1
 ) -> DeTable:
-    """Return what pdex says of each group against the control (mode ``ref``, log1p values, epsilon 0).
-
-    Parameters
-    ----------
-    groups, control
-        P groups and one, of the same genes; log1p values.
-    from_dense
-        See :func:`group_means`.
-    threads
-        How many ranges of genes to work on at a time.
-    """
+    """Return what pdex says of each group against the control (mode ``ref``, log1p values, epsilon 0)."""
     p_value, _ = rank_sum(groups, control, threads=threads)
     _, means = group_means(groups, from_dense=from_dense)
     _, control_mean = group_means(control, from_dense=from_dense)

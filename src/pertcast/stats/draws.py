@@ -12,21 +12,10 @@ import numpy as np
 
 from pertcast.stats.groups import compiled
 
-__all__ = ["generator", "key_hash", "uniform", "uniform_key"]
-
 
 def key_hash(seed: int, *key: str | int) -> int:
     """Return a 128-bit integer that depends on the seed and on every part of the key.
 
-    Parameters
-    ----------
-    seed
-        The experiment's seed.
-    key
-        What the draw is for: a purpose, then a context, target, set number and so on. ``1`` and ``"1"`` differ.
-
-    Examples
-    --------
     >>> key_hash(0, "controls", "H1", "TET1") == key_hash(0, "controls", "H1", "TET1")
     True
     >>> key_hash(0, "a", "bc") == key_hash(0, "ab", "c")
@@ -42,8 +31,6 @@ def key_hash(seed: int, *key: str | int) -> int:
 def generator(seed: int, *key: str | int) -> np.random.Generator:
     """Return a NumPy generator (Philox, counter-based) keyed by the seed and the key.
 
-    Examples
-    --------
     >>> int(generator(7, "split", "H1").integers(1000)) == int(generator(7, "split", "H1").integers(1000))
     True
     """
@@ -60,8 +47,6 @@ _UNIT = 1.0 / (1 << 53)
 def uniform_key(seed: int, *key: str | int) -> np.uint64:
     """Return the key of a stream of uniform numbers, as :func:`uniform` takes it.
 
-    Examples
-    --------
     >>> int(uniform_key(0, "cells", "H1")) == int(uniform_key(0, "cells", "H1"))
     True
     """
@@ -70,13 +55,7 @@ def uniform_key(seed: int, *key: str | int) -> np.uint64:
 
 @compiled
 def uniform(key: Any, counter: Any) -> float:
-    """Return number `counter` of a stream, in (0, 1); for use in compiled functions.
-
-    Parameters
-    ----------
-    key, counter
-        Both uint64.
-    """
+    """Return number `counter` of a stream, in (0, 1); for use in compiled functions."""
     state = key + (counter + _ONE) * _STEP
     state = (state ^ (state >> _30)) * _FIRST
     state = (state ^ (state >> _27)) * _SECOND

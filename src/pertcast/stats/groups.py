@@ -18,17 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-__all__ = [
-    "CellGroups",
-    "compiled",
-    "count_entries",
-    "entry_starts",
-    "group_cells",
-    "group_means",
-    "in_bands",
-    "place_entries",
-]
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -52,21 +41,13 @@ def compiled(function: _Function) -> _Function:
 
 
 class CellGroups(NamedTuple):
-    """The values of groups of cells, gene by gene.
+    """The values of groups of cells, gene by gene."""
 
-    Attributes
-    ----------
-    values
-        Stored values of all groups, (n,), none of them 0; those of a group and gene lie together, in cell order.
-    starts
-        (P, G + 1) int64: gene ``g`` of group ``p`` has ``values[starts[p, g]:starts[p, g + 1]]``.
-    sizes
-        (P,) int64, cells of each group.
-    """
-
+    # Stored values of all groups, (n,), none of them 0; those of a group and gene lie together, in cell order
     values: NDArray[np.floating]
+    # (P, G + 1) int64: gene ``g`` of group ``p`` has ``values[starts[p, g]:starts[p, g + 1]]``
     starts: NDArray[np.int64]
-    sizes: NDArray[np.int64]
+    sizes: NDArray[np.int64]  # (P,) int64, cells of each group
 
     def select(self, groups: Sequence[int] | NDArray[np.int64]) -> CellGroups:
         """Return some of the groups; the values are shared."""
@@ -130,20 +111,7 @@ def in_bands(work: Callable[[int, int], None], num_genes: int, threads: int, ban
 def group_cells(
     log1p: sparse.csr_matrix | sparse.csc_matrix | sparse.coo_matrix | NDArray[np.floating], codes: NDArray[np.int64]
 ) -> CellGroups:
-    """Return the values of a matrix of cells, (n, G), dense or sparse of any layout, by group and gene.
-
-    Parameters
-    ----------
-    log1p
-        Values, none negative.
-    codes
-        (n,) the group of each cell, from 0; cells of group -1 are left out.
-
-    Raises
-    ------
-    ValueError
-        If a value is negative or NaN, or there is not one code for each cell.
-    """
+    """Return the values of a matrix of cells, (n, G), dense or sparse of any layout, by group and gene."""
     block = sparse.csr_matrix(log1p)
     if not block.has_canonical_format:
         block = block.copy()
@@ -172,17 +140,7 @@ def entry_starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def count_entries(block: sparse.csr_matrix, codes: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-    """Add to `counts` (P, G) how many values other than 0 a block's cells have in each group and gene.
-
-    Parameters
-    ----------
-    block
-        Cells (n, G).
-    codes
-        (n,) the group of each cell; cells of group -1 are left out.
-    counts
-        (P, G) int64, changed in place.
-    """
+    """Add to `counts` (P, G) how many values other than 0 a block's cells have in each group and gene."""
     _count(block.indptr, block.indices, block.data, codes, counts)
 
 
@@ -194,42 +152,13 @@ def place_entries(
     values: NDArray[np.floating],
     threads: int = 1,
 ) -> None:
-    """Copy a block's values into place; blocks follow each other in the order of cells.
-
-    Parameters
-    ----------
-    block
-        Cells (n, G), column indices ascending in each row.
-    codes
-        (n,) the group of each cell, or -1.
-    cursor
-        (P, G) int64, where the next value of each group and gene goes; changed in place, at first ``starts[:, :-1]``.
-    values
-        (n,) what :class:`CellGroups` will hold; changed in place.
-    threads
-        How many genes' ranges to work on at a time.
-    """
+    """Copy a block's values into place; blocks follow each other in the order of cells."""
     arrays = block.indptr, block.indices, block.data, codes, cursor, values
     in_bands(lambda first, last: _place(*arrays, first, last), block.shape[1], threads, 1)
 
 
 def group_means(groups: CellGroups, *, from_dense: bool = False) -> tuple[NDArray[np.float64], NDArray[np.floating]]:
-    """Return the mean of each group and gene: exact, and as pdex rounds it.
-
-    Parameters
-    ----------
-    groups
-        The values.
-    from_dense
-        Whether the values lay in a dense array, where pdex divides the sum; of sparse values it adds up the shares.
-
-    Returns
-    -------
-    exact
-        (P, G) float64.
-    rounded
-        (P, G) in the number type of the values; fold changes are ranked by it, so that its last digit decides ties.
-    """
+    """Return the mean of each group and gene: exact, and as pdex rounds it."""
     shape = groups.starts.shape[0], groups.starts.shape[1] - 1
     exact, rounded = np.zeros(shape), np.zeros(shape, dtype=groups.values.dtype)
     sizes = np.maximum(groups.sizes, 1)

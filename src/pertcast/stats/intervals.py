@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 
 from pertcast.stats.draws import generator
 
-__all__ = ["Interval", "Resamples", "draw_resamples", "interval", "resampled_means"]
-
 Floats = NDArray[np.float64]
 
 
@@ -44,19 +42,6 @@ class Resamples(NamedTuple):
 def draw_resamples(targets: Sequence[str], *, num_seeds: int, num: int = 4000, seed: int = 0) -> Resamples:
     """Draw targets and seeds with replacement.
 
-    Parameters
-    ----------
-    targets
-        The target of each unit; units of one target are drawn together.
-    num_seeds
-        S.
-    num
-        R.
-    seed
-        Key of the draws.
-
-    Examples
-    --------
     >>> drawn = draw_resamples(["A", "A", "B"], num_seeds=2, num=100)
     >>> drawn.units_RU.shape, bool((drawn.units_RU[:, 0] == drawn.units_RU[:, 1]).all())
     ((100, 3), True)
@@ -71,13 +56,7 @@ def _counts(size: int, num: int, random: np.random.Generator) -> Floats:
 
 
 def resampled_means(values_SU: Floats, resamples: Resamples) -> Floats:
-    """Return the mean of each resample, (R,); NaN values are left out, in each with its weight.
-
-    Parameters
-    ----------
-    values_SU
-        A value for each seed and unit; one row serves all seeds of what does not depend on them.
-    """
+    """Return the mean of each resample, (R,); NaN values are left out, in each with its weight."""
     values_SU = np.broadcast_to(values_SU, (resamples.seeds_RS.shape[1], values_SU.shape[1]))
     there_SU = ~np.isnan(values_SU)
     sums_R = ((resamples.seeds_RS @ np.where(there_SU, values_SU, 0.0)) * resamples.units_RU).sum(axis=1)
@@ -88,8 +67,6 @@ def resampled_means(values_SU: Floats, resamples: Resamples) -> Floats:
 def interval(value: float, resampled_R: Floats, *, level: float = 0.95) -> Interval:
     """Return a value with the percentiles of its resamples.
 
-    Examples
-    --------
     >>> interval(2.0, np.arange(101.0), level=0.5)
     Interval(value=2.0, low=25.0, high=75.0)
     """

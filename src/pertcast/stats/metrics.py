@@ -16,46 +16,20 @@ from scipy.spatial.distance import cdist
 from pertcast.stats.de import FDR, differential_expression
 from pertcast.stats.groups import group_cells, group_means
 
-__all__ = [
-    "BEST",
-    "Profile",
-    "compare_effects",
-    "constant_profile",
-    "de_overlap",
-    "discrimination",
-    "effect_correlation",
-    "is_significant",
-    "knockdown",
-    "mean_absolute_error",
-    "overall",
-    "profile_of",
-    "relative",
-    "score_profiles",
-    "spearman_brown",
-]
-
 BEST: Mapping[str, float] = {"mae": 0.0, "pds": 1.0, "des": 1.0}
 """The metrics that the overall averages, and their best value."""
 
 
 class Overlap(NamedTuple):
-    """How well predicted DE genes find the real ones.
+    """How well predicted DE genes find the real ones."""
 
-    Attributes
-    ----------
-    score
-        (P,) DES: shared genes over real ones, 0 where there is no real one.
-    num_real, num_predicted, num_shared
-        (P,) DE genes of each side; shared ones among as many predicted ones as there are real ones.
-    num_tied
-        (P,) predicted genes whose fold change is that of the last one taken, where not all of them are taken: which of
-        them counts is arbitrary (file order here; cell-eval's order is that of an unstable sort).
-    """
-
-    score: NDArray[np.float64]
+    score: NDArray[np.float64]  # (P,) DES: shared genes over real ones, 0 where there is no real one
+    # (P,) DE genes of each side; shared ones among as many predicted ones as there are real ones
     num_real: NDArray[np.int64]
     num_predicted: NDArray[np.int64]
     num_shared: NDArray[np.int64]
+    # (P,) predicted genes whose fold change is that of the last one taken, where not all of them are taken:
+    # which of them counts is arbitrary (file order here; cell-eval's order is that of an unstable sort)
     num_tied: NDArray[np.int64]
 
 
@@ -69,18 +43,6 @@ def de_overlap(
 ) -> Overlap:
     """Return the differential expression score (cell-eval: ``overlap_at_N``).
 
-    Of the predicted DE genes as many are taken as there are real ones, those of largest absolute fold change (in single
-    precision, infinite ones first); the score is the share of the real genes among them.
-
-    Parameters
-    ----------
-    real, predicted
-        (P, G) which genes are DE.
-    predicted_log2_fold_change
-        (P, G).
-
-    Examples
-    --------
     >>> real, predicted = np.array([[True, True, False]]), np.array([[True, True, True]])
     >>> de_overlap(real, predicted, np.array([[0.5, -2.0, 1.0]])).score.tolist()
     [0.5]
@@ -107,20 +69,6 @@ def discrimination(
 ) -> NDArray[np.float64]:
     """Return the perturbation discrimination score (cell-eval: ``discrimination_score_l1``), (P,).
 
-    1 minus the share of perturbations whose real effect is nearer (in L1) to the predicted effect than its own is; the
-    perturbation's own gene is left out.
-
-    Parameters
-    ----------
-    real_effects, predicted_effects
-        (P, G); with `own_row`, there may be more real ones than predicted ones.
-    own_gene
-        (P,) position of each perturbation's own gene, -1 where it is none of the genes.
-    own_row
-        (P,) the row of each predicted perturbation among the real ones; where not given, they are the same.
-
-    Examples
-    --------
     >>> real = np.array([[1.0, 0.0, 9.0], [0.0, 1.0, 9.0]])
     >>> discrimination(real, real[::-1], np.array([2, -1])).tolist()
     [0.5, 0.5]
@@ -139,8 +87,6 @@ def discrimination(
 def mean_absolute_error(real_means: NDArray[np.floating], predicted_means: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return the mean over genes of |predicted - real| of each perturbation, (P,).
 
-    Examples
-    --------
     >>> mean_absolute_error(np.array([[1.0, 2.0]]), np.array([[1.5, 1.0]])).tolist()
     [0.75]
     """
@@ -152,8 +98,6 @@ def effect_correlation(
 ) -> NDArray[np.float64]:
     """Return Pearson's correlation of effects over genes (cell-eval: ``pearson_delta``), (P,); NaN for a constant one.
 
-    Examples
-    --------
     >>> effect_correlation(np.array([[1.0, 2.0, 3.0]]), np.array([[2.0, 4.0, 6.0]])).round(9).tolist()
     [1.0]
     """
@@ -169,10 +113,7 @@ def effect_correlation(
 
 
 def relative(values: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
-    """Return how far each metric of :data:`BEST` has come from the baseline (0) to the best (1); below 0 where worse.
-
-    NaN where the baseline is the best already.
-    """
+    """Return how far each metric of :data:`BEST` is from the baseline (0) to the best (1); below 0 if worse."""
     gained = {}
     for name, best in BEST.items():
         distance = best - baseline[name]
@@ -183,8 +124,6 @@ def relative(values: Mapping[str, float], baseline: Mapping[str, float]) -> dict
 def overall(values: Mapping[str, float], baseline: Mapping[str, float]) -> float:
     """Return the mean of the relative metrics, each clipped at 0 (`cell-eval score`: ``avg_score``).
 
-    Examples
-    --------
     >>> overall({"mae": 0.5, "pds": 0.75, "des": 0.1}, {"mae": 1.0, "pds": 0.5, "des": 0.2})
     0.3333333333333333
     """
@@ -195,8 +134,6 @@ def overall(values: Mapping[str, float], baseline: Mapping[str, float]) -> float
 def spearman_brown(score: float) -> float:
     """Return what a score of one half of the cells against the other means at full depth; NaN at 0 and below.
 
-    Examples
-    --------
     >>> spearman_brown(0.5)
     0.6666666666666666
     """
@@ -204,31 +141,16 @@ def spearman_brown(score: float) -> float:
 
 
 class EffectAgreement(NamedTuple):
-    """How a predicted effect agrees with a measured one.
+    """How a predicted effect agrees with a measured one."""
 
-    Attributes
-    ----------
-    predicted_size, measured_size
-        L2 norms over genes.
-    correlation
-        Pearson correlation over genes; NaN where one of the two is constant.
-    """
-
-    predicted_size: float
+    predicted_size: float  # L2 norms over genes
     measured_size: float
-    correlation: float
+    correlation: float  # Pearson correlation over genes; NaN where one of the two is constant
 
 
 def compare_effects(predicted_G: NDArray[np.floating], measured_G: NDArray[np.floating]) -> EffectAgreement:
     """Compare two effects over the same genes.
 
-    Parameters
-    ----------
-    predicted_G, measured_G
-        (genes,) differences of mean log1p values.
-
-    Examples
-    --------
     >>> compare_effects(np.array([3.0, 4.0]), np.array([3.0, 4.0]))
     EffectAgreement(predicted_size=5.0, measured_size=5.0, correlation=1.0)
     """
@@ -242,8 +164,6 @@ def compare_effects(predicted_G: NDArray[np.floating], measured_G: NDArray[np.fl
 def knockdown(perturbed_log1p: float, control_log1p: float) -> float:
     """Return the share of a gene's expression that is left, from mean log1p values: expm1 over expm1.
 
-    Examples
-    --------
     >>> round(knockdown(np.log1p(1.0), np.log1p(10.0)), 3)
     0.1
     """
@@ -251,18 +171,11 @@ def knockdown(perturbed_log1p: float, control_log1p: float) -> float:
 
 
 class Profile(NamedTuple):
-    """Perturbations beside one set of control cells, (P, G) each.
+    """Perturbations beside one set of control cells, (P, G) each."""
 
-    Attributes
-    ----------
-    means, effects
-        Mean log1p, and that minus the control's.
-    significant, log2_fold_change
-        Which genes are differentially expressed, by the official statistics, and by how much.
-    """
-
-    means: NDArray[np.float64]
+    means: NDArray[np.float64]  # Mean log1p, and that minus the control's
     effects: NDArray[np.float64]
+    # Which genes are differentially expressed, by the official statistics, and by how much
     significant: NDArray[np.bool_]
     log2_fold_change: NDArray[np.float64]
 
@@ -274,19 +187,7 @@ def profile_of(
     *,
     threads: int = 1,
 ) -> Profile:
-    """Return the profile of cells.
-
-    Parameters
-    ----------
-    cells_log1p
-        (cells, G), of the same number type as the controls.
-    codes
-        (cells,) the perturbation of each, from 0.
-    controls_log1p
-        (controls, G).
-    threads
-        How many ranges of genes to work on at a time.
-    """
+    """Return the profile of cells."""
     ours = group_cells(cells_log1p, codes)
     theirs = group_cells(controls_log1p, np.zeros(controls_log1p.shape[0], dtype=np.int64))
     table = differential_expression(ours, theirs, threads=threads)
@@ -306,15 +207,7 @@ def constant_profile(
 
 
 def score_profiles(predicted: Profile, real: Profile, own_gene: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-    """Return the metrics of each perturbation, (P,): ``mae``, ``pds``, ``des``.
-
-    Parameters
-    ----------
-    predicted, real
-        Of the same perturbations and genes.
-    own_gene
-        (P,) position of each perturbation's own gene, -1 where it is none of the genes.
-    """
+    """Return the metrics of each perturbation, (P,): ``mae``, ``pds``, ``des``."""
     return {
         "mae": mean_absolute_error(real.means, predicted.means),
         "pds": discrimination(real.effects, predicted.effects, own_gene),

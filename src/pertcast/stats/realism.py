@@ -16,33 +16,22 @@ from pertcast.stats.de import differential_expression
 from pertcast.stats.groups import group_cells
 from pertcast.stats.metrics import is_significant
 
-__all__ = ["Likeness", "Reference", "compare_cells", "explained_share"]
-
 _SEEN_IN = 10
 _TOP_GENES = 100
 
 
 class Likeness(NamedTuple):
-    """What cells are like beside reference cells.
+    """What cells are like beside reference cells."""
 
-    Attributes
-    ----------
-    num_cells
-        Cells compared.
-    de_calls
-        Genes called DE against the reference (two-sided Wilcoxon, FDR 0.05).
-    variance_ratio
-        Quantiles .1, .5, .9, over genes that at least ten reference cells show, of the variance over the reference's.
-    zero_difference
-        Quantiles .05, .5, .95 over these genes of the share of zeros minus the reference's, and their mean.
-    correlation
-        Correlation, over pairs of the 100 most expressed genes, of the two gene-gene correlations; NaN for few genes.
-    """
-
-    num_cells: int
-    de_calls: int
+    num_cells: int  # Cells compared
+    de_calls: int  # Genes called DE against the reference (two-sided Wilcoxon, FDR 0.05)
+    # Quantiles .1, .5, .9, over genes that at least ten reference cells show, of the variance over the
+    # reference's
     variance_ratio: tuple[float, float, float]
+    # Quantiles .05, .5, .95 over these genes of the share of zeros minus the reference's, and their mean
     zero_difference: tuple[float, float, float, float]
+    # Correlation, over pairs of the 100 most expressed genes, of the two gene-gene correlations; NaN for few
+    # genes
     correlation: float
 
 
@@ -65,18 +54,7 @@ def gene_correlation(cells: sparse.csr_matrix, genes: NDArray[np.int64]) -> NDAr
 
 
 class Reference:
-    """Real cells that others are compared with; what is needed of them is worked out once.
-
-    Parameters
-    ----------
-    cells
-        (m, G) log1p.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two cells, or a value is negative.
-    """
+    """Real cells that others are compared with; what is needed of them is worked out once."""
 
     def __init__(self, cells: sparse.csr_matrix) -> None:
         _refuse_few(cells)
@@ -96,13 +74,6 @@ def _refuse_few(cells: sparse.csr_matrix) -> None:
 def compare_cells(cells: sparse.csr_matrix, reference: Reference) -> Likeness:
     """Compare cells (n, G), log1p, with reference cells.
 
-    Raises
-    ------
-    ValueError
-        If there are fewer than two cells, or a value is negative.
-
-    Examples
-    --------
     >>> random = np.random.default_rng(0)
     >>> one, other = (sparse.csr_matrix(np.log1p(random.poisson(4, (60, 5)))) for _ in range(2))
     >>> compare_cells(one, Reference(other)).de_calls
@@ -133,24 +104,6 @@ def explained_share(
 ) -> float:
     """Return the share of the variance within groups that a label explains, over all genes together.
 
-    It is omega squared: the sum of squares between labels less what chance alone gives it, over the total one. So it is
-    0 on average where the label means nothing, however many labels there are, and may fall below 0.
-
-    Parameters
-    ----------
-    values_NG
-        Any measure of cells.
-    labels_N
-        What may explain it, as codes.
-    within_N
-        Groups, as codes; differences between them do not count.
-
-    Returns
-    -------
-    At most 1; NaN where no group has two labels, one of them of two cells.
-
-    Examples
-    --------
     >>> values = np.array([[1.0], [1.0], [3.0], [3.0]])
     >>> explained_share(values, np.array([0, 0, 1, 1]), np.zeros(4, dtype=int))
     1.0

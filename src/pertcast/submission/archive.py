@@ -22,8 +22,6 @@ from pertcast.files.resources import available_cpus, require_space
 from pertcast.progress import Advance, Progress
 from pertcast.seasons import SEASONS, Season
 
-__all__ = ["DEFAULT_LEVEL", "LEVELS", "META", "Packed", "estimate_packed", "extract_archive", "write_archive"]
-
 COMPRESSED = ".zst"
 WATERMARK = "watermark.txt"
 META = "meta.json"
@@ -36,13 +34,7 @@ _DAMAGED = "copy or download it again, or pack the prediction again"
 
 
 def extract_archive(archive: Path, out: Path, *, progress: Progress) -> None:
-    """Write the h5ad of an archive to `out`, a temporary name.
-
-    Raises
-    ------
-    SubmissionError
-        If it is no archive of a season, is truncated or damaged, or unfolds to more than a season allows.
-    """
+    """Write the h5ad of an archive to `out`, a temporary name."""
     total = archive.stat().st_size if archive.is_file() else 0
     require_space(out, _unfolded_bytes(archive) or total, what="the h5ad")
     with progress.task("unpack", total, "B") as advance, out.open("wb") as stream:
@@ -176,26 +168,7 @@ def write_archive(
     meta: bytes | None = None,
     progress: Progress,
 ) -> Packed:
-    """Write the archive of an h5ad file, read it back, and compare it with the file.
-
-    Parameters
-    ----------
-    source
-        The h5ad file, as it is to be packed.
-    archive
-        Where to write; give a temporary name.
-    season
-        Its members and watermark.
-    level
-        zstd's level.
-    meta
-        Content of ``meta.json``, where the season's archive has one.
-
-    Raises
-    ------
-    SubmissionError
-        If what was read back is not what was written.
-    """
+    """Write the archive of an h5ad file, read it back, and compare it with the file."""
     total = source.stat().st_size
     with archive.open("w+b") as stream:
         for name in season.members:

@@ -28,12 +28,11 @@ from pertcast.files.artefacts import (
     require_replaceable,
     write_manifest,
 )
-from pertcast.files.h5ad import CsrWriter, H5adReader, open_h5ad
+from pertcast.files.h5ad import H5adReader, open_h5ad
+from pertcast.files.h5ad_writer import CsrWriter
 from pertcast.files.resources import describe_write_error, require_space
 from pertcast.files.season_lists import read_written_genes
 from pertcast.progress import SILENT, Progress
-
-__all__ = ["assemble"]
 
 PLAN = "plan.json"
 GENES = "genes.csv"

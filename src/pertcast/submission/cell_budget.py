@@ -14,8 +14,6 @@ from typing import NamedTuple
 
 from pertcast.errors import Problem, SubmissionError
 
-__all__ = ["Budget", "plan_budget", "room_for_controls"]
-
 _MANY_CONTROLS = Fraction(1, 10)
 _NUM_NAMED = 10
 
@@ -30,27 +28,13 @@ class BudgetRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """The cells of a prediction.
+    """The cells of a prediction."""
 
-    Attributes
-    ----------
-    cap
-        Most cells that the prediction may have, controls included.
-    num_controls
-        Control cells.
-    alpha_fraction
-        The share of the cells asked for that each target gets, before rounding down; exact.
-    rows
-        One row a target, in the order asked for.
-    notes
-        Sentences that the user should read.
-    """
-
-    cap: int
-    num_controls: int
-    alpha_fraction: Fraction
-    rows: tuple[BudgetRow, ...]
-    notes: tuple[str, ...] = ()
+    cap: int  # Most cells that the prediction may have, controls included
+    num_controls: int  # Control cells
+    alpha_fraction: Fraction  # The share of the cells asked for that each target gets, before rounding down; exact
+    rows: tuple[BudgetRow, ...]  # One row a target, in the order asked for
+    notes: tuple[str, ...] = ()  # Sentences that the user should read
 
     @property
     def alpha(self) -> float:
@@ -71,8 +55,6 @@ class Budget:
 def room_for_controls(cap: int, *, num_controls: int | None = None, share: float = 0.05) -> int:
     """Return how many control cells to keep room for: a given number, or a share of the cap rounded down.
 
-    Examples
-    --------
     >>> room_for_controls(100_000)
     5000
     >>> room_for_controls(100, share=0.29), room_for_controls(100, num_controls=7)
@@ -87,22 +69,6 @@ def room_for_controls(cap: int, *, num_controls: int | None = None, share: float
 def plan_budget(requested: Mapping[str, int], *, cap: int, num_controls: int) -> Budget:
     """Share the cap among targets.
 
-    Parameters
-    ----------
-    requested
-        Target → cells asked for, at least 1 each, controls not among them.
-    cap
-        Most cells of the prediction, controls included.
-    num_controls
-        Control cells, at least 0.
-
-    Raises
-    ------
-    SubmissionError
-        If controls leave no room, or a target would get no cell; the message says how many controls would do.
-
-    Examples
-    --------
     >>> plan_budget({"TP53": 60, "MYC": 41}, cap=80, num_controls=30).cells
     {'TP53': 29, 'MYC': 20}
     """

@@ -11,21 +11,10 @@ from numpy.typing import NDArray
 from pertcast.errors import SubmissionError
 from pertcast.stats.draws import generator
 
-__all__ = ["choose_controls", "proportional_counts"]
-
 
 def proportional_counts(sizes: NDArray[np.int64], *, num: int) -> NDArray[np.int64]:
     """Return how many to take of each group, in proportion to the groups' sizes, by largest remainders.
 
-    Parameters
-    ----------
-    sizes
-        (groups,) sizes of the groups; `num` is at most their sum.
-    num
-        How many to take in all; ties of remainders go to the earlier group.
-
-    Examples
-    --------
     >>> proportional_counts(np.array([6, 3, 1]), num=5).tolist()
     [3, 2, 0]
     """
@@ -40,30 +29,6 @@ def choose_controls(
 ) -> NDArray[np.int64]:
     """Choose control cells without replacement, stratified by batch in the batches' proportions.
 
-    A batch's cells are put in an order keyed by the seed and the batch; those that are due are taken from its front.
-
-    Parameters
-    ----------
-    rows
-        (cells,) rows of the control cells there are.
-    batch_codes
-        (cells,) the batch of each of these rows; -1 for unknown, which counts as one more batch.
-    num
-        How many to choose.
-    seed
-        The experiment's seed.
-
-    Returns
-    -------
-    (num,) int64, ascending.
-
-    Raises
-    ------
-    SubmissionError
-        If more are asked for than there are.
-
-    Examples
-    --------
     >>> choose_controls(np.arange(10), np.repeat([0, 1], 5), num=10, seed=0).tolist()
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """

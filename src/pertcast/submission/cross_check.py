@@ -24,43 +24,22 @@ from pertcast.progress import SILENT, Progress
 from pertcast.seasons import Season
 from pertcast.submission.archive import extract_archive
 
-__all__ = ["CrossCheck", "cross_check", "find_packer"]
-
 # log1p of the same counts may differ in its last bit between two libraries
 _RELATIVE_ROUNDING = 3e-7
 _EXTRAS = {"cell-eval": "score", "vcc": "official"}
 
 
 class CrossCheck(NamedTuple):
-    """What the comparison found.
+    """What the comparison found."""
 
-    Attributes
-    ----------
-    packer
-        The official packer, as it is called.
-    num_cells, num_genes
-        The shape that both packed.
-    largest_difference
-        Of two values, relative to the larger; 0 where all are equal.
-    """
-
-    packer: str
-    num_cells: int
+    packer: str  # The official packer, as it is called
+    num_cells: int  # The shape that both packed
     num_genes: int
-    largest_difference: float
+    largest_difference: float  # Of two values, relative to the larger; 0 where all are equal
 
 
 def find_packer(season: Season) -> Path:
-    """Return the program of the season's official packer.
-
-    It is looked for on the path and beside the running Python; the environment variable ``PERTCAST_CELL_EVAL`` or
-    ``PERTCAST_VCC`` may name it.
-
-    Raises
-    ------
-    SubmissionError
-        If it is not installed, with the command that installs it.
-    """
+    """Return the program of the season's official packer."""
     name = season.packer.split()[0]
     variable = "PERTCAST_" + name.upper().replace("-", "_")
     named = os.environ.get(variable)
@@ -83,13 +62,7 @@ def cross_check(
     targets: Path | None = None,
     progress: Progress = SILENT,
 ) -> CrossCheck:
-    """Pack a prediction with the official packer too, and compare with an archive of ours.
-
-    Raises
-    ------
-    SubmissionError
-        If the official packer is not there, refuses the prediction, or packs anything else than the archive holds.
-    """
+    """Pack a prediction with the official packer too, and compare with an archive of ours."""
     program = find_packer(season)
     with tempfile.TemporaryDirectory(prefix=".cross-check-", dir=archive.parent) as folder:
         official = Path(folder) / "official.vcc"

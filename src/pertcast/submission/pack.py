@@ -31,7 +31,8 @@ from pertcast.files.artefacts import (
     require_replaceable,
     write_manifest,
 )
-from pertcast.files.h5ad import CsrWriter, H5adReader, open_h5ad
+from pertcast.files.h5ad import H5adReader, open_h5ad
+from pertcast.files.h5ad_writer import CsrWriter
 from pertcast.files.obs import reading
 from pertcast.files.resources import describe_write_error, require_space
 from pertcast.progress import SILENT, Progress
@@ -48,8 +49,6 @@ from pertcast.submission.archive import (
 from pertcast.submission.check import CheckReport
 from pertcast.submission.check.check import UnreadableError, examination, resolve_season
 from pertcast.submission.season_bundle import meta_json, read_bundle
-
-__all__ = ["pack", "unpack"]
 
 _BLOCK_VALUES = 1 << 21
 _BYTES_PER_VALUE = 8
@@ -85,25 +84,7 @@ def _columns(season: Season) -> tuple[str, ...]:
 def rewrite_canonical(
     path: Path, out: Path, *, season: Season, genes: Sequence[str], normalise: bool, progress: Progress
 ) -> int:
-    """Write the cells with nothing but what is packed.
-
-    Parameters
-    ----------
-    path
-        The prediction, in any form, with the genes of `genes` in any order.
-    out
-        Where to write; give a temporary name.
-    season
-        Whose labels are kept.
-    genes
-        The season's genes in their order.
-    normalise
-        Whether counts are scaled to the median of the cells' totals and log1p is taken.
-
-    Returns
-    -------
-    The stored values of the file that was written.
-    """
+    """Write the cells with nothing but what is packed."""
     stored = 0
     with open_h5ad(path) as reader, CsrWriter(out, genes) as writer:
         totals = _totals(reader) if normalise else None

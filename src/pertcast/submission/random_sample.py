@@ -19,7 +19,7 @@ from scipy import sparse
 
 from pertcast.errors import SubmissionError
 from pertcast.files.artefacts import claimed, read_manifest, require_replaceable, write_manifest
-from pertcast.files.h5ad import CsrWriter
+from pertcast.files.h5ad_writer import CsrWriter
 from pertcast.files.resources import describe_write_error, require_space
 from pertcast.files.season_lists import TargetList, read_gene_list, read_targets
 from pertcast.progress import SILENT, Progress
@@ -29,8 +29,6 @@ from pertcast.submission.cell_budget import plan_budget
 from pertcast.submission.check.check import resolve_season
 from pertcast.submission.pack import pack
 from pertcast.submission.season_bundle import contexts_in_force
-
-__all__ = ["sample"]
 
 DEFAULT_COUNTS = 500
 _TARGET_SUM = 1e4
@@ -59,31 +57,6 @@ def sample(
 ) -> Path:
     r"""Write a valid archive of random cells.
 
-    Parameters
-    ----------
-    out
-        The archive, a ``.vcc`` file; one of pertcast's that is there is replaced.
-    force
-        Whether to replace a file at `out` that pertcast did not write.
-    season, genes, targets, rules
-        As for :func:`pertcast.submission.check.check`. Of several sets of contexts that a season allows, the first is
-        taken, unless the bundle of the lists or the rule ``contexts`` says another.
-    seed
-        Equal seeds give equal cells.
-    counts_per_cell
-        Mean of a cell's sum of counts, which spread over somewhat fewer genes: what decides how large the archive is.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such season or rule.
-    DataError
-        If a list is wrong, or says not how many cells a target has.
-    SubmissionError
-        If the cells asked for are more than the season allows, or the archive cannot be written.
-
-    Examples
-    --------
     >>> folder = Path(tempfile.mkdtemp())
     >>> _ = (folder / "genes.csv").write_text("TP53\nMYC\nTET1\n")
     >>> _ = (folder / "targets.csv").write_text("target_gene,n_cells\nMYC,20\n")

@@ -15,43 +15,22 @@ from pertcast.files.artefacts import package_version
 from pertcast.files.season_lists import read_targets
 from pertcast.seasons import Season
 
-__all__ = ["contexts_in_force", "fingerprint", "meta_json", "read_bundle"]
-
 _MANIFEST = "manifest.json"
 _MAX_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What the manifest of a bundle says.
+    """What the manifest of a bundle says."""
 
-    Attributes
-    ----------
-    path
-        The manifest.
-    contexts
-        Contexts of the phase that the bundle is for.
-    panel_id
-        Name of its panel of targets, or ``None``.
-    """
-
-    path: Path
-    contexts: tuple[str, ...]
-    panel_id: str | None = None
+    path: Path  # The manifest
+    contexts: tuple[str, ...]  # Contexts of the phase that the bundle is for
+    panel_id: str | None = None  # Name of its panel of targets, or ``None``
 
 
 def read_bundle(*lists: Path | None) -> Bundle | None:
     """Return the bundle whose ``manifest.json`` lies beside one of the lists, or ``None``.
 
-    A ``manifest.json`` that names no contexts is another program's, and is passed over.
-
-    Raises
-    ------
-    DataError
-        If it names contexts, but not as a list of different names.
-
-    Examples
-    --------
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> _ = (folder / "manifest.json").write_text('{"contexts": ["D", "E", "F"], "panel_id": "final"}')
@@ -89,10 +68,7 @@ def _are_names(value: object) -> bool:
 
 
 def contexts_in_force(season: Season, *lists: Path | None) -> tuple[Season, tuple[str, ...]]:
-    """Return the season with the contexts of the bundle that its lists come in, and a note if there is one.
-
-    Contexts that the user has set by name stay; a season without contexts stays as it is.
-    """
+    """Return the season with the contexts of the bundle that its lists come in, and a note if there is one."""
     bundle = read_bundle(*lists) if season.contexts is not None and "contexts" not in season.overridden else None
     if bundle is None:
         return season, ()
@@ -106,22 +82,6 @@ _SCHEMA = 1
 def meta_json(season: Season, *, facts: Mapping[str, Any], targets: Path | None) -> bytes:
     """Return the content of ``meta.json``; equal facts and lists give equal bytes.
 
-    Parameters
-    ----------
-    season
-        Its rules, to read the target list by.
-    facts
-        Of the h5ad that is packed: ``cells``, ``genes``, ``stored_values`` (explicit zeros counted) and ``contexts``.
-    targets
-        The target list that the prediction was checked against, or ``None``.
-
-    Raises
-    ------
-    DataError
-        If the target list cannot be read.
-
-    Examples
-    --------
     >>> from pertcast.seasons import SEASONS
     >>> facts = {"cells": 1200, "genes": 18533, "stored_values": 9000, "contexts": ("A", "B", "C")}
     >>> json.loads(meta_json(SEASONS["vcc2026"], facts=facts, targets=None))["nnz"]
@@ -148,10 +108,6 @@ def meta_json(season: Season, *, facts: Mapping[str, Any], targets: Path | None)
 def fingerprint(targets: Iterable[str]) -> str:
     """Return the sha256 of a target list: of its names, each once, sorted by code points, one a line, in UTF-8.
 
-    So it names the list, not the file: order, line ends and other columns do not count.
-
-    Examples
-    --------
     >>> fingerprint(["MYC", "ACLY"]) == fingerprint(["ACLY", "MYC"])
     True
     """

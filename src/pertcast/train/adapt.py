@@ -42,8 +42,6 @@ from pertcast.train.precision import resolve_precision
 from pertcast.train.stage import METRICS, begin_run, is_finished, require_losses, require_same_run
 from pertcast.train.training_effects import TrainingEffects, training_effects
 
-__all__ = ["adapt"]
-
 
 class _Fitted(NamedTuple):
     """What was found without steps: the gain, and the share of the targets' common error; ``None`` if not asked for."""

@@ -36,31 +36,17 @@ from pertcast.train.checkpoints import IDENTITY, identity_of, identity_problems,
 from pertcast.train.run_record import FEATURES, needs_features, run_features, run_of, show_coverage
 from pertcast.train.training_effects import TrainingEffects, training_effects
 
-__all__ = ["TrainingBase", "fit_base", "refit_base", "train_baseline"]
-
 
 class TrainingBase(NamedTuple):
-    """A baseline, and what a network in training is to add its shift to.
+    """A baseline, and what a network in training is to add its shift to."""
 
-    Attributes
-    ----------
-    baseline
-        Fitted on all training effects: what generation uses.
-    row_CP
-        The row of `left_out_NG` of each context and perturbation of the store, -1 where it is no example.
-    left_out_NG
-        The effects that the baseline predicts for training perturbations when each is left out.
-    feature_PF
-        Features of the store's perturbations.
-    control_code
-        The store's code of the control.
-    """
-
-    baseline: Baseline
+    baseline: Baseline  # Fitted on all training effects: what generation uses
+    # The row of `left_out_NG` of each context and perturbation of the store, -1 where it is no example
     row_CP: NDArray[np.int64]
+    # The effects that the baseline predicts for training perturbations when each is left out
     left_out_NG: NDArray[np.float32]
-    feature_PF: NDArray[np.float32]
-    control_code: int
+    feature_PF: NDArray[np.float32]  # Features of the store's perturbations
+    control_code: int  # The store's code of the control
 
     def of(self, sets: CellSets) -> NDArray[np.float32]:
         """Return the base effect of each set, (B, G): left out for training perturbations, 0 for control cells."""
@@ -90,26 +76,7 @@ def fit_base(
     set_size: int,
     progress: Progress,
 ) -> TrainingBase:
-    """Fit a baseline on the effects of the store's training cells.
-
-    Parameters
-    ----------
-    kind
-        Which baseline.
-    store, features
-        Whose TRAIN cells, and features of its perturbations.
-    output_genes
-        Positions of the predicted genes, ascending.
-    set_size
-        How many control cells make a set in generation.
-    progress
-        Where groups are counted.
-
-    Raises
-    ------
-    DataError
-        If no training perturbation has control cells in its context.
-    """
+    """Fit a baseline on the effects of the store's training cells."""
     effects = training_effects(store, output_genes, progress=progress)
     if not len(effects.perts):
         raise DataError(
@@ -134,25 +101,7 @@ def refit_base(
     with_line: bool,
     progress: Progress,
 ) -> TrainingBase:
-    """Fit a baseline anew on what it was fitted on and, if asked, on the effects of a new line's training cells.
-
-    Examples that it has of the line's own contexts give way to the store's. A perturbation that is alone in its context
-    is no example: left out, it would stand on other lines, and a network that learnt the way from there would go it
-    twice.
-
-    Parameters
-    ----------
-    known
-        The baseline of a run.
-    store, features
-        The line's store in the words of the run, and features of its perturbations.
-    effects
-        Of the line's training split.
-    with_line
-        Whether these count; otherwise the baseline predicts as before, and of a new line what it knows of the others.
-    progress
-        Where the number of effects is told.
-    """
+    """Fit a baseline anew on what it was fitted on and, if asked, on the effects of a new line's training cells."""
     feature_PF = features.of(store.perts)
     used = np.flatnonzero((np.bincount(effects.contexts)[effects.contexts] > 1) & with_line)
     contexts, perts = effects.contexts[used], effects.perts[used]
@@ -197,28 +146,7 @@ def _sentence(baseline: Baseline, effects_NG: NDArray[np.float32]) -> str:
 
 
 def train_baseline(experiment: Experiment, store: Store, out: Path, *, progress: Progress) -> Path:
-    """Fit the baseline that ``model.kind`` names, and write it as a run.
-
-    Parameters
-    ----------
-    experiment, store
-        As for :func:`pertcast.train.train`; of ``[train]`` and ``[loss]`` nothing is heeded.
-    out
-        The run's folder; a run of the same baseline that is there is left as it is.
-    progress
-        Where notes are told.
-
-    Returns
-    -------
-    `out`.
-
-    Raises
-    ------
-    DataError
-        If there is nothing to fit on, a perturbation lacks a feature, or `out` holds something else.
-    CheckpointError
-        If `out` holds a run that was begun otherwise.
-    """
+    """Fit the baseline that ``model.kind`` names, and write it as a run."""
     kind = experiment.model.kind
     assert kind != "state"
     identity = _identity(experiment, store)

@@ -23,11 +23,9 @@ from pertcast.data.split import Split
 from pertcast.data.store import Store
 from pertcast.errors import ConfigError, DataError
 from pertcast.files.resources import available_cpus, one_ahead
-from pertcast.models.state import StateSpec, spec_for
+from pertcast.models.spec import StateSpec, spec_for
 from pertcast.stats.draws import generator
 from pertcast.train.baseline import TrainingBase
-
-__all__ = ["Batch", "Place", "SetReader", "SetStream", "blur_features", "disturb", "forget_batches", "read_ahead"]
 
 _MOST_THREADS = 4
 
@@ -40,12 +38,7 @@ class Place(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Some sets as tensors; `real_BSO` is in the network's output space, `genes_BSG` only in latent space.
-
-    `base_BG` are the effects of the baseline that the network stands on, if it does. `depth_BS` are the counts of each
-    real cell over the total that cells are normalised to, where the store is of counts. `measured_BG` says which of the
-    predicted genes the set's screen measured; ``None`` if all screens measured all genes.
-    """
+    """Some sets as tensors; `real_BSO` is in the network's output space, `genes_BSG` only in latent space."""
 
     control_BSI: Tensor
     pert_BF: Tensor
@@ -65,15 +58,7 @@ class Batch(NamedTuple):
 
 
 class SetStream:
-    """Sets of one epoch after the other; a batch may span two epochs, so that no cell is left out.
-
-    Parameters
-    ----------
-    epoch_sets
-        Gives the sets of an epoch.
-    place
-        Where to start.
-    """
+    """Sets of one epoch after the other; a batch may span two epochs, so that no cell is left out."""
 
     def __init__(self, epoch_sets: Callable[[int], CellSets], place: Place) -> None:
         self._epoch_sets = epoch_sets
@@ -110,31 +95,7 @@ def _concatenate(pieces: list[CellSets]) -> CellSets:
 
 
 class SetReader:
-    """Turns sets of row numbers into tensors, as an experiment's network wants them.
-
-    Parameters
-    ----------
-    store, experiment, features
-        What to read, how, and the perturbations' features.
-    sparse
-        Whether cells travel to their device as stored values, and become dense there; they do if it is a GPU.
-
-    Attributes
-    ----------
-    spec
-        What the network must be.
-    output_genes
-        Positions of the predicted genes in the store.
-    untrained_batches
-        Codes of batches without training cells; the network reads them as the unknown batch.
-    base
-        The fitted baseline that the network stands on; none unless it is set.
-
-    Raises
-    ------
-    ConfigError, DataError
-        If the store lacks what the model asks for, or a perturbation lacks a feature.
-    """
+    """Turns sets of row numbers into tensors, as an experiment's network wants them."""
 
     def __init__(self, store: Store, experiment: Experiment, features: PertFeatures, *, sparse: bool = False) -> None:
         self._store, self._experiment, self._is_sparse = store, experiment, sparse
@@ -273,18 +234,7 @@ def read_ahead(
 
 
 def disturb(batch: Batch, reader: SetReader, config: TrainConfig, keys: Sequence[tuple[str | int, ...]]) -> Batch:
-    """Return a batch as training shows it.
-
-    Parameters
-    ----------
-    batch, reader
-        The batch, and who read it.
-    config
-        `unknown_batch`: the share of sets that are shown as of no known batch, where the network has a row for that.
-        `feature_noise`: how much noise each set has on its perturbation's feature.
-    keys
-        One for each set.
-    """
+    """Return a batch as training shows it."""
     if config.unknown_batch and reader.spec.unknown_batch:
         draws = [generator(config.seed, "no batch", *key).random() for key in keys]
         batch = forget_batches(batch, [draw < config.unknown_batch for draw in draws])

@@ -32,20 +32,6 @@ from pertcast.files.artefacts import (
 from pertcast.models.run_folder import WEIGHTS, load_tensors, load_weights, save_tensors
 from pertcast.train.devices import sharded_like
 
-__all__ = [
-    "IDENTITY",
-    "MetricsLog",
-    "Position",
-    "identity_of",
-    "identity_problems",
-    "load_newest",
-    "optimizer_tensors",
-    "restore",
-    "save_state",
-    "training_identity",
-    "with_defaults",
-]
-
 CHECKPOINTS = "checkpoints"
 IDENTITY = "training.json"
 _OPTIMIZER, _BEST, _STATE = "optimizer.safetensors", "best.safetensors", "state.json"
@@ -57,30 +43,17 @@ _FREE_KEYS = frozenset({"steps", "checkpoint_every", "loggers", "devices", "num_
 
 @dataclass
 class Position:
-    """Where the loop stands after a finished step.
+    """Where the loop stands after a finished step."""
 
-    Attributes
-    ----------
-    step
-        Steps done.
-    epoch, offset
-        Where the stream of sets stands.
-    validated
-        The last step that was validated, -1 before the first.
-    best_step, best_loss, best_value
-        The best validated step, its validation loss, and the value that it was selected by (the lower the better);
-        -1 and infinity before the first.
-    num_worse
-        Validations since then.
-    """
-
-    step: int = 0
-    epoch: int = 0
+    step: int = 0  # Steps done
+    epoch: int = 0  # Where the stream of sets stands
     offset: int = 0
-    validated: int = -1
+    validated: int = -1  # The last step that was validated, -1 before the first
+    # The best validated step, its validation loss, and the value that it was selected by (the lower the
+    # better); -1 and infinity before the first
     best_step: int = -1
     best_loss: float = float("inf")
-    num_worse: int = 0
+    num_worse: int = 0  # Validations since then
     best_value: float = float("inf")
 
 
@@ -99,11 +72,7 @@ def save_state(
     moments: Mapping[str, Tensor],
     best: Mapping[str, Tensor] | None,
 ) -> None:
-    """Write a checkpoint of the last finished step, and remove all but the newest two.
-
-    `moments` are :func:`optimizer_tensors`; `best` are the weights of the best validated step, where these are not the
-    current ones. All are whole.
-    """
+    """Write a checkpoint of the last finished step, and remove all but the newest two."""
     folder = out / CHECKPOINTS / f"step_{position.step:09d}"
     with atomic_dir(folder) as temporary:
         save_tensors(temporary / WEIGHTS, weights)
@@ -123,13 +92,7 @@ def _folders(out: Path) -> list[Path]:
 
 
 def load_newest(out: Path) -> tuple[SavedState | None, list[str]]:
-    """Return the newest whole checkpoint, if there is one, and a sentence on each newer one that is damaged.
-
-    Raises
-    ------
-    CheckpointError
-        If there are checkpoints and none of them is whole.
-    """
+    """Return the newest whole checkpoint, if there is one, and a sentence on each newer one that is damaged."""
     for partial in (out / CHECKPOINTS).glob(".step_*"):
         shutil.rmtree(partial)
     notes: list[str] = []
@@ -246,15 +209,7 @@ def identity_problems(begun: Mapping[str, Any], asked: Mapping[str, Any], *, pla
 
 
 class MetricsLog:
-    """metrics.jsonl: a line for each step and each validation.
-
-    Parameters
-    ----------
-    path
-        The file; what is in it up to `position` is kept, the rest dropped.
-    position
-        Where training goes on.
-    """
+    """metrics.jsonl: a line for each step and each validation."""
 
     def __init__(self, path: Path, position: Position) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

@@ -22,8 +22,6 @@ from pertcast.models.state import StateTransition, cut_of
 from pertcast.train.batches import SetReader
 from pertcast.train.training_effects import TrainingEffects
 
-__all__ = ["common_share", "fit_offset", "fit_shift", "least_squares_gain", "offset_of", "predict_sets"]
-
 _MOST_CELLS = 2048
 _SETS_AT_ONCE = 8
 _HALVINGS = 40
@@ -32,15 +30,6 @@ _HALVINGS = 40
 def common_share(errors_KO: Tensor) -> float:
     """Return how much of the mean of some targets' errors holds for other targets, too, 0 to 1.
 
-    James and Stein's factor, not below 0: 1 minus the part of the mean's square that chance between targets explains.
-    One target alone does not say what others have in common with it: 0.
-
-    References
-    ----------
-    James and Stein, "Estimation with quadratic loss", 1961; the positive part, with the variance estimated.
-
-    Examples
-    --------
     >>> common_share(torch.tensor([[3.0, 1.0], [1.0, 1.0]]))
     0.8
     """
@@ -54,19 +43,6 @@ def common_share(errors_KO: Tensor) -> float:
 def offset_of(cells_NO: Tensor, weight_N: Tensor, wanted_O: Tensor) -> Tensor:
     """Return what to add to each gene so that the mean over cells, cut off at 0, is the wanted one, (O,).
 
-    Where the wanted mean is 0, it is the number nearest to 0 that gives it.
-
-    Parameters
-    ----------
-    cells_NO
-        Values that may be below 0.
-    weight_N
-        What each cell weighs; they sum to 1.
-    wanted_O
-        Means, 0 or more.
-
-    Examples
-    --------
     >>> offset_of(torch.tensor([[0.0], [4.0]]), torch.full((2,), 0.5), torch.tensor([1.0])).round(decimals=4)
     tensor([-2.])
     """
@@ -79,39 +55,16 @@ def offset_of(cells_NO: Tensor, weight_N: Tensor, wanted_O: Tensor) -> Tensor:
 
 
 class _Errors(NamedTuple):
-    """What has to be added to the mean of each group (context, perturbation), and cells of which that is said.
+    """What has to be added to the mean of each group (context, perturbation), and cells of which that is said."""
 
-    Attributes
-    ----------
-    errors
-        (context, perturbation) → (O,).
-    cells_NO, weight_N
-        Predicted cells before values below 0 are cut off, and their weights: each group has the same.
-    """
-
-    errors: dict[tuple[int, int], Tensor]
-    cells_NO: Tensor
+    errors: dict[tuple[int, int], Tensor]  # (context, perturbation) → (O,)
+    cells_NO: Tensor  # Predicted cells before values below 0 are cut off, and their weights: each group has the same
     weight_N: Tensor
 
 
 @torch.no_grad()
 def fit_offset(network: StateTransition, reader: SetReader, effects: TrainingEffects) -> float | None:
-    """Move the last bias by what the network gets wrong of the line as a whole; return :func:`common_share`.
-
-    That is its error on the line's control cells, of which no target has a part; and of what the errors on training
-    targets have beside it, the share of their mean that they have in common. A network that predicts a shift makes no
-    error on control cells, and its bias is of targets alone. Nothing is done, and ``None`` returned, where there is
-    nothing to learn from.
-
-    Parameters
-    ----------
-    network
-        With its weights, on the CPU.
-    reader
-        Of the line's store; with the baseline that the network will stand on, if it does.
-    effects
-        Of the line's training split.
-    """
+    """Move the last bias by what the network gets wrong of the line as a whole; return :func:`common_share`."""
     found = _measure(network, reader, effects)
     if found is None:
         return None
@@ -192,10 +145,7 @@ def _in_turn(sets: CellSets, most: int) -> CellSets:
 def predict_sets(
     network: StateTransition, reader: SetReader, sets: CellSets
 ) -> Iterator[tuple[CellSets, Tensor, Tensor]]:
-    """Yield some of the sets at a time, their control cells, and what the last layer that gives genes says of them.
-
-    The last two are (B, S, I) and (B, S, O), the output before values below 0 are cut off.
-    """
+    """Yield some of the sets at a time, their control cells, and what the last layer that gives genes says of them."""
     outputs: list[Tensor] = []
     # a copy, since the network may cut off values below 0 in place
     hook = last_layer(network).register_forward_hook(
@@ -217,17 +167,6 @@ def predict_sets(
 def least_squares_gain(shift_PO: Tensor, asked_PO: Tensor) -> float:
     """Return what the shifts should be multiplied by to be nearest to those asked for, 0 to 1.
 
-    Of several targets only what differs between them is looked at: what all have in common is the offset's.
-
-    Parameters
-    ----------
-    shift_PO
-        What the network adds to the mean of each target's cells.
-    asked_PO
-        What would have to be added.
-
-    Examples
-    --------
     >>> least_squares_gain(torch.tensor([[2.0], [4.0]]), torch.tensor([[7.0], [8.0]]))
     0.5
     """
@@ -240,21 +179,7 @@ def least_squares_gain(shift_PO: Tensor, asked_PO: Tensor) -> float:
 
 @torch.no_grad()
 def fit_shift(network: StateTransition, reader: SetReader, effects: TrainingEffects) -> float | None:
-    """Fit what a network adds to control cells to the line's training targets; return the gain.
-
-    The last layer is multiplied by one number, and its bias moved so that the mean effect predicted of the training
-    targets is their real one. With a gain of 0 that is the mean effect of these targets; what the network knows of how
-    targets differ comes to it as far as theirs do so. Nothing is done, and ``None`` returned, without training targets.
-
-    Parameters
-    ----------
-    network
-        One that predicts a shift, with its weights, on the CPU.
-    reader
-        Of the line's store; with the baseline that the network will stand on, if it does.
-    effects
-        Of the line's training split.
-    """
+    """Fit what a network adds to control cells to the line's training targets; return the gain."""
     size = reader.spec.set_size
     sets = reader.training(0)
     sets = sets[np.flatnonzero(sets.pert != reader.control_code)][: max(1, _MOST_CELLS // size)]

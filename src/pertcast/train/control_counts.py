@@ -17,33 +17,18 @@ from pertcast.data.store import Store
 from pertcast.errors import ConfigError
 from pertcast.stats.draws import generator
 
-__all__ = ["ControlRates", "control_rates"]
-
 
 class ControlRates(NamedTuple):
-    """Counts of control cells, as :func:`pertcast.stats.counts.fit_counts` describes them.
+    """Counts of control cells, as :func:`pertcast.stats.counts.fit_counts` describes them."""
 
-    Attributes
-    ----------
-    log_rate_SG
-        float32, logarithm of the mean count in a cell of the total that the store normalises to; a screen without
-        training control cells has the mean of the others.
-    log_shape_G
-        float32, logarithm of 1 / dispersion, a mean over screens.
-    """
-
+    # float32, logarithm of the mean count in a cell of the total that the store normalises to; a screen
+    # without training control cells has the mean of the others
     log_rate_SG: NDArray[np.float32]
-    log_shape_G: NDArray[np.float32]
+    log_shape_G: NDArray[np.float32]  # float32, logarithm of 1 / dispersion, a mean over screens
 
 
 def control_rates(store: Store, output_genes: NDArray[np.int64]) -> ControlRates:
-    """Fit the counts of each screen's training control cells, of at most 4,096 of them.
-
-    Raises
-    ------
-    ConfigError
-        If the store was made of log1p values, or has no training control cell.
-    """
+    """Fit the counts of each screen's training control cells, of at most 4,096 of them."""
     if store.scale != "counts" or store.target_sum is None:
         raise ConfigError(
             f"[loss] nb: the counts head learns from whole counts, and {store.path} was made of log1p values; "

@@ -38,29 +38,11 @@ from pertcast.errors import ConfigError, Problem
 from pertcast.models.state import StateTransition
 from pertcast.processes import LostProcessError, Ranks, launched
 
-__all__ = [
-    "is_first_process",
-    "is_sharded",
-    "num_processes",
-    "one_process_for_all",
-    "open_fabric",
-    "products",
-    "sharded_like",
-    "whole",
-    "whole_tensors",
-]
-
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def make_loggers(names: Sequence[str], out: Path) -> list[Logger]:
-    """Return Fabric's loggers by name; they write into the run's folder. Only the first process has any.
-
-    Raises
-    ------
-    ConfigError
-        Naming every package that is not installed, with the command that installs it.
-    """
+    """Return Fabric's loggers by name; they write into the run's folder. Only the first process has any."""
     problems = [
         Problem(f"[train] loggers {name!r}", f"the package {package} is not installed", f"pip install {package}")
         for name, package in _PACKAGES.items()
@@ -129,18 +111,7 @@ def is_sharded(fabric: Fabric) -> bool:
 
 
 def shard(network: StateTransition, mesh: DeviceMesh, *, bf16: bool) -> StateTransition:
-    """Share a network's parameters out over the devices of a mesh, in place.
-
-    Parameters
-    ----------
-    network
-        The same on all devices.
-    mesh
-        Of Fabric's strategy.
-    bf16
-        Whether the linear layers' weights come together in bfloat16, which halves what travels; they are computed with
-        in bfloat16 anyhow (autocast). What is kept, and the sum of gradients, stays float32.
-    """
+    """Share a network's parameters out over the devices of a mesh, in place."""
     devices = mesh[_MESH]
     lowered = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in _blocks(network):
@@ -184,10 +155,7 @@ def whole(value: Tensor) -> Tensor:
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool, copy: bool = False) -> dict[str, Tensor]:
-    """Return tensors whole, gathered one after the other; a process that does not keep them only takes part.
-
-    With `copy`, they lie on the CPU and stay as they are while training goes on.
-    """
+    """Return tensors whole, gathered one after the other; a process that does not keep them only takes part."""
     found = {}
     for name, value in tensors.items():
         gathered = whole(value)
@@ -216,14 +184,7 @@ def is_first_process() -> bool:
 
 
 def num_processes(config: TrainConfig) -> int:
-    """Return how many processes train together: those that a launcher has started, else as many as `devices`.
-
-    Raises
-    ------
-    ConfigError
-        If the launcher says otherwise than the configuration, several machines have no launcher, or the sets of a step
-        cannot be shared out equally.
-    """
+    """Return how many processes train together: those that a launcher has started, else as many as `devices`."""
     ranks, problems = launched(), []
     size = config.devices if ranks is None else ranks.size
     if ranks is None and config.num_nodes > 1:
@@ -245,22 +206,7 @@ def num_processes(config: TrainConfig) -> int:
 
 
 def open_fabric(config: TrainConfig, out: Path, *, some_unused: bool = False) -> Fabric:
-    """Return Fabric for this process, connected to the others.
-
-    Parameters
-    ----------
-    config
-        Devices, precision, loggers.
-    out
-        The run's folder, where loggers write.
-    some_unused
-        Whether the loss may leave parameters of the network without a gradient.
-
-    Raises
-    ------
-    ConfigError
-        If the devices are not to be had here, or a logger's package is not installed.
-    """
+    """Return Fabric for this process, connected to the others."""
     num_processes(config)
     # Lightning's own greetings come once for each process.
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
@@ -323,13 +269,7 @@ def products(config: TrainConfig) -> Iterator[None]:
 
 @contextmanager
 def one_process_for_all(size: int) -> Iterator[None]:
-    """Turn the loss of contact that follows when another process dies into an error that says so.
-
-    Raises
-    ------
-    LostProcessError
-        If a collective operation fails.
-    """
+    """Turn the loss of contact that follows when another process dies into an error that says so."""
     try:
         yield
     except RuntimeError as error:

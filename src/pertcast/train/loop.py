@@ -35,15 +35,10 @@ from pertcast.train.loss_targets import Truth
 from pertcast.train.loss_terms import Others, loss_terms, total_loss
 from pertcast.train.validation import OfficialMetrics, criterion
 
-__all__ = ["Loop", "make_optimizer"]
-
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], int]]:
-    """Let Ctrl-C and SIGTERM wait for the end of the step; a second one does not wait.
-
-    Only within training, and only where Python lets signals be handled (its main thread).
-    """
+    """Let Ctrl-C and SIGTERM wait for the end of the step; a second one does not wait."""
     received: list[int] = []
 
     def remember(number: int, _frame: FrameType | None) -> None:
@@ -76,68 +71,32 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
 
 @dataclass
 class Loop:
-    """One training, from where `position` stands.
+    """One training, from where `position` stands."""
 
-    Attributes
-    ----------
-    out
-        The run's folder.
-    fabric
-        Devices and precision.
-    network, model
-        The network itself, and as Fabric wraps it.
-    optimizer, stepper
-        The optimiser itself, and as Fabric wraps it.
-    reader
-        Where batches come from.
-    train, loss
-        The two sections of the experiment.
-    position
-        Where training stands; updated after each step.
-    best
-        Weights of the best validated step, on the CPU; of a sharded network, on the first process alone.
-    val_sets
-        The sets that validate; none if empty.
-    log
-        metrics.jsonl, on the first process alone.
-    truth
-        Effects and labels of the training split, where a term needs them.
-    official
-        The official metrics of validation, where they select the best step.
-    validates_first
-        Whether the weights that training starts with are validated, too, and may stay the best.
-    """
-
-    out: Path
-    fabric: Fabric
-    network: nn.Module
+    out: Path  # The run's folder
+    fabric: Fabric  # Devices and precision
+    network: nn.Module  # The network itself, and as Fabric wraps it
     model: Any
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer  # The optimiser itself, and as Fabric wraps it
     stepper: Any
-    reader: SetReader
-    train: TrainConfig
+    reader: SetReader  # Where batches come from
+    train: TrainConfig  # The two sections of the experiment
     loss: LossConfig
-    position: Position
+    position: Position  # Where training stands; updated after each step
+    # Weights of the best validated step, on the CPU; of a sharded network, on the first process alone
     best: dict[str, Tensor] | None
-    val_sets: CellSets
-    log: MetricsLog | None
-    truth: Truth | None = None
-    official: OfficialMetrics | None = None
+    val_sets: CellSets  # The sets that validate; none if empty
+    log: MetricsLog | None  # metrics.jsonl, on the first process alone
+    truth: Truth | None = None  # Effects and labels of the training split, where a term needs them
+    official: OfficialMetrics | None = None  # The official metrics of validation, where they select the best step
+    # Whether the weights that training starts with are validated, too, and may stay the best
     validates_first: bool = False
     _saved_step: int = -1
     _is_whole: bool = True
     _rates: dict[str, float] = field(default_factory=dict)
 
     def run(self, advance: Advance) -> None:
-        """Train until the last step or until validation has not improved for `patience` times.
-
-        Raises
-        ------
-        CheckpointError
-            If the loss or its gradient is no number; the last checkpoint stays.
-        KeyboardInterrupt
-            After a checkpoint of the last finished step.
-        """
+        """Train until the last step or until validation has not improved for `patience` times."""
         self._saved_step = self.position.step
         stream = SetStream(self.reader.training, Place(self.position.epoch, self.position.offset))
         batches = read_ahead(self._pieces(stream), self.reader.read, threads=self.reader.threads)
@@ -339,10 +298,7 @@ class Loop:
         return range(first + self.fabric.global_rank, stop, self.fabric.world_size)
 
     def _val_pieces(self) -> Iterator[tuple[CellSets, Place]]:
-        """Yield this process's share of each batch; where it is shorter than others', the batch's first set fills in.
-
-        So all processes compute equally many sets, and meet in every exchange.
-        """
+        """Yield this process's share of each batch; a short share is padded with the batch's first set."""
         num, step = len(self.val_sets), self.train.sets_per_step
         for first in range(0, num, step):
             longest = -(-min(step, num - first) // self.fabric.world_size)

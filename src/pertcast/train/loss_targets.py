@@ -24,37 +24,13 @@ from pertcast.stats.draws import generator
 from pertcast.train.control_counts import ControlRates
 from pertcast.train.training_effects import training_effects
 
-__all__ = ["Known", "Truth", "learn_truth"]
-
 _CELLS_AT_ONCE = 512
 
 
 def call_thresholds(
     store: Store, codes: NDArray[np.int64], num_significant: NDArray[np.int64], genes: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Return the effects, in log1p units, from which on the test calls a gene, ``(N, G)``.
-
-    ``z sd sqrt(1 / cells + 1 / controls)``: the standard error of a difference of means, with the spread of the
-    screen's control cells on both sides, times the normal quantile of the largest p-value that Benjamini and Hochberg
-    let pass where the perturbation has as many differentially expressed genes as it has (at least one). The test itself
-    is of ranks; for log1p values of single cells the two are close. A gene that hardly any control cell shows counts as
-    seen in one of them, as 1. Screens of a context are combined as their effects are, weighted by cells.
-
-    Parameters
-    ----------
-    store
-        The training store.
-    codes
-        (N, 2) the context and the perturbation.
-    num_significant
-        (N,) how many of all genes were differentially expressed.
-    genes
-        Positions of the predicted genes, ascending.
-
-    References
-    ----------
-    Benjamini and Hochberg, "Controlling the false discovery rate", 1995.
-    """
+    """Return the effects, in log1p units, from which on the test calls a gene, ``(N, G)``."""
     row_of = {pair: row for row, pair in enumerate(map(tuple, codes.tolist()))}
     trained = store.rows(split=Split.TRAIN)
     sources = store.screen_codes[trained].astype(np.int64) * len(store.perts) + store.pert_codes[trained]
@@ -97,75 +73,29 @@ _LARGEST_WEIGHT = 100.0
 
 
 class Known(NamedTuple):
-    """What is known of the sets of a batch, on its device.
+    """What is known of the sets of a batch, on its device."""
 
-    Attributes
-    ----------
-    control_mean_BG
-        Mean log1p expression of the training control cells of each set's screen.
-    beside_BG
-        What a predicted pseudobulk is an effect beside: the same, or the mean of the set's own control cells.
-    effect_BG
-        The training effect of each set's perturbation; 0 where there is none, and for genes that were not measured.
-    has_effect_B
-        Where there is one.
-    labels_BG, valid_BG
-        Whether a gene is differentially expressed, and where that is known.
-    log_rate_BG
-        Logarithm of the mean normalised count in control cells of each set's screen, where the counts head is trained.
-    threshold_BG
-        The size of effect from which on the official test calls a gene, about.
-    own_gene_B
-        The position of the perturbation's own gene among those predicted, -1 where it is not.
-    is_control_B
-        Whether the set is of control cells.
-    measured_BG
-        Which genes were measured, in the set's screen and where its effect is from; ``None`` if all genes were.
-    """
-
-    control_mean_BG: Tensor
+    control_mean_BG: Tensor  # Mean log1p expression of the training control cells of each set's screen
+    # What a predicted pseudobulk is an effect beside: the same, or the mean of the set's own control cells
     beside_BG: Tensor
+    # The training effect of each set's perturbation; 0 where there is none, and for genes that were not
+    # measured
     effect_BG: Tensor
-    has_effect_B: Tensor
-    labels_BG: Tensor | None
+    has_effect_B: Tensor  # Where there is one
+    labels_BG: Tensor | None  # Whether a gene is differentially expressed, and where that is known
     valid_BG: Tensor | None
-    threshold_BG: Tensor | None
-    own_gene_B: Tensor
-    is_control_B: Tensor
+    threshold_BG: Tensor | None  # The size of effect from which on the official test calls a gene, about
+    own_gene_B: Tensor  # The position of the perturbation's own gene among those predicted, -1 where it is not
+    is_control_B: Tensor  # Whether the set is of control cells
+    # Logarithm of the mean normalised count in control cells of each set's screen, where the counts head is
+    # trained
     log_rate_BG: Tensor | None = None
+    # Which genes were measured, in the set's screen and where its effect is from; ``None`` if all genes were
     measured_BG: Tensor | None = None
 
 
 class Truth:
-    """Effects and labels of the training split.
-
-    Parameters
-    ----------
-    store
-        Whose TRAIN cells are meant.
-    contexts, perts
-        (N,) codes of what has an effect.
-    effects_NG
-        Mean log1p expression of the training cells, minus that of the control cells of their screens; NaN for genes
-        that were not measured.
-    control_mean_SG
-        Of each screen's training control cells.
-    labels_NG
-        Which genes are differentially expressed, where the DE head is trained.
-    threshold_NG
-        From which size of effect on the test calls a gene; beside `labels_NG`.
-    output_genes
-        Positions of the predicted genes in the store.
-    log_rate_SG
-        As :class:`pertcast.train.control_counts.ControlRates` has them, where the counts head is trained.
-
-    Attributes
-    ----------
-    effects_NG
-        As given, with 0 for NaN.
-    positive_weight
-        How many times rarer differentially expressed genes are than the others; between 1 and 100.
-    """
+    """Effects and labels of the training split."""
 
     def __init__(
         self,
@@ -243,10 +173,7 @@ class Truth:
     def draw_others(
         self, context_B: Tensor, pert_B: Tensor, *, num: int, seed: int, keys: Sequence[tuple[str | int, ...]]
     ) -> Tensor:
-        """Return rows of `effects_NG` of other perturbations of each set's context, (B, num) int64, -1 where too few.
-
-        The draw for a set depends on the seed and the set's key alone.
-        """
+        """Return rows of `effects_NG` of other perturbations of each set's context, (B, num), -1 if too few."""
         rows_BK = np.full((len(context_B), num), -1, dtype=np.int64)
         for place, (context, pert, key) in enumerate(zip(context_B.tolist(), pert_B.tolist(), keys, strict=True)):
             others = np.flatnonzero((self._contexts == context) & (self._perts != pert))
@@ -264,21 +191,7 @@ def learn_truth(
     rates: ControlRates | None = None,
     progress: Progress,
 ) -> Truth:
-    """Read the TRAIN cells once, group by group, and return their effects, with DE labels where wanted.
-
-    Parameters
-    ----------
-    store
-        The training store.
-    output_genes
-        Positions of the predicted genes, ascending.
-    labels
-        Whether to say which genes are differentially expressed, by the official statistics.
-    rates
-        Of the control cells, where the counts head is trained.
-    progress
-        Where groups are counted.
-    """
+    """Read the TRAIN cells once, group by group, and return their effects, with DE labels where wanted."""
     effects = training_effects(store, output_genes, progress=progress)
     codes = np.stack([effects.contexts, effects.perts], axis=1)
     labels_NG, threshold_NG = None, None

@@ -26,8 +26,6 @@ from pertcast.models.state import Prediction
 from pertcast.train.batches import Batch
 from pertcast.train.loss_targets import Known
 
-__all__ = ["Others", "loss_terms", "needs_truth", "total_loss"]
-
 _SMALLEST_DEPTH = 1e-9
 # What effects are measured in where they are put into order, in mean sizes from which on the test calls a gene.
 _SCALE = 2.0
@@ -60,22 +58,7 @@ def loss_terms(
     positive_weight: float = 1.0,
     gather: Callable[[Tensor], Tensor] = _alone,
 ) -> dict[str, Tensor]:
-    """Return the terms of the loss that are switched on, ``(B,)`` each, without weights.
-
-    Parameters
-    ----------
-    prediction, batch
-        What the network gives, and the cells that it should give.
-    config
-        Weights and options; a term with weight 0 is not computed.
-    known, others
-        What the training split says of the sets, and other perturbations' effects; needed for "de", "rank", "nb"
-        and "mae" of the effect.
-    positive_weight
-        What a differentially expressed gene weighs.
-    gather
-        Gives the rows of all devices for those of this one: a set is ranked among all sets of the step.
-    """
+    """Return the terms of the loss that are switched on, ``(B,)`` each, without weights."""
     terms = {}
     if batch.measured_BG is not None:
         # cells show 0 of genes that were not measured; what is predicted of these must not count
@@ -175,10 +158,7 @@ def _rank(
     others: Others,
     gather: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return the ranking loss; sets of control cells have no rank, as in the official metric.
-
-    A: the sets of all devices.
-    """
+    """Return the ranking loss; sets of control cells have no rank, as in the official metric."""
     is_perturbed_B = ~known.is_control_B
     codes_B3 = torch.stack([batch.context_B, batch.pert_B, is_perturbed_B.to(batch.pert_B.dtype)], dim=1)
     real_AG, codes_A3 = gather(real_BG), gather(codes_B3)
@@ -203,17 +183,7 @@ def _rank(
 
 
 def total_loss(terms: Mapping[str, Tensor], config: LossConfig, *, step: int | None) -> Tensor:
-    """Return the weighted sum of the terms.
-
-    Parameters
-    ----------
-    terms
-        Means of those of :func:`loss_terms`.
-    config
-        Weights.
-    step
-        Steps done, while auxiliary weights still rise; ``None`` for their full height, as in validation.
-    """
+    """Return the weighted sum of the terms."""
     share = 1.0 if step is None or not config.warmup_steps else min(1.0, (step + 1) / config.warmup_steps)
     weights = {name: getattr(config, name) * (share if name in _AUXILIARY else 1.0) for name in terms}
     return torch.stack([weights[name] * value for name, value in terms.items()]).sum()

@@ -18,8 +18,6 @@ from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError, Problem
 from pertcast.models.run_folder import Run, open_run
 
-__all__ = ["Line", "adapted_experiment", "bring_into_run", "line_features", "require_fitting"]
-
 _SAME_TOTAL = 0.01
 _ALONE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 
@@ -89,22 +87,12 @@ def _require_same_model(run_path: Path, experiment: Experiment, trained: Experim
 
 @dataclass(frozen=True)
 class Line:
-    """A store in the words of a run: its codes are the rows of the run's embeddings, new ones after the known.
+    """A store in the words of a run: its codes are the rows of the run's embeddings, new ones after the known."""
 
-    Attributes
-    ----------
-    store
-        The view.
-    num_new_contexts, num_new_batches
-        Rows that the run lacks.
-    contexts, batches
-        Rows that may learn: contexts with training cells, and batches that are new.
-    """
-
-    store: Store
-    num_new_contexts: int
+    store: Store  # The view
+    num_new_contexts: int  # Rows that the run lacks
     num_new_batches: int
-    contexts: tuple[int, ...]
+    contexts: tuple[int, ...]  # Rows that may learn: contexts with training cells, and batches that are new
     batches: tuple[int, ...]
 
 
@@ -161,15 +149,7 @@ def _same_total(ours: float | None, theirs: float | None) -> bool:
 
 
 def line_features(run: Run, experiment: Experiment, store: Store) -> PertFeatures:
-    """Return the run's features, and those of perturbations that it has not met from the file that it was trained with.
-
-    Raises
-    ------
-    DataError
-        Naming every perturbation without a feature.
-    CheckpointError
-        If the file gives other features than the run was trained with.
-    """
+    """Return the run's features, and those of new perturbations from the file that it was trained with."""
     kept = open_features(run.path / "features")
     lacking = [name for name in store.perts if name not in kept.names]
     if not lacking:

@@ -16,19 +16,9 @@ from pertcast.errors import ConfigError
 from pertcast.files.artefacts import read_json
 from pertcast.train.checkpoints import IDENTITY
 
-__all__ = ["native_precision", "require_one_precision", "resolve_precision"]
-
 
 def resolve_precision(experiment: Experiment, out: Path) -> tuple[Experiment, tuple[str, ...]]:
-    """Return the experiment with a precision of its own in place of "auto", and a sentence on where it is from.
-
-    Parameters
-    ----------
-    experiment
-        The resolved experiment.
-    out
-        The run's folder; a run that is there goes on in the precision that it was begun with, wherever it goes on.
-    """
+    """Return the experiment with a precision of its own in place of "auto", and a sentence on where it is from."""
     if experiment.train.precision != "auto":
         return experiment, ()
     begun = _begun(out)
@@ -48,13 +38,7 @@ def native_precision(accelerator: str) -> str:
 
 
 def require_one_precision(fabric: Fabric, precision: str) -> None:
-    """Require that all processes compute in the first one's precision.
-
-    Raises
-    ------
-    ConfigError
-        If this one's device would have it otherwise.
-    """
+    """Require that all processes compute in the first one's precision."""
     first = fabric.broadcast(precision)
     if first != precision:
         raise ConfigError(

@@ -18,8 +18,6 @@ from pertcast.models.run_folder import Run
 from pertcast.models.spec import StateSpec
 from pertcast.progress import Progress
 
-__all__ = ["FEATURES", "needs_features", "run_features", "run_of", "show_coverage"]
-
 FEATURES = "features"
 
 
@@ -29,13 +27,7 @@ def needs_features(experiment: Experiment) -> bool:
 
 
 def run_features(experiment: Experiment, store: Store, out: Path) -> PertFeatures:
-    """Return a run's features: those that it was begun with, else as the experiment says, for its targets too.
-
-    Raises
-    ------
-    DataError
-        Naming every label without a feature.
-    """
+    """Return a run's features: those that it was begun with, else as the experiment says, for its targets too."""
     if (out / FEATURES / "features.json").is_file():
         return open_features(out / FEATURES)
     targets = _targets(experiment)
@@ -79,21 +71,7 @@ def run_of(
     metrics: Mapping[str, Any],
     notes: Sequence[str],
 ) -> Run:
-    """Return the record of what was trained on a store; nothing is written.
-
-    Parameters
-    ----------
-    out
-        The run's folder.
-    spec
-        The network, or the baseline.
-    experiment, store, features
-        What it was trained with.
-    output_genes
-        Positions of the predicted genes in the store, ascending.
-    step, metrics, notes
-        As :class:`pertcast.models.run_folder.Run` has them.
-    """
+    """Return the record of what was trained on a store; nothing is written."""
     return Run(
         path=out,
         spec=spec,

@@ -46,8 +46,6 @@ from pertcast.train.precision import require_one_precision, resolve_precision
 from pertcast.train.run_record import FEATURES, run_features, run_of, show_coverage
 from pertcast.train.validation import OfficialMetrics
 
-__all__ = ["METRICS", "begin_run", "is_finished", "require_losses", "require_same_run", "train", "train_share"]
-
 
 class Facts(NamedTuple):
     """What a user should know of the training cells, the same at every resumption."""
@@ -96,17 +94,7 @@ def finish_run(
     facts: Facts,
     weights: dict[str, Tensor],
 ) -> None:
-    """Write the trained run: weights, and everything that generation needs to know.
-
-    Parameters
-    ----------
-    out
-        The run's folder.
-    experiment, store, features, loop, facts
-        What it was trained with, and how training went.
-    weights
-        Whole tensors of the best validated step, or of the last.
-    """
+    """Write the trained run: weights, and everything that generation needs to know."""
     position = loop.position
     has_best = loop.best is not None
     if loop.reader.spec.unknown_batch:

@@ -15,27 +15,18 @@ from pertcast.data.split import Split
 from pertcast.data.store import Store
 from pertcast.progress import Progress
 
-__all__ = ["TrainingEffects", "mean_effect", "training_effects"]
-
 _CELLS_AT_ONCE = 512
 
 
 class TrainingEffects(NamedTuple):
-    """Effects by context and perturbation; a perturbation without control cells in any of its screens has none.
+    """Effects by context and perturbation; a perturbation without control cells in any of its screens has none."""
 
-    Attributes
-    ----------
-    contexts, perts
-        (N,) int64 codes of the store, in their order.
-    effects_NG
-        float32; means over the screens of the context, weighted by cells. NaN for genes that no screen measured.
-    control_mean_SG
-        float32, of each screen's training control cells; of its context's other screens, or of all, if it has none.
-    """
-
-    contexts: NDArray[np.int64]
+    contexts: NDArray[np.int64]  # (N,) int64 codes of the store, in their order
     perts: NDArray[np.int64]
+    # float32; means over the screens of the context, weighted by cells. NaN for genes that no screen measured
     effects_NG: NDArray[np.float32]
+    # float32, of each screen's training control cells; of its context's other screens, or of all, if it has
+    # none
     control_mean_SG: NDArray[np.float32]
 
     def row_of(self) -> dict[tuple[int, int], int]:

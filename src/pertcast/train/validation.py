@@ -31,8 +31,6 @@ from pertcast.train.batches import SetReader
 from pertcast.train.devices import is_sharded
 from pertcast.train.training_effects import mean_effect, training_effects
 
-__all__ = ["OfficialMetrics", "criterion"]
-
 _MOST_CELLS = 256
 _PREFIX = "held_out_"
 
@@ -40,8 +38,6 @@ _PREFIX = "held_out_"
 def criterion(values: Mapping[str, float], select_by: str) -> float:
     """Return what of a validation's values the best step has the least of.
 
-    Examples
-    --------
     >>> criterion({"loss": 2.0, "held_out_pds": 0.75}, "pds")
     -0.75
     """
@@ -62,22 +58,7 @@ class _Truth(NamedTuple):
 
 
 class OfficialMetrics:
-    """Measures a network in training on the validation perturbations.
-
-    Parameters
-    ----------
-    store, reader
-        Where cells are, and how the network reads them.
-    train
-        The training's section: seed and sets at a time.
-    progress
-        Where contexts are counted.
-
-    Raises
-    ------
-    ConfigError
-        If no perturbation validates in a screen with training control cells.
-    """
+    """Measures a network in training on the validation perturbations."""
 
     def __init__(self, store: Store, reader: SetReader, train: TrainConfig, *, progress: Progress) -> None:
         self._reader, self._size = reader, train.sets_per_step

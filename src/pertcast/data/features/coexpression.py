@@ -17,8 +17,6 @@ from pertcast.data.split import Split
 from pertcast.errors import DataError
 from pertcast.stats.draws import generator
 
-__all__ = ["FeatureStore", "coexpression_loadings", "gene_correlations", "train_controls"]
-
 MAX_CELLS = 4096
 _CHUNK = 512
 
@@ -57,30 +55,7 @@ def train_controls(store: FeatureStore) -> tuple[NDArray[np.int64], int]:
 def coexpression_loadings(
     store: FeatureStore, rows: NDArray[np.int64], *, num_loadings: int
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return each gene's loadings on the leading components of control cells, and which genes vary at all.
-
-    The components are the truncated SVD of the log1p matrix, centred by gene within each screen. They come from the
-    eigenvectors of its smaller Gram matrix. Loadings are scaled by singular values over the root of cells, so that
-    products of two genes' loadings approximate their covariance. The largest loading of a component is positive.
-
-    Parameters
-    ----------
-    store
-        The store.
-    rows
-        Rows of control cells; their dense log1p float32 matrix is held in memory (300 MB for 4,096 x 18,080).
-    num_loadings
-        F.
-
-    Returns
-    -------
-    (G, F) float32 and (G,) bool.
-
-    Raises
-    ------
-    DataError
-        If there are fewer components than asked for.
-    """
+    """Return each gene's loadings on the leading components of control cells, and which genes vary at all."""
     num_genes = len(store.genes)
     most = max(min(len(rows) - 1, num_genes), 0)
     if num_loadings > most:

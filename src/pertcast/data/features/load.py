@@ -17,18 +17,12 @@ from pertcast.errors import DataError, Problem
 from pertcast.files.labels import is_control_name
 from pertcast.files.obs import near_misses
 
-__all__ = ["genes_of", "load_features"]
-
 Vector = NDArray[np.float32]
 
 
 def genes_of(label: str, separator: str, *, control: str = "", known: Container[str] = ()) -> tuple[str, ...]:
     """Return the genes that a label names, in order.
 
-    Of several parts, one that is the control, or another name for it that is not `known` as a gene, names no gene.
-
-    Examples
-    --------
     >>> genes_of("KLF1+MAP2K6", "+"), genes_of("KLF1+ctrl", "+", control="ctrl")
     (('KLF1', 'MAP2K6'), ('KLF1',))
     """
@@ -43,17 +37,6 @@ def label_indicators(
 ) -> dict[str, Vector]:
     """Return which genes each label names, among those that training labels name; none for a label that names none.
 
-    Parameters
-    ----------
-    labels
-        Labels, without the control.
-    trained
-        Labels of training perturbations, without the control; their genes, sorted, are the columns.
-    separator, control
-        What is between two genes of a label, and the control label, which names none.
-
-    Examples
-    --------
     >>> found = label_indicators(["A", "A+X", "X"], ["A", "B+C"], separator="+")
     >>> {label: vector.tolist() for label, vector in found.items()}
     {'A': [1.0, 0.0, 0.0], 'A+X': [1.0, 0.0, 0.0]}
@@ -79,11 +62,6 @@ def combine_genes(
 ) -> dict[str, Vector]:
     """Return the vectors of labels that have none of their own, from those of their genes.
 
-    A label of one gene and the control has the vector of the gene, whatever `how` says; one of several genes has their
-    sum or mean, where every gene has a vector.
-
-    Examples
-    --------
     >>> vectors = {"A": np.array([1.0]), "B": np.array([3.0])}
     >>> found = combine_genes(vectors, ["A+B", "A+X", "A+ctrl"], how="mean", separator="+", control="ctrl")
     >>> {label: v.tolist() for label, v in found.items()}
@@ -104,28 +82,7 @@ Vectors = dict[str, NDArray[np.float32]]
 
 
 def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Sequence[str] = ()) -> PertFeatures:
-    """Return features of the control, of the store's perturbations, and of `targets`.
-
-    One-hot features have a column for each training perturbation, the control among them. Features of labels have one
-    for each gene that training labels name; a label of which only some genes stand there has the indicators of these.
-    Features from a file, of labels or from co-expression are zero for the control where the source has none; a target
-    without a feature of its own is an error, unless ``features.missing`` says how to fill it in. Co-expression keeps
-    the loadings of every gene, so that targets that come later need no refitting.
-
-    Parameters
-    ----------
-    config
-        The section ``[features]``.
-    store
-        The store; only its training cells are looked at.
-    targets
-        More labels.
-
-    Raises
-    ------
-    DataError
-        Naming every label without a feature, or every problem of the file.
-    """
+    """Return features of the control, of the store's perturbations, and of `targets`."""
     trained = [store.perts[code] for code in np.unique(store.pert_codes[(store.split & Split.TRAIN) != 0])]
     wanted = tuple(dict.fromkeys((store.control, *store.perts, *targets)))
     how: Any = {"how": config.combine, "separator": config.separator, "control": store.control}

@@ -25,7 +25,6 @@ from pertcast.files.obs import wrong_kind
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["read_vectors"]
 
 Vector = NDArray[Any]
 _SHOWN = 8
@@ -48,21 +47,7 @@ _READ_ERRORS = (
 
 
 def read_vectors(path: Path) -> dict[str, Vector]:
-    """Return name → vector of numbers, all of one width, as they stand in the file.
-
-    Parameters
-    ----------
-    path
-        ``.pt``: a dict of name → tensor (or list of numbers), read with ``weights_only``. ``.npz``: arrays ``gene`` and
-        ``embedding``, or one array for each name. ``.parquet``, ``.csv``: the first column is the name, the others are
-        numbers.
-
-    Raises
-    ------
-    DataError
-        If the file cannot be read so, is empty, repeats a name, or has vectors of different widths, with NaN or
-        infinite values, or that are no numbers.
-    """
+    """Return name → vector of numbers, all of one width, as they stand in the file."""
     readers: dict[str, Callable[[Path], Iterable[tuple[Any, Any]]]] = {
         ".pt": _read_torch,
         ".npz": _read_npz,

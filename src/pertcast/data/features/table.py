@@ -22,37 +22,19 @@ from pertcast.data.split import Split
 from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.artefacts import atomic_file, read_json, write_json
 
-__all__ = ["CoverageRow", "PertFeatures", "coverage", "open_features", "save_features"]
-
 _MATRIX, _FACTS = "features.safetensors", "features.json"
 
 
 @dataclass(frozen=True)
 class PertFeatures:
-    """Features of perturbations.
+    """Features of perturbations."""
 
-    Attributes
-    ----------
-    names
-        (P,) labels, the control among them.
-    matrix
-        (P, F) float32.
-    kind
-        ``onehot``, ``coexpression``, ``labels`` or ``file``; ``none`` where nothing looks at features.
-    control
-        The control label.
-    source
-        Where they are from, in words.
-    filled
-        Label → how its missing feature was filled in.
-    """
-
-    names: tuple[str, ...]
-    matrix: NDArray[np.float32]
-    kind: str
-    control: str
-    source: str
-    filled: dict[str, str] = field(default_factory=dict)
+    names: tuple[str, ...]  # (P,) labels, the control among them
+    matrix: NDArray[np.float32]  # (P, F) float32
+    kind: str  # ``onehot``, ``coexpression``, ``labels`` or ``file``; ``none`` where nothing looks at features
+    control: str  # The control label
+    source: str  # Where they are from, in words
+    filled: dict[str, str] = field(default_factory=dict)  # Label → how its missing feature was filled in
 
     @property
     def dim(self) -> int:
@@ -60,13 +42,7 @@ class PertFeatures:
         return int(self.matrix.shape[1])
 
     def of(self, labels: Sequence[str]) -> NDArray[np.float32]:
-        """Return (N, F) float32 features of labels, in order.
-
-        Raises
-        ------
-        DataError
-            Naming every label that has none.
-        """
+        """Return (N, F) float32 features of labels, in order."""
         place = {name: row for row, name in enumerate(self.names)}
         unknown = [label for label in dict.fromkeys(labels) if label not in place]
         if unknown:
@@ -97,15 +73,7 @@ class CoverageRow(NamedTuple):
 
 
 def coverage(features: PertFeatures, store: FeatureStore, targets: Sequence[str]) -> list[CoverageRow]:
-    """Return the coverage of training perturbations, held-out ones and targets, as rows of a table.
-
-    Parameters
-    ----------
-    features, store
-        The features, and the store they are for.
-    targets
-        Labels to generate; the control is never counted.
-    """
+    """Return the coverage of training perturbations, held-out ones and targets, as rows of a table."""
     trained = np.unique(store.pert_codes[(store.split & Split.TRAIN) != 0])
     others = np.setdiff1d(np.unique(store.pert_codes[store.split != 0]), trained)
     groups = {
@@ -132,13 +100,7 @@ def save_features(features: PertFeatures, folder: Path) -> None:
 
 
 def open_features(folder: Path) -> PertFeatures:
-    """Read what :func:`save_features` wrote.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is not there, is broken, or the two do not belong together.
-    """
+    """Read what :func:`save_features` wrote."""
     facts = read_json(folder / _FACTS)
     path = folder / _MATRIX
     try:

@@ -15,8 +15,6 @@ from pertcast.stats.counts import negative_binomial_quantile
 from pertcast.stats.draws import uniform
 from pertcast.stats.groups import compiled
 
-__all__ = ["draw_counts"]
-
 Float = NDArray[np.float64]
 
 # e ** 10: of a gene that hardly any control cell shows, no head can say more
@@ -54,24 +52,6 @@ def draw_counts(
 ) -> sparse.csr_matrix:
     """Return whole counts (n, G) float32, with expected totals `sizes`.
 
-    Parameters
-    ----------
-    share
-        (B, G) share of each gene in the counts of control cells, by batch.
-    log_fold
-        (G,) logarithm of how many times as large the gene's rate is; rates are scaled together, so that totals keep
-        their expected size.
-    shape
-        (G,) 1 / dispersion.
-    batch, sizes
-        (n,) each cell's batch, and the counts that it should have.
-    key
-        Of :func:`pertcast.stats.draws.uniform_key`; a cell's draws do not depend on the others.
-    first_cell
-        How many cells of this key were made before these.
-
-    Examples
-    --------
     >>> from pertcast.stats.draws import uniform_key
     >>> draw_counts(
     ...     np.array([[0.5, 0.5]]), np.array([0.0, -99.0]), np.full(2, 1e5),

@@ -11,50 +11,26 @@ from pertcast.stats.counts import LARGE_NB, binomial_quantile, is_exact_binomial
 from pertcast.stats.draws import uniform
 from pertcast.stats.groups import compiled
 
-__all__ = ["ALWAYS_ZERO", "Gene", "Law", "aim_at", "drawn", "is_steady", "mean_unit", "more", "sum_of"]
-
 ALWAYS_ZERO = -1.0
 """In place of a uniform number: the cell has one of the extra zeros."""
 
 
 class Law(NamedTuple):
-    """How a gene's counts are distributed.
+    """How a gene's counts are distributed."""
 
-    Attributes
-    ----------
-    shape, inflation
-        The fit's.
-    real
-        Whether donors' own counts are re-weighted; otherwise all are drawn from the fit.
-    """
-
-    shape: float
+    shape: float  # The fit's
     inflation: float
-    real: bool
+    real: bool  # Whether donors' own counts are re-weighted; otherwise all are drawn from the fit
 
 
 class Gene(NamedTuple):
-    """One gene: its donors' counts, and what is known of every cell.
+    """One gene: its donors' counts, and what is known of every cell."""
 
-    Attributes
-    ----------
-    rows
-        Cells whose donor has some, ascending.
-    count
-        (n,) int64, what the donor of each cell has.
-    u
-        (n,) uniform numbers, or `ALWAYS_ZERO`.
-    mean
-        (n,) what the fit expects of a control cell of this batch and size.
-    norm
-        (n,) what a count is multiplied by before log1p.
-    """
-
-    rows: Any
-    count: Any
-    u: Any
-    mean: Any
-    norm: Any
+    rows: Any  # Cells whose donor has some, ascending
+    count: Any  # (n,) int64, what the donor of each cell has
+    u: Any  # (n,) uniform numbers, or `ALWAYS_ZERO`
+    mean: Any  # (n,) what the fit expects of a control cell of this batch and size
+    norm: Any  # (n,) what a count is multiplied by before log1p
 
 
 @compiled
@@ -79,10 +55,7 @@ def drawn(law: Law, factor: float, u: float, count: int, mean: float) -> Any:
 
 @compiled
 def is_steady(law: Law, factor: float, count: int, mean: float) -> bool:
-    """Return whether a cell's count never falls where the factor rises up to this one.
-
-    So it is wherever quantiles are exact; where they are approximated they may fall by a count.
-    """
+    """Return whether a cell's count never falls where the factor rises up to this one."""
     if not law.real:
         return factor * mean / (1.0 - law.inflation) <= LARGE_NB
     if factor <= 1.0:
@@ -92,11 +65,7 @@ def is_steady(law: Law, factor: float, count: int, mean: float) -> bool:
 
 @compiled
 def aim_at(band: Any, number: int, num_cells: int, unit: float) -> float:
-    """Return the sum to meet; what is less than a count of one cell is rounded at random.
-
-    What rounds to no count is 0 where counts are drawn from the fit: a count of a deep cell is worth less than most,
-    and would be near enough, too.
-    """
+    """Return the sum to meet; what is less than a count of one cell is rounded at random."""
     draw = band.first_gene + np.uint64(number) + band.all_genes * band.first_cell
     dither = uniform(band.key ^ _DITHER, draw)
     aim: float = band.wanted[number] * num_cells + (dither - 0.5) * (1.0 - _UNCHANGED) * unit

@@ -27,8 +27,6 @@ from pertcast.stats.counts import CountsFit
 from pertcast.stats.draws import generator, uniform, uniform_key
 from pertcast.stats.groups import compiled
 
-__all__ = ["CellMaker", "Wanted", "cap_totals", "dense_to_csr", "round_to_counts"]
-
 
 @compiled
 def _round(indptr: Any, genes: Any, values: Any, factors: Any, num_genes: int, key: Any, first_cell: Any) -> None:
@@ -43,19 +41,6 @@ def round_to_counts(
 ) -> sparse.csr_matrix:
     """Return whole counts (n, G) float32 with these expected totals, each rounded up with the chance of its fraction.
 
-    Parameters
-    ----------
-    log1p
-        Normalised expression (n, G), of any total.
-    totals
-        (n,) counts that each cell should have; expected, since rounding adds its noise.
-    key
-        Of :func:`pertcast.stats.draws.uniform_key`; a cell's draws do not depend on the others.
-    first_cell
-        How many cells of this key were made before these.
-
-    Examples
-    --------
     >>> from pertcast.stats.draws import uniform_key
     >>> cells = sparse.csr_matrix(np.log1p([[1.0, 3.0, 0.0]]))
     >>> round_to_counts(cells, np.array([8.0]), key=uniform_key(0)).toarray().tolist()
@@ -102,19 +87,7 @@ class Wanted(Protocol):
 
 
 class CellMaker:
-    """Makes the cells of one part after another.
-
-    Parameters
-    ----------
-    store
-        Where control cells are read from.
-    config
-        The scale, the way, the seed.
-    cap
-        The most counts of a cell, ``None`` without a cap.
-    shapes
-        1 / dispersion of each gene, NaN where it is the control cells'; for cells drawn from a counts head.
-    """
+    """Makes the cells of one part after another."""
 
     def __init__(
         self,
@@ -148,20 +121,7 @@ class CellMaker:
         *,
         pool: NDArray[np.int64],
     ) -> Iterator[sparse.csr_matrix]:
-        """Yield the cells of a part, CSR float32.
-
-        Parameters
-        ----------
-        part
-            What is wanted.
-        rows
-            (cells,) the control cell that each is made from.
-        predicted
-            Predicted log1p values (C, G) of these cells, in order, block by block; from a counts head, logarithms of
-            how many times as large their rates are as the control cells'.
-        pool
-            Rows of all control cells of the part's context.
-        """
+        """Yield the cells of a part, CSR float32."""
         if self._config.cells == "model":
             yield from self._as_predicted(part, rows, predicted)
             return

@@ -15,17 +15,6 @@ from numpy.typing import NDArray
 from pertcast.generate.cells.gene_counts import Law, aim_at, drawn, is_steady, mean_unit, more, sum_of
 from pertcast.stats.groups import compiled
 
-__all__ = [
-    "SMALL_COUNTS",
-    "Tally",
-    "expect_totals",
-    "expected_sum",
-    "find_factor",
-    "new_search",
-    "solve",
-    "typical_cell",
-]
-
 SMALL_COUNTS = 64
 """Donors of fewer counts are taken together."""
 _MOST_TERMS = 256
@@ -37,51 +26,24 @@ _LONGEST_STEP = 3.0
 
 
 class Typical(NamedTuple):
-    """A cell that stands for all of them.
+    """A cell that stands for all of them."""
 
-    Attributes
-    ----------
-    logs
-        log1p(normalised) of each small count.
-    norm
-        What a count is multiplied by before log1p.
-    size
-        Its counts in all.
-    """
-
-    logs: NDArray[np.float64]
-    norm: float
-    size: float
+    logs: NDArray[np.float64]  # log1p(normalised) of each small count
+    norm: float  # What a count is multiplied by before log1p
+    size: float  # Its counts in all
 
 
 class Tally(NamedTuple):
-    """A gene's donors, counted.
+    """A gene's donors, counted."""
 
-    Attributes
-    ----------
-    cells
-        (classes, SMALL_COUNTS) how many donors there are of each class of batches and count.
-    rate
-        (classes,) what the fit expects of the typical cell, in a batch of the class.
-    large
-        The counts of all donors that have more; of no account where counts are drawn from the fit.
-    mean
-        What the fit expects of the typical cell, in the mean of all batches.
-    """
-
-    cells: Any
-    rate: Any
-    large: Any
-    mean: float
+    cells: Any  # (classes, SMALL_COUNTS) how many donors there are of each class of batches and count
+    rate: Any  # (classes,) what the fit expects of the typical cell, in a batch of the class
+    large: Any  # The counts of all donors that have more; of no account where counts are drawn from the fit
+    mean: float  # What the fit expects of the typical cell, in the mean of all batches
 
 
 def typical_cell(sizes: NDArray[np.float64], target_sum: float, *, real: bool) -> Typical:
-    """Return the cell that stands for cells of these sizes, (n,).
-
-    Where donors' counts are re-weighted, one of the mean size, in which a single count is worth what a donor's is in
-    the mean. Where counts are drawn from the fit, one in which genes have the mean that they have over cells, both
-    those seen everywhere (``share * target_sum``) and those seen rarely (``share * size * log1p(target_sum / size)``).
-    """
+    """Return the cell that stands for cells of these sizes, (n,)."""
     there = sizes[sizes > 0] if (sizes > 0).any() else np.full(1, target_sum)
     norms = target_sum / there
     if real:
@@ -163,11 +125,7 @@ def expected_sum(law: Law, tally: Any, typical: Any, factor: float) -> float:
 
 @compiled
 def find_factor(law: Law, tally: Any, typical: Any, now: float, wanted: float, unit: float) -> tuple[float, float]:
-    """Return the factor at which `wanted` is expected, and how fast the sum rises there with the factor's logarithm.
-
-    `now` is what the donors' sum really is: what is expected at a factor of 1 is off by as much elsewhere, in
-    proportion below 1 and by the same amount above. `unit` is one count's worth.
-    """
+    """Return the factor at which `wanted` is expected, and how fast the sum rises there with the factor's logarithm."""
     at_one = expected_sum(law, tally, typical, 1.0)
     if law.real:
         wanted = wanted * at_one / now if wanted < now else wanted + at_one - now
@@ -202,25 +160,13 @@ _NEVER = np.int64(-1)
 
 
 class Search(NamedTuple):
-    """Room to search in: what is known of each cell at the ends of the bracket and at the factor tried last.
+    """Room to search in: what is known of each cell at the ends of the bracket and at the factor tried last."""
 
-    Attributes
-    ----------
-    low, high
-        (n,) counts at the bracket's ends, -1 where it has no upper end yet.
-    now
-        (n,) counts at the factor tried last.
-    value
-        (n,) their log1p(normalised).
-    cells
-        (n,) the cells that are not settled come first.
-    """
-
-    low: Any
+    low: Any  # (n,) counts at the bracket's ends, -1 where it has no upper end yet
     high: Any
-    now: Any
-    value: Any
-    cells: Any
+    now: Any  # (n,) counts at the factor tried last
+    value: Any  # (n,) their log1p(normalised)
+    cells: Any  # (n,) the cells that are not settled come first
 
 
 @compiled
@@ -290,25 +236,7 @@ def _settle(law: Law, gene: Any, search: Any, number: int, is_low: bool, top: fl
 def solve(
     law: Law, gene: Any, search: Any, now: float, wanted: float, unit: float, start: tuple[float, float], enough: float
 ) -> tuple[float, bool]:
-    """Return the factor at which the sum of log1p(normalised) is nearest to `wanted`.
-
-    Parameters
-    ----------
-    law, gene, search
-        The gene, and room.
-    now
-        The donors' own sum; of no account where counts are drawn from the fit.
-    wanted, unit
-        The sum to meet, and one count's worth of it.
-    start
-        The factor to begin with, and how fast the sum rises there with the logarithm of the factor.
-    enough
-        How near the sum must come, in standard errors of it, or half a unit.
-
-    Returns
-    -------
-    The factor, and whether ``search.now`` holds the counts at it.
-    """
+    """Return the factor at which the sum of log1p(normalised) is nearest to `wanted`."""
     if law.real and abs(wanted - now) <= 0.5 * unit:
         return 1.0, False
     if wanted <= 0.0:
@@ -376,19 +304,7 @@ _MOST_CLASSES = 8
 
 @compiled
 def expect_totals(band: Any, cells: Any, typical: Any, factors: Any, slopes: Any, totals: Any) -> None:
-    """Set each gene's factor, and add what is expected of each cell then to `totals`.
-
-    Parameters
-    ----------
-    band, cells
-        Of :mod:`pertcast.generate.cells.reweight`.
-    typical
-        Of :func:`pertcast.generate.cells.mean_solver.typical_cell`.
-    factors, slopes
-        (g,) and (g,), where the search among draws begins; written.
-    totals
-        (n,) added to.
-    """
+    """Set each gene's factor, and add what is expected of each cell then to `totals`."""
     batch, sizes, norm = cells
     num_cells, num_batches, unit = len(batch), len(band.share), mean_unit(norm)
     in_batch = np.zeros(num_batches, dtype=np.int64)

@@ -36,8 +36,6 @@ from pertcast.stats.counts import CountsFit
 from pertcast.stats.draws import uniform
 from pertcast.stats.groups import compiled
 
-__all__ = ["Donors", "reweight"]
-
 
 class Cells(NamedTuple):
     """What is known of every cell: its batch, its donor's counts in all, what a count is multiplied by before log1p."""
@@ -48,42 +46,25 @@ class Cells(NamedTuple):
 
 
 class Band(NamedTuple):
-    """The donors' counts and the fit of some genes, and where their draws stand in the stream.
+    """The donors' counts and the fit of some genes, and where their draws stand in the stream."""
 
-    Attributes
-    ----------
-    starts, rows, counts
-        Donors' counts by gene: those of gene number i are ``counts[starts[i]:starts[i + 1]]``.
-    share, shape, inflation
-        (B, g), (g,), (g,) the fit.
-    wanted
-        (g,) the pseudobulk to meet.
-    key, first_cell, first_gene, all_genes
-        The key of the draws, the number of the first cell, of the first gene, and of the genes of all bands.
-    real
-        Whether donors' own counts are re-weighted; otherwise all are drawn from the fit.
-    """
-
-    starts: Any
+    starts: Any  # Donors' counts by gene: those of gene number i are ``counts[starts[i]:starts[i + 1]]``
     rows: Any
     counts: Any
-    share: Any
+    share: Any  # (B, g), (g,), (g,) the fit
     shape: Any
     inflation: Any
-    wanted: Any
-    key: Any
+    wanted: Any  # (g,) the pseudobulk to meet
+    key: Any  # The key of the draws, the number of the first cell, of the first gene, and of the genes of all bands
     first_cell: Any
     first_gene: Any
     all_genes: Any
-    real: bool
+    real: bool  # Whether donors' own counts are re-weighted; otherwise all are drawn from the fit
 
 
 @compiled
 def make(band: Any, cells: Any, factors: Any, slopes: Any, enough: float) -> tuple[Any, Any, Any]:
-    """Return the new counts of a band (starts, rows, values), rows ascending within a gene.
-
-    Factors are solved for, as near as `enough` says, beginning with `factors`, which change in place.
-    """
+    """Return the new counts of a band (starts, rows, values), rows ascending within a gene."""
     norm = cells.norm
     num_genes, num_cells, unit = len(band.starts) - 1, len(norm), mean_unit(norm)
     search = new_search(num_cells)
@@ -168,21 +149,11 @@ _LEAST_RISE = 0.2
 
 @dataclass(frozen=True)
 class Donors:
-    """Control cells that new cells are made of.
+    """Control cells that new cells are made of."""
 
-    Attributes
-    ----------
-    counts
-        (n, G) whole counts, CSR.
-    batch
-        (n,) int64, the batch of each in the fit.
-    target_sum
-        What cells are normalised to before log1p.
-    """
-
-    counts: sparse.csr_matrix
-    batch: NDArray[np.int64]
-    target_sum: float
+    counts: sparse.csr_matrix  # (n, G) whole counts, CSR
+    batch: NDArray[np.int64]  # (n,) int64, the batch of each in the fit
+    target_sum: float  # What cells are normalised to before log1p
 
     @property
     def sizes(self) -> Float:
@@ -200,32 +171,7 @@ def reweight(
     median_umi: float | None = None,
     from_fit: bool = False,
 ) -> sparse.csr_matrix:
-    """Return as many new cells as there are donors, whole counts (n, G) float32.
-
-    Parameters
-    ----------
-    donors
-        Control cells, one for each new cell.
-    mean_log1p
-        (G,) the pseudobulk to meet: the mean over cells of log1p(count * target_sum / total).
-    fit
-        How counts of such cells vary.
-    key
-        Of :func:`pertcast.stats.draws.uniform_key`; equal keys and donors give equal cells.
-    first_cell
-        How many cells of this key were made before these.
-    median_umi
-        The median total that the new cells should have, at which the mean is met; it holds also where no cells of that
-        depth have the mean. ``None`` keeps the donors' depth, as far as the effect leaves it.
-    from_fit
-        Draw counts from the fit alone, with the donors' totals and batches; their own counts are not used then, and
-        genes do not vary together.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit, or a mean is negative or not finite.
-    """
+    """Return as many new cells as there are donors, whole counts (n, G) float32."""
     counts, sizes = donors.counts, donors.sizes
     wanted = np.asarray(mean_log1p, dtype=np.float64)
     if wanted.shape != (counts.shape[1],) or not (np.isfinite(wanted).all() and (wanted >= 0).all()):

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from pertcast.stats.groups import compiled
 
-__all__ = ["shift", "shift_sparing_zeros"]
-
 SEEN_OFTEN = 0.5
 """Zeros stay where fewer than this share of the control cells show a gene."""
 MOST_SCALED = 2.0
@@ -25,17 +23,6 @@ def shift(
 ) -> NDArray[np.float32]:
     """Return the predicted mean with each control cell's residual on it, cut off at 0, (n, G).
 
-    Parameters
-    ----------
-    donors_log1p
-        (n, G) control cells, one for each new cell.
-    mean_log1p
-        (G,) the predicted mean; where cells are cut off at 0, theirs is above it.
-    spread
-        What residuals are multiplied by; 1 keeps the controls' variance.
-
-    Examples
-    --------
     >>> shift(np.array([[0.0], [2.0]], dtype=np.float32), np.array([0.5])).tolist()
     [[0.0], [1.5]]
     """
@@ -47,11 +34,6 @@ def shift_sparing_zeros(
 ) -> NDArray[np.float32]:
     """Return the same, but zeros stay where a gene is rarely seen: its other values are scaled to the predicted mean.
 
-    Where that would take more than `MOST_SCALED` times a value, further cells show the gene, as many as the mean needs,
-    each at the mean of those that do. A gene that no control cell shows stays 0.
-
-    Examples
-    --------
     >>> donors = np.array([[0.0], [0.0], [2.0]], dtype=np.float32)
     >>> shift_sparing_zeros(donors, np.array([1.0])).tolist()
     [[0.0], [0.0], [3.0]]

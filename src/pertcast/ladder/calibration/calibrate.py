@@ -25,8 +25,6 @@ from pertcast.models.run_folder import WEIGHTS, open_run
 from pertcast.progress import SILENT, Progress
 from pertcast.stats.metrics import BEST, overall
 
-__all__ = ["calibrate"]
-
 AMPLITUDES = (0.0, 0.25, 0.5, 0.75, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 SLOPES = (-0.5, -0.25, 0.25, 0.5)
 SPREADS = (0.6, 0.8, 1.2, 1.4)
@@ -52,41 +50,7 @@ def calibrate(
     fold_steps: int | None = None,
     progress: Progress = SILENT,
 ) -> Path:
-    """Choose amplitude and spread of a run's effects on held-out targets, and keep them in the run.
-
-    The amplitude of all effects is looked for first; then how a target's own amplitude goes with the size of its
-    predicted effect (the slope, shrunk by how sure it is); then, where cells are made by ``shift`` or ``sparse``, the
-    spread. Each is scored by the overall of the official metrics of season 2025, relative to copies of control cells;
-    its standard error is the jackknife's over targets. The amplitude is the nearest to 1 that the best does not beat by
-    more than a standard error.
-
-    Parameters
-    ----------
-    run_path
-        A run that was trained here.
-    store_path
-        Where its store lies, if it has moved.
-    overrides
-        ``section.key=value`` on top of the run's experiment: ``generate.cells=sparse``.
-    folds
-        0: the run's own validation targets. K: train K networks anew, each without a K-th of the training targets,
-        beside the run in ``RUN_folds``, and choose on those.
-    fold_steps
-        Steps of each of them; default: as many as the run was to take.
-    progress
-        Where everything is told.
-
-    Returns
-    -------
-    Path of ``calibration.json`` in the run.
-
-    Raises
-    ------
-    DataError
-        If there are too few held-out targets.
-    CheckpointError
-        If the run was imported, or its store is not the one it was trained on.
-    """
+    """Choose amplitude and spread of a run's effects on held-out targets, and keep them in the run."""
     run = open_run(run_path)
     if not run.store_fingerprint:
         raise CheckpointError(

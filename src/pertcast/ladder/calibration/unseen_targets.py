@@ -33,25 +33,11 @@ from pertcast.stats.draws import generator
 from pertcast.stats.groups import CellGroups, group_cells
 from pertcast.train import train
 
-__all__ = ["UnseenTargets", "refit", "unseen_targets"]
-
 
 def refit(
     run_path: Path, store_path: Path, *, folds: int, steps: int | None, progress: Progress
 ) -> list[tuple[Path, Path]]:
-    """Train a network for each fold, beside the run; what is trained already is left as it is.
-
-    Returns
-    -------
-    The folds' runs, each with its store.
-
-    Raises
-    ------
-    ConfigError
-        If there are fewer training targets than folds, or fewer than two folds.
-    CheckpointError
-        If the run was adapted from another.
-    """
+    """Train a network for each fold, beside the run; what is trained already is left as it is."""
     run, store = open_run(run_path), Store.open(store_path)
     if "num_learning" in run.metrics:
         raise CheckpointError(
@@ -108,35 +94,17 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class UnseenTargets:
-    """The held-out targets of one dataset and context of a run.
+    """The held-out targets of one dataset and context of a run."""
 
-    Attributes
-    ----------
-    store, config, output_genes
-        Where control cells are read from, how cells are made, and which genes are predicted.
-    context
-        Its name.
-    parts
-        One for each target, sorted.
-    rows
-        (B, S) control cells of each.
-    predicted
-        (B, S, O) log1p of each, as the network gives them.
-    controls
-        Rows of control cells that cells may be made from.
-    truth
-        The real cells.
-    """
-
-    store: Store
+    store: Store  # Where control cells are read from, how cells are made, and which genes are predicted
     config: GenerateConfig
     output_genes: NDArray[np.int64]
-    context: str
-    parts: tuple[Part, ...]
-    rows: tuple[Rows, ...]
-    predicted: tuple[NDArray[np.float32], ...]
-    controls: Rows
-    truth: Side
+    context: str  # Its name
+    parts: tuple[Part, ...]  # One for each target, sorted
+    rows: tuple[Rows, ...]  # (B, S) control cells of each
+    predicted: tuple[NDArray[np.float32], ...]  # (B, S, O) log1p of each, as the network gives them
+    controls: Rows  # Rows of control cells that cells may be made from
+    truth: Side  # The real cells
 
     def sizes(self) -> list[float]:
         """Return the size of each target's predicted effect."""
@@ -146,15 +114,7 @@ class UnseenTargets:
         ]
 
     def scores(self, amplitudes: Mapping[str, float], *, spread: float) -> list[dict[str, float]]:
-        """Return the official metrics of each target, with its effect scaled.
-
-        Parameters
-        ----------
-        amplitudes
-            Target → amplitude.
-        spread
-            As ``generate.spread``.
-        """
+        """Return the official metrics of each target, with its effect scaled."""
         maker = CellMaker(self.store, self.config.model_copy(update={"spread": spread}))
         blocks, codes = [], []
         for code, (part, rows_BS, cells_BSO) in enumerate(zip(self.parts, self.rows, self.predicted, strict=True)):
@@ -190,19 +150,7 @@ class UnseenTargets:
 
 
 def unseen_targets(run: Run, store: Store, experiment: Experiment, *, progress: Progress) -> list[UnseenTargets]:
-    """Predict the validation targets of a run, screen by screen: targets that no cell of their screen trained.
-
-    Of very many targets, cells and controls some are drawn, keyed by ``generate.seed``.
-
-    Parameters
-    ----------
-    run, store
-        The run, and what it was trained on.
-    experiment
-        Its ``[generate]`` says how cells are made; they are scored in log1p.
-    progress
-        Where targets are counted.
-    """
+    """Predict the validation targets of a run, screen by screen: targets that no cell of their screen trained."""
     config = experiment.generate.model_copy(update={"scale": "log1p", "calibrated": False})
     predictor = make_predictor(run, store, open_features(run.path / "features"))
     chosen = [(screen, perts) for screen in range(len(store.screens)) if (perts := _targets(store, screen))]
@@ -252,10 +200,7 @@ def unseen_targets(run: Run, store: Store, experiment: Experiment, *, progress: 
 
 
 def _targets(store: Store, screen: int) -> list[int]:
-    """Return codes of the targets of a screen that only validate, sorted by name, at most 48.
-
-    A target that any dataset of the same context trains or tests on is none.
-    """
+    """Return codes of the targets of a screen that only validate, sorted by name, at most 48."""
     context = store.screens[screen].context
     forbidden = np.unique(store.pert_codes[store.rows(split=Split.TRAIN | Split.TEST, context=context)])
     validating = np.unique(store.pert_codes[store.screen_rows(screen, split=Split.VAL)])

@@ -16,33 +16,21 @@ from pertcast.files.artefacts import MANIFEST, read_manifest
 from pertcast.ladder.ledger.scores import METRICS
 from pertcast.ladder.ledger.submissions import Submission, find_artefacts, read_submissions, shortened
 
-__all__ = ["Change", "Ledger", "TradeOff", "compare_scores", "difference", "find_submission", "read_ledger"]
-
 
 class Change(NamedTuple):
-    """How a metric moved.
+    """How a metric moved."""
 
-    Attributes
-    ----------
-    before, now
-        The two scores.
-    improvement
-        The difference, above 0 where `now` is better; ``None`` where the metric's direction is not known.
-    relative
-        `improvement` over the size of `before`; ``None`` where that is 0 or the direction is not known.
-    """
-
-    before: float
+    before: float  # The two scores
     now: float
+    # The difference, above 0 where `now` is better; ``None`` where the metric's direction is not known
     improvement: float | None
+    # `improvement` over the size of `before`; ``None`` where that is 0 or the direction is not known
     relative: float | None
 
 
 def compare_scores(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, Change]:
     """Return the change of each metric that both have.
 
-    Examples
-    --------
     >>> compare_scores({"mae": 0.25}, {"mae": 0.125})
     {'mae': Change(before=0.25, now=0.125, improvement=0.125, relative=0.5)}
     """
@@ -58,8 +46,6 @@ def compare_scores(before: Mapping[str, float], now: Mapping[str, float]) -> dic
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return dotted key → the two values, of every key whose values differ; ``None`` where one has none.
 
-    Examples
-    --------
     >>> difference({"loss": {"mae": 0.0, "de": 0.0}}, {"loss": {"mae": 1.0, "de": 0.0}})
     {'loss.mae': (0.0, 1.0)}
     """
@@ -82,22 +68,13 @@ _STAMPS = ("season", "partition", "panel_id", "anchor_version")
 
 @dataclass(frozen=True)
 class TradeOff:
-    """Two scored submissions, one after the other: what was changed, and what moved.
+    """Two scored submissions, one after the other: what was changed, and what moved."""
 
-    Attributes
-    ----------
-    before, now
-        Their numbers in the ledger.
-    changed
-        Dotted key → the two values; ``None`` where a configuration is not known.
-    moved
-        Metric → its change.
-    """
-
-    before: int
+    before: int  # Their numbers in the ledger
     now: int
+    # Dotted key → the two values; ``None`` where a configuration is not known
     changed: dict[str, tuple[Any, Any]] | None
-    moved: dict[str, Change]
+    moved: dict[str, Change]  # Metric → its change
 
 
 @dataclass(frozen=True)
@@ -254,13 +231,7 @@ def read_ledger(places: Sequence[Path], *, depth: int = 8) -> Ledger:
 
 
 def find_submission(place: Path) -> Submission:
-    """Return the one submission that is meant by an archive, the folder of a whole run, or the run's own folder.
-
-    Raises
-    ------
-    DataError
-        If there is none, or more than one.
-    """
+    """Return the one submission that is meant by an archive, the folder of a whole run, or the run's own folder."""
     weights = _weights_of_run(place)
     where = shortened(place.absolute().parent) if weights else place
     current = [item for item in read_ledger([where]).submissions if item.state != "replaced"]

@@ -17,8 +17,6 @@ from typing import Any, Literal, NamedTuple
 from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.artefacts import locked, read_json, write_json
 
-__all__ = ["METRICS", "Metric", "Record", "read_records", "read_status", "record_scores", "scores_path"]
-
 Source = Literal["typed", "vcc status", "pertcast score"]
 
 
@@ -52,34 +50,19 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Record:
-    """Scores of one archive, as they came.
+    """Scores of one archive, as they came."""
 
-    Attributes
-    ----------
-    archive_sha256
-        The content that was scored.
-    metrics
-        Name (of :data:`METRICS`) → value.
-    recorded_at
-        UTC.
-    source
-        Typed in, read from ``vcc status --json``, or from ``pertcast score --json`` of held-out cells.
-    entry, note
-        The site's name of the submission, and what the user wrote.
-    about
-        What else came with the scores: rank, partition, panel, anchor set.
-    submission
-        What the archive was made by when this was recorded (``packed_at``, ``season``, ``origin``), so that the scores
-        still say so when the archive has been replaced.
-    """
-
-    archive_sha256: str
-    metrics: dict[str, float]
-    recorded_at: str
+    archive_sha256: str  # The content that was scored
+    metrics: dict[str, float]  # Name (of :data:`METRICS`) → value
+    recorded_at: str  # UTC
+    # Typed in, read from ``vcc status --json``, or from ``pertcast score --json`` of held-out cells
     source: Source = "typed"
-    entry: str | None = None
+    entry: str | None = None  # The site's name of the submission, and what the user wrote
     note: str | None = None
+    # What else came with the scores: rank, partition, panel, anchor set
     about: dict[str, Any] = field(default_factory=dict)
+    # What the archive was made by when this was recorded (``packed_at``, ``season``, ``origin``), so that the
+    # scores still say so when the archive has been replaced
     submission: dict[str, Any] = field(default_factory=dict)
 
     def repeats(self, other: Record) -> bool:
@@ -100,13 +83,7 @@ def scores_path(archive: Path) -> Path:
 
 
 def read_records(archive: Path) -> tuple[Record, ...]:
-    """Return what was recorded beside an archive, oldest first; nothing where nothing was.
-
-    Raises
-    ------
-    DataError
-        If the file cannot be read; it is left alone.
-    """
+    """Return what was recorded beside an archive, oldest first; nothing where nothing was."""
     path = scores_path(archive)
     if not path.is_file():
         return ()
@@ -122,17 +99,7 @@ def _ordered(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def record_scores(archive: Path, record: Record) -> tuple[Path, bool]:
-    """Append a record to those of an archive, unless the last one says the same.
-
-    Returns
-    -------
-    The file, and whether it was added.
-
-    Raises
-    ------
-    DataError
-        If there are no scores in it, one is no number, or the file beside the archive cannot be read.
-    """
+    """Append a record to those of an archive, unless the last one says the same."""
     wrong = [f"{name} = {value}" for name, value in record.metrics.items() if not math.isfinite(value)]
     if wrong or not record.metrics:
         what = f"expected numbers, got {', '.join(wrong)}" if wrong else "there is no score to record"
@@ -166,20 +133,6 @@ class StatusScores(NamedTuple):
 def read_status(text: str, *, place: str) -> StatusScores:
     """Return the scores in the JSON of ``vcc status --json`` or ``pertcast score --json``.
 
-    Parameters
-    ----------
-    text
-        What the command printed.
-    place
-        Where it is from, for messages.
-
-    Raises
-    ------
-    DataError
-        If it is neither, or has no scores (yet).
-
-    Examples
-    --------
     >>> found = read_status('{"entry_id": "e1", "status": "published", "score_avg": 0.1, "rank": 7}', place="-")
     >>> found.metrics, found.entry, found.about["rank"]
     ({'overall': 0.1}, 'e1', 7)

@@ -14,8 +14,6 @@ from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.artefacts import MANIFEST, Manifest, Origin, hash_file, manifest_path, read_manifest
 from pertcast.ladder.ledger.scores import Record, read_records
 
-__all__ = ["Found", "Submission", "find_artefacts", "read_submissions", "shortened"]
-
 ARCHIVE = ".vcc"
 _BESIDE = f".{MANIFEST}"
 _MAX_DEPTH = 8
@@ -24,17 +22,11 @@ _PASSED_OVER = frozenset({"node_modules", "__pycache__"})
 
 @dataclass(frozen=True)
 class Found:
-    """What lies under some folders.
+    """What lies under some folders."""
 
-    Attributes
-    ----------
-    archives
-        Paths of archives, those too of which the manifest or the scores alone are left; sorted.
-    manifests
-        Kind (``prediction``, ``parts``, ``run``) → artefact and its manifest.
-    """
-
+    # Paths of archives, those too of which the manifest or the scores alone are left; sorted
     archives: tuple[Path, ...]
+    # Kind (``prediction``, ``parts``, ``run``) → artefact and its manifest
     manifests: dict[str, list[tuple[Path, Manifest]]] = field(default_factory=dict)
 
     def by_file(self, kind: str, sha256: str) -> tuple[Path, Manifest] | None:
@@ -44,20 +36,7 @@ class Found:
 
 
 def find_artefacts(places: Sequence[Path], *, depth: int = _MAX_DEPTH) -> Found:
-    """Return what lies under some folders; an archive may be named itself.
-
-    Parameters
-    ----------
-    places
-        Folders, or archives.
-    depth
-        How many levels of folders to enter.
-
-    Raises
-    ------
-    DataError
-        With every place that is not there.
-    """
+    """Return what lies under some folders; an archive may be named itself."""
     missing = [place for place in places if not place.exists()]
     if missing:
         problems = [Problem(str(place), "no such file or folder", "give a folder or a .vcc file") for place in missing]
@@ -121,41 +100,23 @@ _WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True)
 class Submission:
-    """One packed submission.
+    """One packed submission."""
 
-    Attributes
-    ----------
-    archive
-        The ``.vcc``.
-    sha256
-        Of its content; empty where neither the archive nor its manifest is there.
-    packed_at
-        UTC, the archive's time on disk; manifests hold no times, so that equal inputs give equal bytes.
-    season
-        Empty where no manifest says it.
-    origin
-        Checkpoint and configuration; ``None`` where they cannot be found (packed by another program).
-    run, run_is_there
-        The run's folder, found by the hash of its weights or as it was recorded, and whether it is there with them.
-    records
-        Scores of this content, oldest first.
-    state
-        ``packed``; ``removed`` where the archive is gone and its manifest stays; ``replaced`` where only the scores
-        of this content are left, since something else was packed under its name.
-    inputs
-        Name → hash of what was packed: prediction, genes, targets.
-    """
-
-    archive: Path
-    sha256: str
-    packed_at: str
-    season: str
+    archive: Path  # The ``.vcc``
+    sha256: str  # Of its content; empty where neither the archive nor its manifest is there
+    packed_at: str  # UTC, the archive's time on disk; manifests hold no times, so that equal inputs give equal bytes
+    season: str  # Empty where no manifest says it
+    # Checkpoint and configuration; ``None`` where they cannot be found (packed by another program)
     origin: Origin | None
+    # The run's folder, found by the hash of its weights or as it was recorded, and whether it is there with
+    # them
     run: Path | None = None
     run_is_there: bool = False
-    records: tuple[Record, ...] = ()
+    records: tuple[Record, ...] = ()  # Scores of this content, oldest first
+    # ``packed``; ``removed`` where the archive is gone and its manifest stays; ``replaced`` where only the
+    # scores of this content are left, since something else was packed under its name
     state: str = "packed"
-    inputs: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)  # Name → hash of what was packed: prediction, genes, targets
 
     @property
     def kind(self) -> str | None:

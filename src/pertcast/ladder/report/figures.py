@@ -13,8 +13,6 @@ from pertcast.ladder.report.measure import Agreement, Group
 from pertcast.stats.de import FDR, DeTable
 from pertcast.stats.draws import generator
 
-__all__ = ["Figure", "Table", "curves", "effect_sizes", "heatmap", "number", "plane", "volcano"]
-
 GREY, ORANGE, SKY, GREEN = "#8a8a8a", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 MEASURED = {"training": (BLUE, "circle"), "held out": (GREEN, "square"), "real": (PURPLE, "diamond")}
@@ -30,43 +28,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure and what says the same in words.
+    """A figure and what says the same in words."""
 
-    Attributes
-    ----------
-    name
-        Its id in the page.
-    title, caption
-        What stands over and under it.
-    alternative
-        What is said of it where it is not seen.
-    data, layout
-        plotly's.
-    table
-        Its numbers, if they are few enough.
-    choices
-        Name → the data that take the place of `data` when the name is chosen from a list; a whole number stands for
-        the trace of `data` at that place.
-    height
-        In pixels.
-    """
-
-    name: str
-    title: str
+    name: str  # Its id in the page
+    title: str  # What stands over and under it
     caption: str
-    alternative: str
-    data: list[dict[str, Any]]
+    alternative: str  # What is said of it where it is not seen
+    data: list[dict[str, Any]]  # plotly's
     layout: dict[str, Any]
-    table: Table | None = None
+    table: Table | None = None  # Its numbers, if they are few enough
+    # Name → the data that take the place of `data` when the name is chosen from a list; a whole number stands
+    # for the trace of `data` at that place
     choices: dict[str, list[dict[str, Any] | int]] = field(default_factory=dict)
-    height: int = 340
+    height: int = 340  # In pixels
 
 
 def number(value: float, digits: int = 3) -> str:
     """Return a number as text, a dash where it is none.
 
-    Examples
-    --------
     >>> number(0.12345), number(float("nan")), number(12345.0)
     ('0.123', '–', '1.23e+04')
     """
@@ -199,15 +178,7 @@ def _agreement_row(name: str, row: Agreement) -> tuple[str, ...]:
 
 
 def plane(shares: NDArray[np.float64], points: Mapping[str, tuple[NDArray[np.float64], Sequence[str]]]) -> Figure:
-    """Return cells on two principal components.
-
-    Parameters
-    ----------
-    shares
-        (2,) shares of the variance.
-    points
-        Name of a layer → (n, 2) coordinates and the label of each cell; ``controls`` are always shown.
-    """
+    """Return cells on two principal components."""
     looks = {"controls": (GREY, "circle-open", 0.7), "predicted": (ORANGE, "triangle-up", 0.75)}
     looks |= {name: (colour, symbol, 0.75) for name, (colour, symbol) in MEASURED.items()}
 
@@ -299,19 +270,7 @@ def heatmap(
 
 
 def volcano(name: str, tables: Mapping[Group, DeTable], *, genes: Sequence[str], num_points: int) -> Figure:
-    """Return a volcano plot with a choice of targets.
-
-    Parameters
-    ----------
-    name
-        ``predicted`` or what was measured.
-    tables
-        Group → statistics of (1, genes); at least one group.
-    genes
-        Names.
-    num_points
-        Points of each target: the most significant genes, and others drawn with a seed.
-    """
+    """Return a volcano plot with a choice of targets."""
     drawn = {group.label: _volcano_points(group, table, genes, num_points) for group, table in tables.items()}
     rows = tuple(_volcano_row(group, table, genes) for group, table in tables.items())
     first = next(iter(drawn))

@@ -12,47 +12,25 @@ from pertcast.errors import CheckpointError, DataError
 from pertcast.files.artefacts import MANIFEST, Manifest, manifest_path, read_json, read_manifest
 from pertcast.ladder.ledger.submissions import Found, find_artefacts
 
-__all__ = ["Material", "gather"]
-
 _DEPTH = 2
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a report is made from; ``None`` or empty where it is not there.
+    """What a report is made from; ``None`` or empty where it is not there."""
 
-    Attributes
-    ----------
-    place
-        The folder that was asked for.
-    run, parts, prediction, store, archive
-        Paths of artefacts.
-    run_manifest
-        The run's manifest: configuration, step, metrics, notes, versions.
-    run_facts
-        ``run.json`` without its long lists.
-    metrics
-        The lines of ``metrics.jsonl``: ``kind``, ``step`` and each term.
-    plan
-        ``plan.json`` of the parts.
-    check
-        ``check.json``.
-    realism
-        ``realism.json`` beside the prediction.
-    """
-
-    place: Path
-    run: Path | None = None
+    place: Path  # The folder that was asked for
+    run: Path | None = None  # Paths of artefacts
     parts: Path | None = None
     prediction: Path | None = None
     store: Path | None = None
     archive: Path | None = None
-    run_manifest: Manifest | None = None
-    run_facts: dict[str, Any] = field(default_factory=dict)
-    metrics: tuple[dict[str, Any], ...] = ()
-    plan: dict[str, Any] | None = None
-    check: dict[str, Any] | None = None
-    realism: Any = None
+    run_manifest: Manifest | None = None  # The run's manifest: configuration, step, metrics, notes, versions
+    run_facts: dict[str, Any] = field(default_factory=dict)  # ``run.json`` without its long lists
+    metrics: tuple[dict[str, Any], ...] = ()  # The lines of ``metrics.jsonl``: ``kind``, ``step`` and each term
+    plan: dict[str, Any] | None = None  # ``plan.json`` of the parts
+    check: dict[str, Any] | None = None  # ``check.json``
+    realism: Any = None  # ``realism.json`` beside the prediction
 
     @property
     def experiment(self) -> dict[str, Any]:
@@ -61,13 +39,7 @@ class Material:
 
 
 def gather(place: Path) -> Material:
-    """Return what there is in a folder of ``pertcast run``, or around a run's folder.
-
-    Raises
-    ------
-    DataError
-        If there is neither a run nor a prediction.
-    """
+    """Return what there is in a folder of ``pertcast run``, or around a run's folder."""
     if place.is_file():
         place = place.parent
     if not place.is_dir():

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 from pertcast.ladder.report.figures import Figure, Table, number
 
-__all__ = ["Section", "as_script", "details", "facts", "figure", "paragraph", "plain", "section", "table", "unordered"]
-
 
 class Section(NamedTuple):
     """A part of the page: its id, its title, its HTML, and the figures in it."""

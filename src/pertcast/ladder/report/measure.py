@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from pertcast.data.store import Split, Store
+from pertcast.data.split import Split
+from pertcast.data.store import Store
 from pertcast.errors import DataError
 from pertcast.files.h5ad import open_h5ad
 from pertcast.files.resources import available_cpus
@@ -25,22 +26,6 @@ from pertcast.stats.de import DeTable, differential_expression
 from pertcast.stats.draws import generator
 from pertcast.stats.groups import group_cells
 from pertcast.stats.metrics import compare_effects, knockdown
-
-__all__ = [
-    "Agreement",
-    "Cells",
-    "Effects",
-    "Group",
-    "Limits",
-    "Plane",
-    "agreement",
-    "de_tables",
-    "effects",
-    "fit_plane",
-    "sample_h5ad",
-    "sample_store",
-    "with_controls",
-]
 
 _SEED = 0
 
@@ -72,31 +57,15 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """A sample of cells.
+    """A sample of cells."""
 
-    Attributes
-    ----------
-    title
-        What they are: ``predicted``, ``training``, ``held out``, ``real``.
-    genes
-        Names.
-    groups, contexts
-        What the codes mean.
-    log1p
-        (n, G) CSR float32.
-    codes
-        (n,) int64.
-    num_cells
-        (P,) cells of each group before sampling.
-    """
-
-    title: str
-    genes: tuple[str, ...]
-    groups: tuple[Group, ...]
+    title: str  # What they are: ``predicted``, ``training``, ``held out``, ``real``
+    genes: tuple[str, ...]  # Names
+    groups: tuple[Group, ...]  # What the codes mean
     contexts: tuple[str, ...]
-    log1p: sparse.csr_matrix
-    codes: NDArray[np.int64]
-    num_cells: tuple[int, ...]
+    log1p: sparse.csr_matrix  # (n, G) CSR float32
+    codes: NDArray[np.int64]  # (n,) int64
+    num_cells: tuple[int, ...]  # (P,) cells of each group before sampling
 
     def rows(self, code: int) -> NDArray[np.int64]:
         """Return the rows of a group or of controls."""
@@ -130,22 +99,7 @@ def sample_h5ad(
     limits: Limits = Limits(),  # noqa: B008 (a frozen record)
     progress: Progress = SILENT,
 ) -> Cells:
-    """Sample the cells of an h5ad file.
-
-    Parameters
-    ----------
-    path
-        Cells on either scale; counts are normalised to `target_sum`, else to the sample's median, then log1p.
-    season
-        Whose labels they bear.
-    title
-        What they are.
-
-    Raises
-    ------
-    DataError
-        If the file cannot be read, has no such labels, or its values are on no one scale.
-    """
+    """Sample the cells of an h5ad file."""
     with open_h5ad(path) as reader:
         labels = np.asarray(reader.obs(season.pert_column), dtype=object).astype(str)
         column = season.context_column
@@ -196,19 +150,7 @@ def sample_store(
     dataset: str | None = None,
     limits: Limits = Limits(),  # noqa: B008 (a frozen record)
 ) -> Cells | None:
-    """Sample those cells of a store that some groups have in some splits; ``None`` where there are none.
-
-    Parameters
-    ----------
-    store, groups, split, title
-        Which cells, and what they are.
-    within
-        The context of groups that name none; all contexts where not given.
-    dataset
-        The dataset whose cells are wanted; all datasets where not given.
-    limits
-        How many.
-    """
+    """Sample those cells of a store that some groups have in some splits; ``None`` where there are none."""
     contexts = {group.context: group.context or within for group in groups}
     codes_of = {
         name: store.contexts.index(there) if there else None
@@ -238,24 +180,12 @@ def sample_store(
 
 @dataclass(frozen=True, eq=False)
 class Effects:
-    """Mean effects of groups.
+    """Mean effects of groups."""
 
-    Attributes
-    ----------
-    cells
-        What they are of.
-    effect
-        (P, G) mean log1p less the mean of the context's controls.
-    noise
-        (P,) the size (L2 norm) that sampling alone gives to an effect of so many cells.
-    left
-        (P,) the share of the target's own gene that is left; NaN where it is not measured.
-    """
-
-    cells: Cells
-    effect: NDArray[np.float64]
-    noise: NDArray[np.float64]
-    left: NDArray[np.float64]
+    cells: Cells  # What they are of
+    effect: NDArray[np.float64]  # (P, G) mean log1p less the mean of the context's controls
+    noise: NDArray[np.float64]  # (P,) the size (L2 norm) that sampling alone gives to an effect of so many cells
+    left: NDArray[np.float64]  # (P,) the share of the target's own gene that is left; NaN where it is not measured
 
     def of(self, group: Group) -> int | None:
         """Return the position of a group."""
@@ -373,15 +303,7 @@ def de_tables(cells: Cells) -> dict[Group, DeTable]:
 
 
 def fit_plane(cells: Cells, genes: NDArray[np.int64] | None = None, *, num_cells: int = 1_500) -> Plane | None:
-    """Return the first two principal components of cells; ``None`` where there are fewer than three.
-
-    Parameters
-    ----------
-    cells
-        Training cells; at most `num_cells` of them, drawn with a seed, are used.
-    genes
-        Positions of the genes to use; all where not given.
-    """
+    """Return the first two principal components of cells; ``None`` where there are fewer than three."""
     rows = np.arange(cells.log1p.shape[0])
     if len(rows) > num_cells:
         rows = np.sort(generator(0, "report", "plane").choice(rows, num_cells, replace=False))

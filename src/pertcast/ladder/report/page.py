@@ -15,8 +15,6 @@ from pertcast.ladder.report.html import Section, as_script
 from pertcast.ladder.report.sections import cell_sections, realism
 from pertcast.progress import SILENT, Progress
 
-__all__ = ["write_report"]
-
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
@@ -30,17 +28,7 @@ def _plotly() -> str:
 
 
 def render(title: str, sections: Sequence[Section], *, colophon: str) -> str:
-    """Return the page.
-
-    Parameters
-    ----------
-    title
-        What it is about.
-    sections
-        Its parts, in order.
-    colophon
-        What made it.
-    """
+    """Return the page."""
     drawn = {
         figure.name: {"data": figure.data, "layout": figure.layout, "choices": figure.choices}
         for part in sections

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from pertcast import __version__
 from pertcast.config import rung_of
-from pertcast.data.store import Split, Store
+from pertcast.data.split import Split
+from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, DataError
 from pertcast.files.artefacts import read_manifest
 from pertcast.ladder.ledger import METRICS, Change, Ledger
@@ -37,8 +38,6 @@ from pertcast.progress import Progress
 from pertcast.seasons import Season, season
 from pertcast.stats.de import FDR, DeTable
 from pertcast.stats.draws import generator
-
-__all__ = ["cell_sections", "realism"]
 
 
 def run_in_numbers(material: Material) -> Section:

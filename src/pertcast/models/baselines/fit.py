@@ -26,8 +26,6 @@ from pertcast.models.baselines.predict import (
     predict_effects,
 )
 
-__all__ = ["BANDWIDTHS", "NEIGHBOURS", "PENALTIES", "SHARINGS", "Fit", "examples_of", "fit_baseline"]
-
 PENALTIES: tuple[float, ...] = tuple(float(f"{10 ** (power / 2):.6g}") for power in range(8, -7, -1))
 """From 10,000, which leaves the mean effect, to 0.001."""
 BANDWIDTHS = (0.5, 1.0, 2.0)
@@ -38,18 +36,10 @@ _TINY = 1e-9
 
 
 class Fit(NamedTuple):
-    """A baseline, and what it predicts for each example when that one is left out.
+    """A baseline, and what it predicts for each example when that one is left out."""
 
-    Attributes
-    ----------
-    baseline
-        Fitted on all examples.
-    left_out_NG
-        float32.
-    """
-
-    baseline: Baseline
-    left_out_NG: NDArray[np.float32]
+    baseline: Baseline  # Fitted on all examples
+    left_out_NG: NDArray[np.float32]  # float32
 
 
 class _Smoother(NamedTuple):
@@ -68,37 +58,6 @@ class _Smoother(NamedTuple):
 def fit_baseline(kind: BaselineKind, examples: Examples, *, set_size: int = 1) -> Fit:
     """Fit a baseline.
 
-    The mean effect of a context is the mean over its examples, each perturbation weighing the same; that of a context
-    without examples is the mean over the other contexts' means. Ridge and kernel ridge leave the means of contexts
-    free and penalise the rest; penalty, bandwidth and the sharing between contexts (see
-    :mod:`pertcast.models.baselines.predict`) are those of the smallest squared error of left-out effects, which
-    ``(K + penalty)^-1`` gives in closed form. With one context there is nothing to keep apart, so sharing is 1.
-    The number of neighbours is chosen likewise. Of equal errors the stronger restraint wins.
-
-    An effect may be NaN for genes that were not measured. Genes measured by the same examples are fitted together, on
-    these examples alone; the choices are made over all genes. A gene that no example measured gets no effect.
-
-    Parameters
-    ----------
-    kind
-        Which baseline.
-    examples
-        Effects and features of the training split alone.
-    set_size
-        Kept in the specification.
-
-    Raises
-    ------
-    ValueError
-        If there are no examples, or shapes do not fit.
-
-    References
-    ----------
-    Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, sections 2.7 (free means) and 5.4.2
-    (leave-one-out).
-
-    Examples
-    --------
     >>> examples = Examples(np.zeros(3, np.int64), np.eye(3), np.array([[1.0], [2.0], [6.0]]), 1)
     >>> fit = fit_baseline("mean", examples)
     >>> fit.left_out_NG.ravel().tolist()
@@ -322,12 +281,6 @@ def _left_out_neighbours(examples: Examples, choice: Choice) -> Array:
 def examples_of(baseline: Baseline) -> Examples:
     """Return examples on which the same baseline comes out, but for rounding.
 
-    Ridge and kernel ridge: ``effect = (K + penalty) weight + mean of the context``; nearest neighbours: ``weight +
-    mean``. A mean effect keeps no examples: one for each context, of the context's mean, stands for them. Contexts
-    without examples, whose mean is that of all, have none here either.
-
-    Examples
-    --------
     >>> from pertcast.models.baselines.fit import fit_baseline
     >>> given = Examples(np.zeros(2, np.int64), np.eye(2), np.array([[1.0], [3.0]]), 1)
     >>> examples_of(fit_baseline("mean", given).baseline).effect_NG.tolist()

@@ -26,99 +26,42 @@ from safetensors.numpy import load_file, save_file
 from pertcast.errors import CheckpointError
 from pertcast.files.artefacts import atomic_file, read_json, write_json
 
-__all__ = [
-    "Baseline",
-    "BaselineKind",
-    "BaselineSpec",
-    "Choice",
-    "Examples",
-    "arrays_of",
-    "distances",
-    "kernel",
-    "neighbour_weights",
-    "open_arrays",
-    "open_baseline",
-    "predict_effects",
-    "read_spec",
-    "save_baseline",
-]
-
 BaselineKind = Literal["control", "mean", "ridge", "kernel_ridge", "knn"]
 Array = NDArray[np.float64]
 _NEAREST = 1e-3
 
 
 class Examples(NamedTuple):
-    """What a baseline is fitted on: the effects of training perturbations.
+    """What a baseline is fitted on: the effects of training perturbations."""
 
-    Attributes
-    ----------
-    context_N
-        int64 codes below `num_contexts`.
-    feature_NF
-        Features of the perturbations.
-    effect_NG
-        Differences of mean log1p values.
-    num_contexts
-        C; contexts without an example are allowed.
-    """
-
-    context_N: NDArray[np.int64]
-    feature_NF: NDArray[np.floating]
-    effect_NG: NDArray[np.floating]
-    num_contexts: int
+    context_N: NDArray[np.int64]  # int64 codes below `num_contexts`
+    feature_NF: NDArray[np.floating]  # Features of the perturbations
+    effect_NG: NDArray[np.floating]  # Differences of mean log1p values
+    num_contexts: int  # C; contexts without an example are allowed
 
 
 class Choice(NamedTuple):
-    """What was chosen by leave-one-out on the examples; what a kind has no use for is 0.
+    """What was chosen by leave-one-out on the examples; what a kind has no use for is 0."""
 
-    Attributes
-    ----------
-    penalty
-        Added to the kernel's diagonal, which is about 1.
-    bandwidth
-        Of the Gaussian kernel, in units of the features.
-    scale
-        What the products of features are divided by: their mean square over the examples.
-    neighbours
-        How many neighbours.
-    sharing
-        The similarity of two contexts.
-    error
-        The mean squared error of the left-out effects, over examples and genes.
-    """
-
-    penalty: float = 0.0
-    bandwidth: float = 0.0
-    scale: float = 0.0
-    neighbours: int = 0
-    sharing: float = 0.0
-    error: float = 0.0
+    penalty: float = 0.0  # Added to the kernel's diagonal, which is about 1
+    bandwidth: float = 0.0  # Of the Gaussian kernel, in units of the features
+    scale: float = 0.0  # What the products of features are divided by: their mean square over the examples
+    neighbours: int = 0  # How many neighbours
+    sharing: float = 0.0  # The similarity of two contexts
+    error: float = 0.0  # The mean squared error of the left-out effects, over examples and genes
 
 
 @dataclass(frozen=True)
 class BaselineSpec:
-    """Everything that decides the shapes of a baseline and what it computes; JSON-able.
+    """Everything that decides the shapes of a baseline and what it computes; JSON-able."""
 
-    Attributes
-    ----------
-    kind
-        Which baseline.
-    num_genes, pert_dim, num_contexts, num_examples
-        G, F, C and N.
-    set_size
-        How many control cells make a set in generation.
-    choice
-        What leave-one-out chose.
-    """
-
-    kind: BaselineKind
-    num_genes: int
+    kind: BaselineKind  # Which baseline
+    num_genes: int  # G, F, C and N
     pert_dim: int
     num_contexts: int
     num_examples: int
-    set_size: int
-    choice: Choice
+    set_size: int  # How many control cells make a set in generation
+    choice: Choice  # What leave-one-out chose
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON values, choices by name."""
@@ -137,38 +80,20 @@ class BaselineSpec:
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """A fitted baseline.
+    """A fitted baseline."""
 
-    Attributes
-    ----------
-    spec
-        Shapes and choices.
-    mean_CG
-        (C + 1, G) float32: what is the same for all perturbations of a context; the last row, the mean over the
-        contexts with examples, is for a context without any.
-    context_N, feature_NF, weight_NG
-        int64 and float32: the examples and their weights; none for control copy and mean effect.
-    """
-
-    spec: BaselineSpec
+    spec: BaselineSpec  # Shapes and choices
+    # (C + 1, G) float32: what is the same for all perturbations of a context; the last row, the mean over the
+    # contexts with examples, is for a context without any
     mean_CG: NDArray[np.float32]
+    # int64 and float32: the examples and their weights; none for control copy and mean effect
     context_N: NDArray[np.int64]
     feature_NF: NDArray[np.float32]
     weight_NG: NDArray[np.float32]
 
 
 def predict_effects(baseline: Baseline, feature_PF: NDArray[np.floating], *, context: int) -> NDArray[np.float32]:
-    """Return the effects of perturbations in a context, (P, G) float32, in log1p units.
-
-    Parameters
-    ----------
-    baseline
-        From :func:`pertcast.models.baselines.fit_baseline`.
-    feature_PF
-        Features of perturbations that are no control.
-    context
-        A code that the baseline was fitted with, or -1 for another context.
-    """
+    """Return the effects of perturbations in a context, (P, G) float32, in log1p units."""
     choice, kind = baseline.spec.choice, baseline.spec.kind
     effect_PG: Array = np.tile(baseline.mean_CG[context].astype(np.float64), (len(feature_PF), 1))
     if len(baseline.weight_NG):
@@ -195,11 +120,7 @@ def distances(one_PF: NDArray[np.floating], other_NF: NDArray[np.floating]) -> A
 
 
 def neighbour_weights(distance_PN: Array, allowed_N: NDArray[np.bool_], *, count: int) -> Array:
-    """Return the weights of the `count` nearest allowed examples, 1 / distance, which sum to 1; 0 where there is none.
-
-    A thousandth of the mean distance is added, so that an example at distance 0 outweighs the others and does not
-    divide by 0.
-    """
+    """Return weights of the `count` nearest allowed examples: 1 / distance, summing to 1; 0 if there is none."""
     weight_PN = np.zeros(distance_PN.shape)
     offered = np.flatnonzero(allowed_N)
     for row, distance_N in enumerate(distance_PN):
@@ -236,13 +157,7 @@ def save_baseline(baseline: Baseline, folder: Path) -> None:
 
 
 def open_baseline(folder: Path) -> Baseline:
-    """Read what :func:`save_baseline` wrote.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is not there, is broken, or the two do not belong together.
-    """
+    """Read what :func:`save_baseline` wrote."""
     try:
         spec = read_spec(read_json(folder / _FACTS))
     except (KeyError, TypeError) as error:
@@ -251,13 +166,7 @@ def open_baseline(folder: Path) -> Baseline:
 
 
 def open_arrays(path: Path, spec: BaselineSpec) -> Baseline:
-    """Read the arrays of a baseline from a safetensors file.
-
-    Raises
-    ------
-    CheckpointError
-        If it is not there, is broken, or holds other arrays.
-    """
+    """Read the arrays of a baseline from a safetensors file."""
     try:
         arrays = load_file(path)
     except FileNotFoundError:

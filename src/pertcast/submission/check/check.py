@@ -19,8 +19,6 @@ from pertcast.submission.check.targets import check_genes, check_targets, check_
 from pertcast.submission.check.values import check_values
 from pertcast.submission.season_bundle import contexts_in_force
 
-__all__ = ["UnreadableError", "check", "examination", "resolve_season"]
-
 
 def resolve_season(season: str | Season, rules: Mapping[str, object]) -> Season:
     """Return a season by name or as it is, with rules overridden."""
@@ -82,17 +80,7 @@ class UnreadableError(DataError):
 
 
 class Examination:
-    """A check under way: labels, genes and sizes are known at once, values when :meth:`finish` has read them.
-
-    Attributes
-    ----------
-    reader
-        The open prediction.
-    season
-        The rules in force, contexts of the lists' bundle included.
-    genes
-        The season's gene list.
-    """
+    """A check under way: labels, genes and sizes are known at once, values when :meth:`finish` has read them."""
 
     def __init__(self, reader: H5adReader, season: Season, lists: _Lists, notes: tuple[str, ...]) -> None:
         self.reader, self.season, self.genes = reader, season, lists.genes
@@ -153,13 +141,7 @@ class _Lists(NamedTuple):
 
 @contextmanager
 def examination(path: Path, *, season: Season, genes: Path, targets: Path | None) -> Iterator[Examination]:
-    """Open a prediction for a check.
-
-    Raises
-    ------
-    DataError
-        If the gene list or the target list is wrong, or the prediction cannot be opened.
-    """
+    """Open a prediction for a check."""
     expected = read_gene_list(genes, season)
     target_list = None if targets is None else read_targets(targets, season)
     season, bundle_notes = contexts_in_force(season, targets, genes)

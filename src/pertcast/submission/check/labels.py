@@ -15,8 +15,6 @@ from pertcast.files.obs import near_misses
 from pertcast.seasons import Season
 from pertcast.submission.check.report import CheckItem, Fact, Findings, counted, named, problems_of
 
-__all__ = ["Groups", "check_labels"]
-
 _COLUMN_ALIASES = ("gene", "target", "perturbation", "pert", "gene_target", "guide_target", "condition", "cell_line")
 
 

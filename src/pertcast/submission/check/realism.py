@@ -29,31 +29,17 @@ from pertcast.seasons import season as season_by_name
 from pertcast.stats.draws import generator
 from pertcast.stats.realism import Likeness, Reference, compare_cells
 
-__all__ = ["RealismReport", "realism"]
-
 
 @dataclass(frozen=True)
 class ContextRealism:
-    """One context, or the whole prediction of a season with one.
+    """One context, or the whole prediction of a season with one."""
 
-    Attributes
-    ----------
-    context
-        Its name, "" where the season has one.
-    real
-        Real control cells against other real ones: what to compare with.
-    null
-        The prediction's control cells against the same, as many as of `real`; ``None`` where it has none.
-    targets
-        A sample of its targets, the median of each number over them; ``None`` without targets.
-    totals
-        ``real``, ``null``, ``targets`` → quantiles .1, .5, .9 of a cell's counts; of sides in counts.
-    """
-
-    context: str
-    real: Likeness
+    context: str  # Its name, "" where the season has one
+    real: Likeness  # Real control cells against other real ones: what to compare with
+    # The prediction's control cells against the same, as many as of `real`; ``None`` where it has none
     null: Likeness | None
-    targets: Likeness | None
+    targets: Likeness | None  # A sample of its targets, the median of each number over them; ``None`` without targets
+    # ``real``, ``null``, ``targets`` → quantiles .1, .5, .9 of a cell's counts; of sides in counts
     totals: Mapping[str, tuple[float, float, float]]
 
     @property
@@ -324,10 +310,7 @@ def realism(
 
 
 def _own_context(path: Path, real: H5adReader, rules: Season) -> dict[str, str]:
-    """Return the column of cell types and the context of a prediction, as far as its manifest and the file say them.
-
-    A file of several cell lines of which none is known to be the prediction's is refused.
-    """
+    """Return the column of cell types and the context of a prediction, as far as its manifest and the file say them."""
     origin = manifest_origin(path)
     experiment = {} if origin is None else origin.experiment
     columns, submission = experiment.get("columns", {}), experiment.get("submission", {})

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from pertcast.errors import DataError, Problem
 
-__all__ = ["CheckItem", "CheckReport", "Fact", "Findings", "counted", "named", "problems_of"]
-
 Fact = int | float | str | tuple[str, ...] | None
 
 
@@ -26,11 +24,7 @@ class CheckItem(NamedTuple):
 
 @dataclass(frozen=True)
 class Findings:
-    """What one family of rules found.
-
-    Once values are read, `zero_rows` are the cells without a value above 0, (n,), and `totals` are the sums of cells on
-    the counts scale, (cells,), NaN where not computed.
-    """
+    """What one family of rules found."""
 
     problems: tuple[Problem, ...]
     items: tuple[CheckItem, ...]
@@ -93,8 +87,6 @@ def problems_of(error: DataError, place: str) -> tuple[Problem, ...]:
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun in the right form.
 
-    Examples
-    --------
     >>> counted(1, "cell"), counted(2000, "cell")
     ('1 cell', '2,000 cells')
     """
@@ -104,8 +96,6 @@ def counted(number: int, noun: str) -> str:
 def named(names: Iterable[object], *, limit: int = 10) -> str:
     """Return the first names in quotes, and how many more there are.
 
-    Examples
-    --------
     >>> named(["TP53", "MYC", "TET1"], limit=2)
     "'TP53', 'MYC' and 1 more"
     """

@@ -20,8 +20,6 @@ from pertcast.submission.cell_budget import plan_budget
 from pertcast.submission.check.labels import Groups, control_alikes
 from pertcast.submission.check.report import CheckItem, Findings, counted, named
 
-__all__ = ["check_genes", "check_targets", "check_totals", "check_zero_targets"]
-
 _TOTALS_DIFFER = 1.5
 _NUM_NAMED = 10
 Group = tuple[str, str]
@@ -174,15 +172,7 @@ _NUM_SUGGESTIONS = 10
 
 
 def check_genes(got: tuple[str, ...], expected: tuple[str, ...], *, path: Path, genes_path: Path) -> Findings:
-    """Compare genes; where they are the list's in another order, a note says so, for packing puts them in order.
-
-    Parameters
-    ----------
-    got, expected
-        Names of the prediction's columns, unique; the season's list.
-    path, genes_path
-        The files they come from, for the messages.
-    """
+    """Compare genes; where they are the list's in another order, a note says so, for packing puts them in order."""
     question = "genes of the list"
     if got == expected:
         item = CheckItem(question, ok=True, evidence=f"{len(got):,} genes in the order of {genes_path.name}")

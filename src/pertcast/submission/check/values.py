@@ -22,8 +22,6 @@ from pertcast.progress import Progress
 from pertcast.seasons import Season
 from pertcast.submission.check.report import CheckItem, Fact, Findings, counted, problems_of
 
-__all__ = ["check_values"]
-
 # blocks that lie in a processor's cache are checked several times as fast as larger ones
 _BLOCK_VALUES = 1 << 18
 _EXACT = 1 << 24
