@@ -176,7 +176,7 @@ def _options(run: Run) -> dict[str, Any]:
         "n_encoder_layers": spec.encoder_layers,
         "n_decoder_layers": spec.decoder_layers,
         "predict_residual": spec.residual,
-        "use_basal_projection": _projects(spec),
+        "use_basal_projection": (spec.basal_layers > 1),
         "batch_encoder": bool(spec.num_batches),
         "use_batch_token": spec.batch_token,
         "basal_mapping_strategy": "batch" if spec.batch_token else "random",
@@ -186,10 +186,6 @@ def _options(run: Run) -> dict[str, Any]:
         "transformer_backbone_kwargs": _backbone(spec),
         "lora": {"enable": False},
     }
-
-
-def _projects(spec: StateSpec) -> bool:
-    return spec.basal_layers > 1
 
 
 def _backbone(spec: StateSpec) -> dict[str, Any]:

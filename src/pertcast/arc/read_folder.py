@@ -45,7 +45,15 @@ class ArcFolder:
 def read_arc_folder(path: Path, *, checkpoint: Path | None = None) -> ArcFolder:
     """Read a run folder of arc-state."""
     chosen = checkpoint or path / _CHECKPOINT
-    _require_files(path, chosen)
+    needed = (path / "config.yaml", path / "var_dims.pkl", path / "pert_onehot_map.pt", chosen)
+    problems = [Problem(str(file), "no such file") for file in needed if not file.is_file()]
+    if problems:
+        there = ", ".join(sorted(file.name for file in path.glob("checkpoints/*.ckpt"))) or "none"
+        raise CheckpointError(
+            f"{path}: not a whole run folder of `state tx train` (checkpoints there: {there}); give such a folder, or "
+            "name one of its checkpoints with --checkpoint",
+            problems=problems,
+        )
     config = _read_config(path / "config.yaml")
     _require_state(path, config["model"])
     dims = _mapping(path / "var_dims.pkl", read_pickle(path / "var_dims.pkl"))
@@ -69,18 +77,6 @@ def read_arc_folder(path: Path, *, checkpoint: Path | None = None) -> ArcFolder:
         step=int(saved.get("global_step", 0)),
         is_early=_is_early(config.get("training")),
     )
-
-
-def _require_files(path: Path, checkpoint: Path) -> None:
-    needed = (path / "config.yaml", path / "var_dims.pkl", path / "pert_onehot_map.pt", checkpoint)
-    problems = [Problem(str(file), "no such file") for file in needed if not file.is_file()]
-    if problems:
-        there = ", ".join(sorted(file.name for file in path.glob("checkpoints/*.ckpt"))) or "none"
-        raise CheckpointError(
-            f"{path}: not a whole run folder of `state tx train` (checkpoints there: {there}); give such a folder, or "
-            "name one of its checkpoints with --checkpoint",
-            problems=problems,
-        )
 
 
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:

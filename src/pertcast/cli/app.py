@@ -141,7 +141,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    _set_environment()
+    # set what libraries read when they are loaded; what the user has set stays
+    # torch allocates large tensors in large pages, which takes a tenth of the time
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if "GOMP_SPINCOUNT" not in os.environ:
+        # a thread that waits sleeps; threads that spin take the processor from those that work, if anything else runs
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # a terminal that knows few letters shows a question mark, and the work goes on
@@ -183,16 +189,6 @@ def _ran_out_of_memory(error: RuntimeError) -> bool:
     """Return whether an allocator failed: torch raises a RuntimeError on a CPU, and a class of its own on a GPU."""
     text = str(error).lower()
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or "out of memory" in text
-
-
-def _set_environment() -> None:
-    """Set what libraries read when they are loaded; what the user has set stays."""
-    # torch allocates large tensors in large pages, which takes a tenth of the time
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if "GOMP_SPINCOUNT" not in os.environ:
-        # a thread that waits sleeps; threads that spin take the processor from those that work, if anything else runs
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 
 def _fail(message: str, code: int) -> int:

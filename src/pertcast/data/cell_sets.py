@@ -250,16 +250,11 @@ def generation_sets(
     strata = _Groups.of(pool, table.batch_codes[pool].astype(np.int64))
     drawn = np.empty(0, dtype=np.int64)
     while len(drawn) < num_sets * set_size:
-        lap = _stratified_lap(strata, random)
+        stratum = np.repeat(np.arange(len(strata.counts)), strata.counts)
+        shuffled = strata.rows[np.lexsort((random.random(len(stratum)), stratum))]
+        rank = np.arange(len(stratum)) - strata.starts[stratum]
+        lap = shuffled[np.argsort((rank + random.random(len(stratum))) / strata.counts[stratum], kind="stable")]
         begun = drawn[len(drawn) - len(drawn) % set_size :]
         late = np.isin(lap, begun)
         drawn = np.concatenate([drawn, lap[~late], lap[late]])
     return drawn[: num_sets * set_size].reshape(num_sets, set_size)
-
-
-def _stratified_lap(strata: _Groups, random: np.random.Generator) -> Int64:
-    """Return all rows once, each stratum shuffled and spread evenly over the lap."""
-    stratum = np.repeat(np.arange(len(strata.counts)), strata.counts)
-    shuffled = strata.rows[np.lexsort((random.random(len(stratum)), stratum))]
-    rank = np.arange(len(stratum)) - strata.starts[stratum]
-    return shuffled[np.argsort((rank + random.random(len(stratum))) / strata.counts[stratum], kind="stable")]

@@ -133,7 +133,12 @@ class StoreWriter:
         self._indices.close()
         np.save(self._folder / "indptr.npy", np.concatenate([[0], np.cumsum(self._num_values)]))
         if self._scale == "log1p":
-            self._totals = _expm1_totals(self._folder)
+            indptr, data = np.load(self._folder / "indptr.npy"), np.load(self._folder / "data.npy", mmap_mode="r")
+            parts = []
+            for start, stop in itertools.pairwise(row_bands(indptr, max_values=_BLOCK_VALUES)):
+                values = np.expm1(np.asarray(data[indptr[start] : indptr[stop]], dtype=np.float64))
+                parts.append(row_sums(values, indptr[start : stop + 1] - indptr[start]))
+            self._totals = np.concatenate(parts)
         np.save(self._folder / "totals.npy", self._totals.astype(np.float32))
         keys = self._cells.keys
         for name, codes in (
@@ -156,7 +161,9 @@ class StoreWriter:
         """Fit the target sum, the highly variable genes and the mean control cell on TRAIN cells."""
         trained = (self._flags & Split.TRAIN) > 0
         target_sum = self._target_sum(trained)
-        controls = trained & (self._cells.keys.pert_codes == self._control_code())
+        controls = trained & (
+            self._cells.keys.pert_codes == self._cells.keys.perts.index(self._experiment.columns.control)
+        )
         normalised, control_log1p = (Moments(self._cells_measuring(rows)) for rows in (trained, controls))
         indptr = np.load(self._folder / "indptr.npy")
         arrays = [np.load(self._folder / name, mmap_mode="r") for name in ("indices.npy", "data.npy")]
@@ -188,9 +195,6 @@ class StoreWriter:
         """Return how many of some cells each gene was measured in, int64 (genes,)."""
         of_file = np.bincount(self._cells.keys.file_codes[rows], minlength=len(self._measured_FG))
         return np.asarray(of_file @ self._measured_FG)
-
-    def _control_code(self) -> int:
-        return self._cells.keys.perts.index(self._experiment.columns.control)
 
     def _target_sum(self, trained: np.ndarray) -> float | None:
         asked = self._experiment.prepare.target_sum
@@ -265,16 +269,6 @@ def total_of_log1p(totals: np.ndarray, *, asked: float | Literal["median"]) -> t
         message = f"expected values normalised to {asked:,.0f}, got log1p values normalised to {middle:,.0f}"
         raise DataError(problems=[Problem("[prepare] target_sum", message, 'set it to "median", or give raw counts')])
     return middle, None
-
-
-def _expm1_totals(folder: Path) -> np.ndarray:
-    """Return what the log1p values of each cell of a store undo to in sum, float64 (num_cells,)."""
-    indptr, data = np.load(folder / "indptr.npy"), np.load(folder / "data.npy", mmap_mode="r")
-    parts = []
-    for start, stop in itertools.pairwise(row_bands(indptr, max_values=_BLOCK_VALUES)):
-        values = np.expm1(np.asarray(data[indptr[start] : indptr[stop]], dtype=np.float64))
-        parts.append(row_sums(values, indptr[start : stop + 1] - indptr[start]))
-    return np.concatenate(parts)
 
 
 def store_identity(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,14 +129,6 @@ def _usable(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if dtype == np.float16 else dtype.newbyteorder("=")
 
 
-def _rows_ascend(indices: np.ndarray, indptr: np.ndarray) -> bool:
-    """Return whether the column indices of each row rise from entry to entry."""
-    rises = np.empty(len(indices) + 1, dtype=bool)
-    np.greater(indices[1:], indices[:-1], out=rises[1:-1])
-    rises[indptr] = True
-    return bool(rises.all())
-
-
 class Matrix:
     """X of an open file."""
 
@@ -181,18 +173,15 @@ class Matrix:
     def chunks(self, *, max_values: int = 1 << 24) -> Iterator[tuple[int, sparse.csr_matrix]]:
         """Yield ``(first row, block)`` of consecutive rows, CSR (rows, num_genes) in the file's number type."""
         if self.layout == "dense":
-            yield from self._dense_chunks(max_values)
+            step = max(1, max_values // max(1, self.shape[1]))
+            for start in range(0, self.shape[0], step):
+                with reading(self._path, f"{self._name}, rows from {start}"):
+                    block = np.asarray(self._file[self._name][start : start + step])
+                yield start, sparse.csr_matrix(block.astype(_usable(block.dtype), copy=False))
         elif self.layout == "csr":
             yield from self._csr_chunks(max_values)
         else:
             yield from self._csc_chunks(max_values)
-
-    def _dense_chunks(self, max_values: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
-        step = max(1, max_values // max(1, self.shape[1]))
-        for start in range(0, self.shape[0], step):
-            with reading(self._path, f"{self._name}, rows from {start}"):
-                block = np.asarray(self._file[self._name][start : start + step])
-            yield start, sparse.csr_matrix(block.astype(_usable(block.dtype), copy=False))
 
     def _indptr(self, length: int) -> np.ndarray:
         with reading(self._path, f"{self._name}/indptr"):
@@ -270,7 +259,10 @@ class Matrix:
         if len(values) <= np.iinfo(np.int32).max:
             indptr = indptr.astype(np.int32)
         block = sparse.csr_matrix((values, indices, indptr), shape=shape, copy=False)
-        if _rows_ascend(indices, indptr):
+        rises = np.empty(len(indices) + 1, dtype=bool)
+        np.greater(indices[1:], indices[:-1], out=rises[1:-1])
+        rises[indptr] = True
+        if bool(rises.all()):
             block.has_sorted_indices = block.has_canonical_format = True
             return block
         if not block.has_sorted_indices:

@@ -49,10 +49,6 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def _split_of(experiment: Experiment) -> Split:
-    return Split.TRAIN if experiment.generate.controls_from == "train" else _USED
-
-
 def prediction_sources(cells: CodedCells, experiment: Experiment, season: Season) -> dict[str, str]:
     """Return the contexts to predict, by the season's rules, and the dataset whose control cells each is made from."""
     there = ", ".join(repr(name) for name in cells.contexts)
@@ -103,7 +99,9 @@ def _dataset_of(cells: CodedCells, experiment: Experiment, context: str) -> str:
 def control_rows(cells: CodedCells, experiment: Experiment, dataset: str, context: str) -> NDArray[np.int64]:
     """Return the rows of the control cells of a dataset and context that cells may be made from."""
     codes = {"dataset": cells.datasets.index(dataset), "context": cells.contexts.index(context)}
-    rows: NDArray[np.int64] = cells.rows(split=_split_of(experiment), pert=cells.control_code, **codes)
+    rows: NDArray[np.int64] = cells.rows(
+        split=Split.TRAIN if experiment.generate.controls_from == "train" else _USED, pert=cells.control_code, **codes
+    )
     if not len(rows):
         raise DataError(
             f"{cells.path}: no control cells of {dataset}.{context} in the splits of "
@@ -132,20 +130,6 @@ def _num_controls(cells: CodedCells, experiment: Experiment, season: Season, par
     return there, [f"room for {wanted:,} control cells; all {there:,} that training has are copied"]
 
 
-def _check_scale(cells: CodedCells, experiment: Experiment, season: Season) -> None:
-    scale = experiment.generate.scale
-    if scale not in season.scales:
-        raise ConfigError(
-            f"[generate] scale: season {season.name} takes {' or '.join(season.scales)}, got {scale!r}; "
-            f"pass --set generate.scale={season.scales[0]}"
-        )
-    if cells.known_scale == "log1p" and experiment.generate.reads_counts:
-        raise ConfigError(
-            f"[generate] scale = {scale!r}, cells = {experiment.generate.cells!r}: they need control cells in counts, "
-            f"and {cells.path} has log1p values; prepare it from raw counts, or choose others"
-        )
-
-
 def _check_genes(cells: CodedCells, season: Season) -> None:
     if len(cells.genes) != season.num_genes:
         raise DataError(
@@ -163,7 +147,17 @@ def plan_parts(cells: CodedCells, experiment: Experiment) -> Plan:
     season, bundle_notes = contexts_in_force(submission.resolve(), submission.targets, submission.genes)
     problems = Problems()
     with problems.collect():
-        _check_scale(cells, experiment, season)
+        scale = experiment.generate.scale
+        if scale not in season.scales:
+            raise ConfigError(
+                f"[generate] scale: season {season.name} takes {' or '.join(season.scales)}, got {scale!r}; "
+                f"pass --set generate.scale={season.scales[0]}"
+            )
+        if cells.known_scale == "log1p" and experiment.generate.reads_counts:
+            raise ConfigError(
+                f"[generate] scale = {scale!r}, cells = {experiment.generate.cells!r}: they need control cells in "
+                f"counts, and {cells.path} has log1p values; prepare it from raw counts, or choose others"
+            )
     with problems.collect():
         _check_genes(cells, season)
     with problems.collect():

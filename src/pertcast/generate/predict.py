@@ -213,11 +213,8 @@ class NetworkPredictor:
             self._tensor(self._features.of([target])).expand(num_sets, -1),
             self._tensor(batch_C.reshape(rows_BS.shape)),
             torch.full((num_sets,), context_code, device=self._device),
-            base_BG=self._base_of(target, context, num_sets=num_sets),
+            base_BG=None if self._base is None else self._tensor(self._base.of(target, context)).expand(num_sets, -1),
         )
-
-    def _base_of(self, target: str, context: str, *, num_sets: int) -> torch.Tensor | None:
-        return None if self._base is None else self._tensor(self._base.of(target, context)).expand(num_sets, -1)
 
     def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:
         return as_tensor(values).to(self._device)

@@ -274,11 +274,13 @@ def _begin_worker(turn: Any, threads: int) -> None:
         turn.value += 1
     os.environ["OMP_NUM_THREADS"] = str(threads)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(device) for device in range(_count_devices())]
+    devices = (
+        visible.split(",")
+        if visible
+        else [
+            str(device)
+            for device in range(len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()]))
+        ]
+    )
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
-
-
-def _count_devices() -> int:
-    """Return how many NVIDIA devices there are, without importing torch, which would fix what is visible."""
-    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])

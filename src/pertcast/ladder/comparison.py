@@ -224,17 +224,15 @@ def _sentence(comparison: Comparison, name: str, against: str) -> str:
     harm = [
         TITLES[change.metric]
         for change in (comparison.change(name, against, metric) for metric in METRICS)
-        if change.difference.is_clear and _is_worse(change) and abs(change.percent.value) > _TOLERATED_PERCENT
+        if change.difference.is_clear
+        and ((change.difference.value > 0) == (change.metric in _LOWER_IS_BETTER))
+        and abs(change.percent.value) > _TOLERATED_PERCENT
     ]
     return f"{_shown(name)} against {other}: {said}." + (f" It does harm to {', '.join(harm)}." if harm else "")
 
 
 def _shown(name: str) -> str:
     return name.upper() if name in ("c1", "c2", "c3", "c4") else name
-
-
-def _is_worse(change: Change) -> bool:
-    return (change.difference.value > 0) == (change.metric in _LOWER_IS_BETTER)
 
 
 def _clause(change: Change) -> str:

@@ -143,7 +143,13 @@ def reference_scores(
     scores: dict[str, Scores] = {"baseline": {}, "ceiling": {}}
     for part in held:
         truth = read_side(part.truth, rules, cache=kept.parent, progress=progress)
-        constant = _training_mean(store, part)
+        own = store.rows(split=Split.TRAIN, **_codes(store, part))
+        own = own[store.pert_codes[own] != store.control_code]
+        rows = store.rows(split=Split.TRAIN)
+        rows = own if len(own) else rows[store.pert_codes[rows] != store.control_code]
+        keys = store.screen_codes[rows].astype(np.int64) * len(store.perts) + store.pert_codes[rows]
+        means = [_mean(store, rows[keys == key], part.target_sum) for key in np.unique(keys)]
+        constant = np.mean(means, axis=0).astype(np.float32)
         controls = _log1p(
             store,
             store.rows(split=Split.TRAIN, pert=store.control_code, **_codes(store, part)),
@@ -160,17 +166,6 @@ def reference_scores(
 
 def _codes(store: Store, held: HeldOut) -> dict[str, int]:
     return {"dataset": store.datasets.index(held.dataset), "context": store.contexts.index(held.context)}
-
-
-def _training_mean(store: Store, held: HeldOut) -> NDArray[np.float32]:
-    """Return the mean over the training perturbations' means of a dataset and context, or of all where it has none."""
-    own = store.rows(split=Split.TRAIN, **_codes(store, held))
-    own = own[store.pert_codes[own] != store.control_code]
-    rows = store.rows(split=Split.TRAIN)
-    rows = own if len(own) else rows[store.pert_codes[rows] != store.control_code]
-    keys = store.screen_codes[rows].astype(np.int64) * len(store.perts) + store.pert_codes[rows]
-    means = [_mean(store, rows[keys == key], held.target_sum) for key in np.unique(keys)]
-    return np.mean(means, axis=0).astype(np.float32)
 
 
 def _mean(store: Store, rows: NDArray[np.int64], target_sum: float | None) -> NDArray[np.float64]:

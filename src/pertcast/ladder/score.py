@@ -56,7 +56,10 @@ def score_by_cell_eval2(
     targets: dict[str, dict[str, float]] = {}
     with progress.task("score with cell-eval2", len(contexts), "contexts") as advance:
         for context in contexts:
-            ours, theirs = (_cells_of(side, rules.context_column, context) for side in sides)
+            ours, theirs = (
+                (side[(side.obs[rules.context_column].astype(str) == context).to_numpy()].copy() if context else side)
+                for side in sides
+            )
             own = ours.obs[rules.pert_column].astype(str)
             if rules.control_label not in set(own):
                 is_control = theirs.obs[rules.pert_column].astype(str) == rules.control_label
@@ -107,10 +110,6 @@ def _contexts(sides: tuple[Any, Any], places: tuple[Path, Path], column: str | N
             f"{places[0]}: expected contexts {theirs} (of {places[1]}), got {ours}; score files of the same"
         )
     return sorted(found[0]) or [""]
-
-
-def _cells_of(side: Any, column: str | None, context: str) -> Any:
-    return side[(side.obs[column].astype(str) == context).to_numpy()].copy() if context else side
 
 
 _CELL_EVAL_NAMES = {"mae": "mae", "discrimination_score_l1": "pds", "overlap_at_N": "des"}

@@ -35,15 +35,12 @@ class SetDropout(nn.Module):
             return values
         if self.keys_B2 is None:
             return functional.dropout(values, self.share, training=True)
-        return values * self._kept(values, self.keys_B2) * (1 / (1 - self.share))
-
-    def _kept(self, values: Tensor, keys_B2: Tensor) -> Tensor:
         places = torch.arange(values[0].numel(), dtype=torch.int32, device=values.device)
-        hashed = places + keys_B2[:, :1]
+        hashed = places + self.keys_B2[:, :1]
         # A shift fills in with the sign; what it filled in is masked out.
-        hashed = hashed.bitwise_xor_((hashed >> 16) & 0xFFFF).mul_(_FIRST).bitwise_xor_(keys_B2[:, 1:])
+        hashed = hashed.bitwise_xor_((hashed >> 16) & 0xFFFF).mul_(_FIRST).bitwise_xor_(self.keys_B2[:, 1:])
         hashed = hashed.bitwise_xor_((hashed >> 15) & 0x1FFFF).mul_(_SECOND)
-        return (hashed >= round(self.share * 2**32) - 2**31).view(values.shape)
+        return values * (hashed >= round(self.share * 2**32) - 2**31).view(values.shape) * (1 / (1 - self.share))
 
     def extra_repr(self) -> str:
         """Return the share, as ``print(network)`` shows it."""

@@ -178,10 +178,25 @@ def write_archive(
                 digest, check_sum = _compress(source, total, stream, level=level, progress=progress)
             else:
                 stream.write(_content(season, name, meta))
-            _close_member(stream, name, start)
+            # write the header of the member that ends here, into the block that was left free for it
+            end = stream.tell()
+            header = tarfile.TarInfo(name)
+            header.size = end - start - tarfile.BLOCKSIZE
+            header.mode = 0o644
+            stream.seek(start)
+            stream.write(header.tobuf(format=tarfile.GNU_FORMAT))
+            stream.seek(end)
+            stream.write(bytes(-end % tarfile.BLOCKSIZE))
         stream.write(bytes(2 * tarfile.BLOCKSIZE))
         stream.write(bytes(-stream.tell() % tarfile.RECORDSIZE))
-    _read_back(archive, total, check_sum, progress)
+    # unfold the archive again; zstd's own check sum, ours and the length must be those of what went in
+    done, again = 0, 0
+    with progress.task("read back", archive.stat().st_size, "B") as advance:
+        for chunk in read_archive(archive, advance, max_bytes=total):
+            again = zlib.crc32(chunk, again)
+            done += len(chunk)
+    if (done, again) != (total, check_sum):
+        raise SubmissionError(f"{archive}: what was read back is not what was written; check the disk, then pack again")
     return Packed(digest, hash_file(archive))
 
 
@@ -207,35 +222,12 @@ def _compress(source: Path, total: int, stream: IO[bytes], *, level: int, progre
     return digest.hexdigest(), check_sum
 
 
-def _read_back(archive: Path, total: int, check_sum: int, progress: Progress) -> None:
-    """Unfold the archive again; zstd's own check sum, ours and the length must be those of what went in."""
-    done, again = 0, 0
-    with progress.task("read back", archive.stat().st_size, "B") as advance:
-        for chunk in read_archive(archive, advance, max_bytes=total):
-            again = zlib.crc32(chunk, again)
-            done += len(chunk)
-    if (done, again) != (total, check_sum):
-        raise SubmissionError(f"{archive}: what was read back is not what was written; check the disk, then pack again")
-
-
 def _content(season: Season, name: str, meta: bytes | None) -> bytes:
     if name == META and meta is not None:
         return meta
     if name == WATERMARK and season.watermark is not None:
         return season.watermark.encode()
     raise SubmissionError(f"season {season.name}: this version of pertcast cannot write the member {name!r}; update it")
-
-
-def _close_member(stream: IO[bytes], name: str, start: int) -> None:
-    """Write the header of the member that ends here, into the block that was left free for it."""
-    end = stream.tell()
-    header = tarfile.TarInfo(name)
-    header.size = end - start - tarfile.BLOCKSIZE
-    header.mode = 0o644
-    stream.seek(start)
-    stream.write(header.tobuf(format=tarfile.GNU_FORMAT))
-    stream.seek(end)
-    stream.write(bytes(-end % tarfile.BLOCKSIZE))
 
 
 def estimate_packed(source: Path, *, level: int) -> int:

@@ -28,7 +28,7 @@ from pertcast.files.artefacts import (
     require_replaceable,
     write_manifest,
 )
-from pertcast.files.h5ad import H5adReader, open_h5ad
+from pertcast.files.h5ad import open_h5ad
 from pertcast.files.h5ad_writer import CsrWriter
 from pertcast.files.resources import describe_write_error, require_space
 from pertcast.files.season_lists import read_written_genes
@@ -196,18 +196,16 @@ def _examine(parts: Path, part: _Part, plan: _Plan, genes: Sequence[str]) -> lis
                 message = f"expected {part.num_cells:,} cells, got {reader.num_cells:,}"
                 problems.append(Problem(str(path), message, _AGAIN))
             for column, label in wanted.items():
-                found = sorted(_labels(reader, column))
+                values = reader.obs(column)
+                found = sorted(
+                    {str(values.categories[code]) if code >= 0 else "" for code in np.unique(values.codes)}
+                )
                 if found != [label] and reader.num_cells:
                     message = f"expected the label {label!r} in every cell, got {', '.join(map(repr, found))}"
                     problems.append(Problem(f"{path}, obs[{column!r}]", message, _AGAIN))
     except DataError as error:
         problems += error.problems or [Problem(str(path), str(error), _AGAIN)]
     return problems
-
-
-def _labels(reader: H5adReader, column: str) -> set[str]:
-    values = reader.obs(column)
-    return {str(values.categories[code]) if code >= 0 else "" for code in np.unique(values.codes)}
 
 
 def _join(parts: Path, plan: _Plan, genes: Sequence[str], temporary: Path, progress: Progress) -> None:

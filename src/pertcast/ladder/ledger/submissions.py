@@ -61,7 +61,10 @@ def find_artefacts(places: Sequence[Path], *, depth: int = _MAX_DEPTH) -> Found:
         except CheckpointError:
             continue  # an artefact that cannot be read made no archive that can be followed
         kinds.setdefault(manifest.kind, []).append((artefact, manifest))
-    return Found(tuple(_without_repeats(archives)), kinds)
+    seen: dict[Path, Path] = {}
+    for path in archives:
+        seen.setdefault(path.resolve(), path)
+    return Found(tuple(sorted(seen.values())), kinds)
 
 
 def _archive_names(files: Sequence[str]) -> Iterator[str]:
@@ -86,13 +89,6 @@ def _folders(folder: Path, depth: int) -> Iterator[tuple[Path, list[str]]]:
         hidden = entry.name.startswith(".") or entry.name in _PASSED_OVER
         if not hidden and entry.is_dir(follow_symlinks=False):
             yield from _folders(folder / entry.name, depth - 1)
-
-
-def _without_repeats(archives: dict[Path, None]) -> list[Path]:
-    seen: dict[Path, Path] = {}
-    for path in archives:
-        seen.setdefault(path.resolve(), path)
-    return sorted(seen.values())
 
 
 _WEIGHTS = "weights.safetensors"
@@ -155,10 +151,11 @@ def _of_archive(archive: Path, found: Found) -> list[Submission]:
     if manifest is not None or archive.is_file():
         sha256 = manifest.files.get(archive.name, "") if manifest else hash_file(archive)
         facts: Mapping[str, Any] = manifest.facts if manifest else {}
+        path = archive if archive.is_file() else manifest_path(archive)
         submission = Submission(
             archive,
             sha256,
-            packed_at=_time_of(archive),
+            packed_at=datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             season=str(manifest.config.get("season", "")) if manifest else "",
             origin=Origin.of_facts(facts) or (_follow(manifest, found) if manifest else None),
             records=tuple(record for record in records if record.archive_sha256 == sha256),
@@ -178,11 +175,6 @@ def _manifest(archive: Path) -> Manifest | None:
         return read_manifest(archive, kind="submission")
     except CheckpointError:
         return None
-
-
-def _time_of(archive: Path) -> str:
-    path = archive if archive.is_file() else manifest_path(archive)
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _replaced(archive: Path, sha256: str, records: tuple[Record, ...]) -> Submission:

@@ -80,16 +80,13 @@ class _Scan:
         infinite = np.abs(values) > _MAX_FLOAT32
         for kind, wrong in {"NaN": np.isnan(values), "infinite": infinite, "negative": values < 0}.items():
             if wrong.any():
-                self._note_bad(kind, first, block, wrong)
+                position = int(np.flatnonzero(wrong)[0])
+                row = int(np.searchsorted(block.indptr, position, side="right")) - 1
+                new = (0, first + row, int(block.indices[position]), float(block.data[position]))
+                number, *place = self.bad.get(kind, new)
+                self.bad[kind] = (number + int(wrong.sum()), *place)  # type: ignore[assignment]
                 clean = np.where(wrong, np.zeros(1, dtype=values.dtype), clean)
         return clean
-
-    def _note_bad(self, kind: str, first: int, block: sparse.csr_matrix, wrong: NDArray[np.bool_]) -> None:
-        position = int(np.flatnonzero(wrong)[0])
-        row = int(np.searchsorted(block.indptr, position, side="right")) - 1
-        new = (0, first + row, int(block.indices[position]), float(block.data[position]))
-        number, *place = self.bad.get(kind, new)
-        self.bad[kind] = (number + int(wrong.sum()), *place)  # type: ignore[assignment]
 
 
 def _rows_text(rows: NDArray[np.int64]) -> str:
