@@ -182,7 +182,7 @@ class Bench:
         speed = "steps = 1\nlearning_rate = 1e-30\n" if num == 0 else ""
         validates = learn not in [LEARN[name] for name in WITHOUT_STEPS]
         path = self._written(num, f"[adapt]\n{speed}", validates=validates)
-        overrides = ["prepare.test_controls=0.0", f"adapt.learn={learn!r}"]
+        overrides = ["prepare.test_controls=0.0", f"adapt.trainable={learn!r}"]
         experiment = adapted_experiment(self.run, load_experiment(path, overrides))
         store = prepare(experiment, self.folder / f"store_{num}_{validates}")
         out = adapt(self.run, experiment, store, self.folder / f"adapted_{num}_{learn.replace(',', '_')}")

@@ -41,7 +41,7 @@ from pertcast.files.scales import normalise_log1p
 from pertcast.generate.cells import shift_sparing_zeros
 from pertcast.generate.predict import make_predictor
 from pertcast.ladder.score import compare_sides
-from pertcast.ladder.scored_side import Side, read_halves, read_side
+from pertcast.ladder.scored_side import PseudobulkStats, read_halves, read_side
 from pertcast.models.run_folder import open_run
 from pertcast.seasons import CONTROL_LABEL, season
 from pertcast.stats.draws import generator
@@ -257,7 +257,7 @@ def _mean(scores: dict[str, dict[str, float]], key: str) -> float:
     return float(np.nanmean([values[key] for values in scores.values()]))
 
 
-def real_side(out: Path, setting: str, context: str, targets: Sequence[str]) -> Side:
+def real_side(out: Path, setting: str, context: str, targets: Sequence[str]) -> PseudobulkStats:
     """Return the real cells of a context's targets."""
     path = out / "real" / f"{setting}-{context}.h5ad"
     if not path.is_file():
@@ -268,7 +268,7 @@ def real_side(out: Path, setting: str, context: str, targets: Sequence[str]) -> 
     return read_side(path, season("vcc2025"), cache=out / "cache")
 
 
-def side_of(out: Path, setting: str, context: str, made: dict[str, NDArray[np.float32]]) -> Side:
+def side_of(out: Path, setting: str, context: str, made: dict[str, NDArray[np.float32]]) -> PseudobulkStats:
     """Return predicted cells beside the real controls."""
     real = ad.read_h5ad(out / "real" / f"{setting}-{context}.h5ad")
     controls = real[(real.obs["target_gene"] == CONTROL_LABEL).to_numpy()]

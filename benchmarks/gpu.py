@@ -218,7 +218,7 @@ def measure(experiment: Path, setting: Setting, row: Row) -> Row:
         f"train.compile={str(row.compiled).lower()}",
         f"model.input={row.input}",
         f"model.output={row.input}",
-        'generate.other_genes="control"',
+        'generate.unpredicted_genes="control"',
     ]
     resolved, clock = load_experiment(experiment, settings), _Clock()
     store = prepare(resolved, folder / "store")

@@ -83,7 +83,7 @@ def make_stages(folder: Path, *, num_genes: int, cells_per_target: int) -> list[
     rules = [
         part
         for rule in (f"num_genes={num_genes}", "num_targets=3", f"max_cells={max_cells}")
-        for part in ("--set", rule)
+        for part in ("--rule", rule)
     ]
     lists = ("--genes", str(workspace.genes), "--targets", str(workspace.targets), *rules)
     return [

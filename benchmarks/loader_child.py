@@ -26,15 +26,15 @@ def main() -> None:
     from pertcast.data.cell_sets import CellSets
     from pertcast.data.features import load_features
     from pertcast.data.store import Store
-    from pertcast.train.batches import Place, SetReader, SetStream, read_ahead
+    from pertcast.train.batches import SetReader, SetStream, StreamState, read_ahead
 
     experiment_path, folder, batches = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     experiment = load_experiment(experiment_path, ["model.input=genes", "model.output=genes"])
     store = Store.open(folder)
     reader = SetReader(store, experiment, load_features(experiment.features, store, targets=()))
-    stream = SetStream(reader.training, Place(0, 0))
+    stream = SetStream(reader.training, StreamState(0, 0))
 
-    def pieces() -> Iterator[tuple[CellSets, Place]]:
+    def pieces() -> Iterator[tuple[CellSets, StreamState]]:
         for _ in range(batches):
             yield stream.take(SETS)
 

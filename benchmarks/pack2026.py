@@ -41,7 +41,7 @@ def _main() -> int:
 
     def ours(command: str, path: Path, *more: str) -> list[str]:
         options = ["--season", "vcc2026", "--genes", str(genes), "--targets", str(targets)]
-        rules = ["--set", f"cells_per_target={number}"]
+        rules = ["--rule", f"cells_per_target={number}"]
         return [sys.executable, "-m", "pertcast", command, str(path), *options, *rules, *more]
 
     def peer(*more: str) -> list[str]:

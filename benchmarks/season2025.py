@@ -96,7 +96,7 @@ def _stages(given: argparse.Namespace, shared: Path) -> list[Stage]:
         EXPERIMENT.format(features=features, preset=given.preset, steps=given.steps, shared=shared, cap=given.cap)
     )
     lists = ["--genes", f"{shared}/vcc2025/gene_names.csv", "--targets", f"{shared}/vcc2025/pert_counts_Validation.csv"]
-    rules = [*lists, "--set", f"max_cells={given.cap}"]
+    rules = [*lists, "--rule", f"max_cells={given.cap}"]
     prediction, archive = str(out / "prediction.h5ad"), str(out / "prediction.vcc")
     _write_targets(out / "training_targets.txt", shared, given.targets)
     simulated = {

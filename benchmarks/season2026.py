@@ -117,7 +117,7 @@ def _commands(given: argparse.Namespace, shared: Path) -> Iterator[tuple[str, li
     if "path" in given.stages:
         targets = str(shared / "vcc2026" / "pert_counts.csv")
         rules = ["--season", "vcc2026", "--genes", f"{out}/genes.csv", "--targets", targets]
-        rules += ["--set", f"cells_per_target={given.cells_per_target}"]
+        rules += ["--rule", f"cells_per_target={given.cells_per_target}"]
         prediction = f"{out}/prediction.h5ad"
         yield "generate", ["-m", "pertcast", "generate", f"{out}/run", "--out", f"{out}/parts"]
         yield "assemble", ["-m", "pertcast", "assemble", f"{out}/parts", "--out", prediction]

@@ -45,7 +45,7 @@ batch = "batch"
 val_controls = 0.2
 num_hvgs = 8
 [adapt]
-learn = "context,bias"
+trainable = "context,bias"
 steps = 9
 learning_rate = 0.02
 val_every = 3
@@ -138,7 +138,7 @@ def test_known_lines_and_batches_keep_their_rows(bench: Bench, embedded: Path) -
         after["batch_encoder.weight"], torch.stack([*before["batch_encoder.weight"][:-1], *[unknown] * 2])
     )
     assert torch.equal(after["de_head.state.weight"], before["de_head.state.weight"])
-    again = load_file(bench.adapt(embedded, "batch", "adapt.learn='batch'") / "weights.safetensors")
+    again = load_file(bench.adapt(embedded, "batch", "adapt.trainable='batch'") / "weights.safetensors")
     assert torch.equal(again["batch_encoder.weight"][[0, 1, 3]], after["batch_encoder.weight"][[0, 1, 3]])
     assert not torch.equal(again["batch_encoder.weight"][2], unknown)
     assert torch.equal(again["project_out.3.bias"], before["project_out.3.bias"])
@@ -179,7 +179,7 @@ def test_at_most_half_a_percent_of_state_sm_learns(genes: int) -> None:
 
 
 def test_low_rank_changes_are_merged(bench: Bench, plain: Path) -> None:
-    adapted = bench.adapt(plain, "lora", "adapt.learn='lora:2'")
+    adapted = bench.adapt(plain, "lora", "adapt.trainable='lora:2'")
     attention = {f"transformer_backbone.layers.0.self_attn.{name}_proj.weight" for name in ("q", "k", "v", "o")}
     assert changed(plain, adapted) == {*attention, "context_encoder.weight"}
     assert not load_file(adapted / "weights.safetensors")["context_encoder.weight"].any()
@@ -206,7 +206,7 @@ def test_a_merged_network_predicts_as_the_one_that_learnt() -> None:
 
 
 def test_the_last_layer_learns_when_it_is_named(bench: Bench, plain: Path) -> None:
-    adapted = bench.adapt(plain, "last", "adapt.learn='last'")
+    adapted = bench.adapt(plain, "last", "adapt.trainable='last'")
     assert changed(plain, adapted) == {"project_out.3.weight", "project_out.3.bias", "context_encoder.weight"}
 
 
@@ -236,8 +236,8 @@ def test_adaptation_that_does_not_help_leaves_the_run_as_it_was(bench: Bench, pl
 
 
 def test_another_run_or_way_to_learn_is_refused_in_the_same_folder(bench: Bench, plain: Path, adapted: Path) -> None:
-    with pytest.raises(CheckpointError, match="learn: the run was begun with 'context,bias'"):
-        bench.adapt(plain, adapted.name, "adapt.learn='bias'")
+    with pytest.raises(CheckpointError, match="trainable: the run was begun with 'context,bias'"):
+        bench.adapt(plain, adapted.name, "adapt.trainable='bias'")
 
 
 def parts_of(bench: Bench, run: Path, out: str, overrides: Sequence[str] = ()) -> ad.AnnData:
@@ -261,7 +261,7 @@ def test_a_run_that_reads_variable_genes_reads_its_own_from_the_new_line(bench: 
     adapted = open_run(bench.adapt(run, "hvg_adapted"))
     trained, store = open_run(run), Store.open(adapted.store_path)
     assert adapted.hvg.tolist() == trained.hvg.tolist() != store.hvg.tolist()
-    cells = parts_of(bench, adapted.path, "hvg_parts", ["generate.other_genes='control'"])
+    cells = parts_of(bench, adapted.path, "hvg_parts", ["generate.unpredicted_genes='control'"])
     assert np.isfinite(cells.X.toarray()).all()
     network, rows = adapted.model(), store.rows(split=Split.TRAIN, pert=store.control_code)
     feature = torch.from_numpy(open_features(adapted.path / "features").of(["G3"]))
@@ -290,7 +290,7 @@ def test_what_does_not_fit_is_refused_with_every_problem(bench: Bench, plain: Pa
     with pytest.raises(ConfigError, match="trained with 16, got 32"):
         other.adapt(plain, "out", "model.hidden=32")
     with pytest.raises(ConfigError, match="no batch embedding"):
-        other.adapt(plain, "out", "adapt.learn='batch'")
+        other.adapt(plain, "out", "adapt.trainable='batch'")
     with pytest.raises(ConfigError, match="without a DE head"):
         other.adapt(plain, "out", "loss.de=0.5", "loss.de_head=learned")
     assert not (tmp_path / "out").exists()
@@ -366,7 +366,7 @@ def test_a_gain_alone_takes_no_steps_and_meets_the_line_s_mean_effect(
     bench: Bench, on_mean: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pertcast.train.closed_form, "least_squares_gain", lambda *_: 0.25)
-    adapted = open_run(bench.adapt(on_mean, "gained", "adapt.learn='gain'"))
+    adapted = open_run(bench.adapt(on_mean, "gained", "adapt.trainable='gain'"))
     assert changed(on_mean, adapted.path) == {"project_out.3.weight", "project_out.3.bias", "context_encoder.weight"}
     before, after = (load_file(run / "weights.safetensors") for run in (on_mean, adapted.path))
     assert adapted.metrics["gain"] == 0.25
@@ -383,7 +383,7 @@ def test_a_gain_alone_takes_no_steps_and_meets_the_line_s_mean_effect(
         base = torch.from_numpy(baseline.mean_CG[2:3])
         with torch.no_grad():
             cells = network(torch.from_numpy(store.log1p(rows))[None], feature, None, torch.tensor([2]), base)
-        predicted.append(cells.uncut_BSG[0].mean(0).numpy() - store.log1p(rows).mean(0))
+        predicted.append(cells.unclipped_BSG[0].mean(0).numpy() - store.log1p(rows).mean(0))
     wanted = np.mean(list(line_effects(store).values()), axis=0)
     np.testing.assert_allclose(np.mean(predicted, axis=0), wanted, atol=0.05)
     start = np.abs(np.mean(predicted, axis=0) - wanted).mean()
@@ -414,8 +414,8 @@ def test_a_gain_is_that_of_plain_least_squares_and_the_offset_that_of_a_search()
 
 
 def test_a_gain_needs_a_network_that_adds_to_control_cells(bench: Bench, plain: Path) -> None:
-    with pytest.raises(ConfigError, match="take gain out"):
-        bench.adapt(plain, "no_gain", "adapt.learn='gain,bias'")
+    with pytest.raises(ConfigError, match="remove gain from"):
+        bench.adapt(plain, "no_gain", "adapt.trainable='gain,bias'")
 
 
 def test_a_baseline_alone_is_not_adapted(bench: Bench) -> None:

@@ -95,7 +95,7 @@ def write_imported(workspace: Workspace, **changes: object) -> Path:
         "experiment": {
             "datasets": {"imported": "elsewhere"},
             "model": {"input": "hvg"},
-            "generate": {"other_genes": "control"},
+            "generate": {"unpredicted_genes": "control"},
             "submission": {
                 "targets": str(workspace.targets),
                 "rules": {"num_genes": 20, "num_targets": 3, "max_cells": 120},

@@ -15,8 +15,6 @@ from pertcast.config import load_experiment
 from pertcast.data.counts_fit import batch_effects
 from pertcast.data.prepare import prepare
 from pertcast.data.store import Store
-from pertcast.errors import CheckpointError
-from pertcast.files.artefacts import read_json, write_json
 from pertcast.models.run_folder import open_run
 from pertcast.stats.realism import explained_share
 from pertcast.train import train
@@ -112,8 +110,8 @@ def test_forgotten_sets_are_of_no_known_batch_and_others_stay() -> None:
 def test_the_row_of_the_unknown_batch_learns_where_sets_are_shown_without_theirs(tmp_path: Path) -> None:
     write_batches(tmp_path / "small.h5ad", spread=0.3)
     embeds = "model.batch_embedding=true"
-    learnt = load_file(make_run(tmp_path, "run", embeds, "train.unknown_batch=0.5") / "weights.safetensors")
-    never = load_file(make_run(tmp_path, "never", embeds, "train.unknown_batch=0.0") / "weights.safetensors")
+    learnt = load_file(make_run(tmp_path, "run", embeds, "train.batch_dropout=0.5") / "weights.safetensors")
+    never = load_file(make_run(tmp_path, "never", embeds, "train.batch_dropout=0.0") / "weights.safetensors")
     assert learnt["batch_encoder.weight"][-1].any()
     assert not never["batch_encoder.weight"][-1].any()
 
@@ -134,16 +132,3 @@ def test_a_batch_without_training_cells_gets_the_row_of_the_unknown_one(tmp_path
     assert torch.equal(rows[run.batches.index("b3")], rows[-1])
     assert not torch.equal(rows[run.batches.index("b1")], rows[-1])
     assert any("get the row of the unknown batch" in note for note in run.notes)
-
-
-def test_a_run_begun_before_batches_were_forgotten_goes_on_as_it_was(tmp_path: Path) -> None:
-    write_batches(tmp_path / "small.h5ad", spread=0.3)
-    for name, embeds in (("plain", "false"), ("embedded", "true")):
-        run = make_run(tmp_path, name, f"model.batch_embedding={embeds}", "train.unknown_batch=0.0", "train.steps=3")
-        identity = read_json(run / "training.json")
-        del identity["train"]["unknown_batch"]
-        write_json(run / "training.json", identity)
-    make_run(tmp_path, "plain", "train.steps=4")
-    with pytest.raises(CheckpointError, match=r"train.unknown_batch: the run was begun with 0.0, got 0.1"):
-        make_run(tmp_path, "embedded", "model.batch_embedding=true", "train.steps=4")
-    make_run(tmp_path, "embedded", "model.batch_embedding=true", "train.steps=4", "train.unknown_batch=0.0")

@@ -149,11 +149,11 @@ def test_the_scale_is_one_that_the_season_takes(workspace: Workspace, trained: O
 
 def test_spread_goes_with_a_shift_alone(workspace: Workspace) -> None:
     with pytest.raises(ConfigError, match=r"spread.*goes with"):
-        load_experiment(workspace.experiment, ["generate.spread=0.5"])
+        load_experiment(workspace.experiment, ["generate.residual_scale=0.5"])
 
 
 def test_centred_effects_leave_the_control_condition_as_it_is(workspace: Workspace, trained: Outcome) -> None:
-    overrides = ("generate.cells=donors", "generate.centred=true", "generate.scale=counts")
+    overrides = ("generate.cells=donors", "generate.subtract_control_prediction=true", "generate.scale=counts")
     prediction, report = made(workspace, trained, *overrides, "submission.controls=predicted")
     assert report.ok
     store = Store.open(trained.store)
@@ -161,7 +161,7 @@ def test_centred_effects_leave_the_control_condition_as_it_is(workspace: Workspa
     null = prediction[prediction.obs["target_gene"] == "non-targeting"].X.toarray()
     assert {tuple(row) for row in null} <= real
     with pytest.raises(ConfigError, match="leave one of the two away"):
-        load_experiment(workspace.experiment, ["generate.centred=true", "generate.calibrated=true"])
+        load_experiment(workspace.experiment, ["generate.subtract_control_prediction=true", "generate.calibrated=true"])
 
 
 @pytest.mark.parametrize(("scale", "chosen"), [("counts", "donors"), ("log1p", "sparse")])

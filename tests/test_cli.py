@@ -49,6 +49,22 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...], capsys: pytest.C
     assert err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "new"),
+    [
+        (("check", "p.h5ad", "--genes", "g.csv", "--set", "num_genes=1"), "--rule"),
+        (("score", "p.h5ad", "r.h5ad", "--train", "t.h5ad"), "--baseline-from"),
+        (("adapt", "run", "line.toml", "--out", "a", "--learn=offset"), "--trainable"),
+    ],
+)
+def test_an_option_with_a_new_name_is_told(
+    arguments: tuple[str, ...], new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(*arguments, capsys=capsys)
+    assert code == 2
+    assert f"of `pertcast {arguments[0]}` is now called {new}" in err
+
+
 def test_wrong_input_is_exit_code_1_and_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call("prepare", str(tmp_path / "none.toml"), "--out", str(tmp_path / "store"), capsys=capsys)
     assert (code, out) == (1, "")

@@ -22,7 +22,7 @@ from pertcast.ladder.compare import candidates_of, compare, held_out_folds
 from pertcast.ladder.comparison import Comparison, as_markdown, collect, draw_chart, verdict
 from pertcast.ladder.held_out import against_truth
 from pertcast.ladder.score import score
-from pertcast.ladder.scored_side import Side, read_side
+from pertcast.ladder.scored_side import PseudobulkStats, read_side
 
 GENES = tuple(f"G{number}" for number in range(60))
 SMALL = ScreenConfig(contexts=("A", "B"), num_targets=10, num_genes=50, cells_per_target=16, num_controls=40, umi=300.0)
@@ -56,7 +56,7 @@ def test_rungs_and_seeds_are_compared_once_and_for_all(
 
     scored: list[int] = []
 
-    def count(predicted: Side, truth: Side) -> dict[str, dict[str, float]]:
+    def count(predicted: PseudobulkStats, truth: PseudobulkStats) -> dict[str, dict[str, float]]:
         scored.append(1)
         return against_truth(predicted, truth)
 

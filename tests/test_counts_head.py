@@ -221,8 +221,8 @@ def test_what_does_not_go_with_the_head_is_refused(workspace: Workspace, trained
     plain = train(experiment, trained.store, tmp_path / "plain")
     with pytest.raises(CheckpointError, match=r"train one with loss\.nb above 0"):
         generate(plain, tmp_path / "parts", overrides=["generate.cells=nb_head"])
-    with pytest.raises(ConfigError, match="does not look at"):
-        load_experiment(workspace.experiment, ["generate.cells=nb_head", "generate.centred=true"])
+    with pytest.raises(ConfigError, match="draws counts"):
+        load_experiment(workspace.experiment, ["generate.cells=nb_head", "generate.subtract_control_prediction=true"])
     with pytest.raises(ConfigError, match="calibrate another way"):
         calibrate(trained.run)
     with pytest.raises(ConfigError, match="every term is switched off"):

@@ -26,13 +26,13 @@ from pertcast.data.prepare import prepare
 from pertcast.data.store import Store
 from pertcast.errors import ConfigError
 from pertcast.files.artefacts import verify_artefact
-from pertcast.files.resources import one_ahead
+from pertcast.files.resources import prefetch
 from pertcast.generate import Part, generate
 from pertcast.generate.parts import own_share
 from pertcast.models.heads import SetDropout, dropout_keys, key_dropout
 from pertcast.models.run_folder import open_run
 from pertcast.train import train
-from pertcast.train.batches import Place, SetReader, SetStream, read_ahead
+from pertcast.train.batches import SetReader, SetStream, StreamState, read_ahead
 from pertcast.train.devices import open_fabric
 from workspace import Workspace, assert_same_metrics, make_workspace, metrics
 
@@ -97,7 +97,7 @@ def test_two_processes_have_the_losses_of_one_and_stop_together_and_one_goes_on(
     with pytest.raises(KeyboardInterrupt):
         train(experiment, store, out, progress=watcher)
     stopped = metrics(out)[-1]["step"]
-    assert watcher.notes[-1] == f"stopped at step {stopped}; the same command goes on from there"
+    assert watcher.notes[-1] == f"stopped at step {stopped}; run the same command again to resume"
     assert 8 <= stopped < 12
     watcher = Interrupter(at_step=-1)
     assert train(experiment_of(workspace), store, out, progress=watcher) == out
@@ -273,7 +273,7 @@ def test_batches_are_the_same_bits_however_they_travel_and_are_read(workspace: W
     taken = []
     for sparse, threads in ((False, 1), (True, 1), (True, 3)):
         reader = SetReader(store, experiment, features, sparse=sparse)
-        stream = SetStream(reader.training, Place(0, 0))
+        stream = SetStream(reader.training, StreamState(0, 0))
         pieces = (stream.take(3) for _ in range(7))
         batches = [
             (move_data_to_device(batch, "cpu"), place)
@@ -299,7 +299,7 @@ def test_work_ahead_keeps_the_order_and_passes_errors_on_in_their_turn(
 
     seen: list[int] = []
     fails = broken < min(num, stop + 1)
-    results = one_ahead(range(num), work, threads=threads)
+    results = prefetch(range(num), work, threads=threads)
     with pytest.raises(ValueError, match="in its turn") if fails else nullcontext(), closing(results):  # type: ignore[type-var]
         for number in results:
             seen.append(number)
@@ -309,7 +309,7 @@ def test_work_ahead_keeps_the_order_and_passes_errors_on_in_their_turn(
 
 
 def test_what_was_worked_ahead_is_not_held_once_the_caller_lets_go_of_it() -> None:
-    results = one_ahead(range(3), lambda number: np.full(4, number))
+    results = prefetch(range(3), lambda number: np.full(4, number))
     first = next(results)
     held = weakref.ref(first)
     del first

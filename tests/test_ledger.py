@@ -17,7 +17,7 @@ from pertcast.config import RUNGS, rung_of
 from pertcast.errors import DataError
 from pertcast.files.artefacts import (
     Manifest,
-    Origin,
+    Provenance,
     hash_file,
     manifest_path,
     read_manifest,
@@ -49,7 +49,7 @@ C1: dict[str, Any] = {
 def make_archive(path: Path, experiment: dict[str, Any] | None, *, packed_at: str, content: str = "") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content or f"{path} {packed_at}")
-    origin = Origin("w" + packed_at, str(path.parent / "run"), 5, "s" * 64, experiment or {}).as_facts()
+    origin = Provenance("w" + packed_at, str(path.parent / "run"), 5, "s" * 64, experiment or {}).as_facts()
     facts = origin if experiment else {}
     inputs = {"prediction": "p" + packed_at, "genes": "g", "targets": "t"}
     write_manifest(path, Manifest("submission", inputs=inputs, config={"season": "vcc2025"}, facts=facts))
@@ -150,7 +150,7 @@ def test_an_archive_without_a_manifest_is_listed_by_its_content(tmp_path: Path) 
     path = tmp_path / "official.vcc"
     path.write_text("packed elsewhere")
     (item,) = read_ledger([tmp_path]).submissions
-    assert (item.sha256, item.rung, item.kind, item.origin) == (hash_file(path), None, None, None)
+    assert (item.sha256, item.rung, item.kind, item.provenance) == (hash_file(path), None, None, None)
 
 
 def test_a_removed_archive_stays_in_the_ledger(tmp_path: Path, two: tuple[Path, Path]) -> None:
@@ -257,9 +257,9 @@ def test_an_archive_leads_back_to_its_checkpoint(whole: Workspace, tmp_path: Pat
             del raw["facts"]["origin"]
             write_json(manifest_path(path), raw)
     (item,) = read_ledger([out]).submissions
-    assert item.origin is not None
-    assert (item.origin.weights, item.rung, item.kind, item.origin.step) == (weights, "c1", "state", 12)
-    assert item.origin.experiment["train"]["steps"] == 12
+    assert item.provenance is not None
+    assert (item.provenance.weights, item.rung, item.kind, item.provenance.step) == (weights, "c1", "state", 12)
+    assert item.provenance.experiment["train"]["steps"] == 12
     assert item.run_is_there
     assert item.run == (whole.out / "run" if left == "the archive alone" else out / "run")
 

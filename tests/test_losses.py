@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pertcast.models.losses import call_logits, de_loss, energy_distance, order_loss, pseudobulk_mae, ranking_loss
+from pertcast.models.losses import de_loss, energy_distance, order_loss, pseudobulk_mae, ranking_loss
 
 
 def sets(shape: tuple[int, ...], seed: int, *, shift: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -236,26 +236,6 @@ def test_autocast_does_not_reach_the_new_losses() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(ranking_loss(*arguments, margin=0.3, **options), outside)
         assert pseudobulk_mae(pred[None].bfloat16(), real[None].float()).dtype == torch.float32
-
-
-def test_call_logits_are_the_loop_over_genes() -> None:
-    effect = sets((2, 6), 0, dtype=torch.float64) - 1.5
-    direction = torch.tensor([[1, -1, 0, 1, -1, 0], [0, 0, 1, 1, -1, -1]])
-    threshold = sets((2, 6), 1, dtype=torch.float64) + 0.1
-    found = call_logits(effect, direction, threshold)
-    for b in range(2):
-        for g in range(6):
-            value, side = float(effect[b, g]), int(direction[b, g])
-            sided = value * side if side else abs(value)
-            assert float(found[b, g]) == pytest.approx(3 * (sided / float(threshold[b, g]) - 1))
-
-
-def test_a_call_has_a_gradient_where_nothing_is_predicted_yet() -> None:
-    effect = torch.zeros(1, 2, requires_grad=True)
-    logits = call_logits(effect, torch.tensor([[1, -1]]), torch.tensor([[0.5, 0.5]]))
-    yes = torch.ones(1, 2, dtype=torch.bool)
-    (gradient,) = torch.autograd.grad(de_loss(logits, yes, yes).sum(), effect)
-    assert gradient[0, 0] < 0 < gradient[0, 1]
 
 
 def slow_order(effect: Tensor, direction: Tensor, scale: float) -> float:

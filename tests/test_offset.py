@@ -27,7 +27,7 @@ from test_adapt import Bench, changed
 from test_train import Watcher
 
 BIAS = "project_out.3.bias"
-ALONE = "adapt.learn='offset'"
+ALONE = "adapt.trainable='offset'"
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +100,9 @@ def test_an_offset_reads_training_cells_alone(bench: Bench, plain: Path, tmp_pat
 
 def test_steps_start_at_the_offset(bench: Bench, plain: Path) -> None:
     alone = bench.adapt(plain, "alone", ALONE)
-    both = bench.adapt(plain, "both", "adapt.learn='offset,context'", "adapt.learning_rate=1e-30")
+    both = bench.adapt(plain, "both", "adapt.trainable='offset,context'", "adapt.learning_rate=1e-30")
     assert changed(alone, both) == set()
-    learnt = open_run(bench.adapt(plain, "learnt", "adapt.learn='offset,bias'"))
+    learnt = open_run(bench.adapt(plain, "learnt", "adapt.trainable='offset,bias'"))
     assert learnt.metrics["num_learning"] == len(learnt.genes)
     assert learnt.metrics["last_step"] == 9
 
@@ -154,9 +154,9 @@ def test_offset_and_gain_do_not_go_together() -> None:
 
 
 def test_the_default_is_the_offset_and_needs_no_validation_targets(bench: Bench, plain: Path, tmp_path: Path) -> None:
-    assert AdaptConfig().learn == "offset"
+    assert AdaptConfig().trainable == "offset"
     other = Bench(tmp_path)
-    text = (tmp_path / "line.toml").read_text().replace('learn = "context,bias"', "").replace('val = ["G3"]', "")
+    text = (tmp_path / "line.toml").read_text().replace('trainable = "context,bias"', "").replace('val = ["G3"]', "")
     (tmp_path / "line.toml").write_text(text)
     watcher = Watcher()
     adapted = open_run(other.adapt(plain, "default", progress=watcher))

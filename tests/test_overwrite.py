@@ -14,7 +14,7 @@ from pertcast.pipeline import run_experiment
 from workspace import Workspace, make_workspace
 
 NOTES = "my own notes, years of work\n"
-RULES = ("--set", "num_genes=20", "--set", "num_targets=3", "--set", "max_cells=120")
+RULES = ("--rule", "num_genes=20", "--rule", "num_targets=3", "--rule", "max_cells=120")
 
 
 @pytest.fixture(scope="module")

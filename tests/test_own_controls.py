@@ -31,7 +31,7 @@ from pertcast.pipeline import run_experiment
 from pertcast.progress import SILENT
 from pertcast.submission.check.realism import realism
 from pertcast.train import train
-from pertcast.train.loss_targets import learn_truth
+from pertcast.train.loss_targets import training_targets
 from pertcast.train.training_effects import TrainingEffects, training_effects
 
 CONTROL = "non-targeting"
@@ -221,7 +221,7 @@ def test_panels_that_measured_other_genes_give_no_effect_there(tmp_path: Path) -
     # moments are of the cells that measured a gene
     controls_a = store.rows(split=Split.TRAIN, dataset=0, pert=store.control_code)
     np.testing.assert_allclose(store.control_mean_log1p[30:], store.log1p(controls_a)[:, 30:].mean(0), rtol=1e-4)
-    truth = learn_truth(store, np.arange(40), labels=True, progress=SILENT)
+    truth = training_targets(store, np.arange(40), labels=True, progress=SILENT)
     import torch
 
     code = store.perts.index("G3")
@@ -381,9 +381,9 @@ def test_real_cells_of_several_contexts_are_taken_of_the_predictions_own(tmp_pat
     "more",
     [
         ("loss.mae=1", "loss.de=0.5", "loss.rank=0.5", "loss.nb=0.1", "train.select_by=pds"),
-        ("loss.mae=1", "loss.mae_of=set", "loss.de=0.5", "loss.de_head=learned"),
+        ("loss.mae=1", "loss.de=0.5", "loss.de_head=learned"),
         ("model.residual=shift", "model.base=ridge", "loss.mae=1", "train.select_by=overall"),
-        ("model.input=hvg", "model.output=hvg", "generate.other_genes=control", "loss.rank=1"),
+        ("model.input=hvg", "model.output=hvg", "generate.unpredicted_genes=control", "loss.rank=1"),
         ("model.batch_embedding=true", "model.context_embedding=true"),
     ],
 )

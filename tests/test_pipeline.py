@@ -237,9 +237,11 @@ def set_all(*assignments: str) -> list[str]:
 
 def test_genes_that_a_model_does_not_predict_are_the_control_cells_and_are_counted(workspace: Workspace) -> None:
     only_hvg = set_all("model.input=hvg", "model.output=hvg")
-    with pytest.raises(ConfigError, match=r"10 of 20 genes.*generate.other_genes"):
+    with pytest.raises(ConfigError, match=r"10 of 20 genes.*generate.unpredicted_genes"):
         run_experiment(workspace.experiment, workspace.out, overrides=only_hvg)
-    outcome = run_experiment(workspace.experiment, workspace.out, overrides=[*only_hvg, "generate.other_genes=control"])
+    outcome = run_experiment(
+        workspace.experiment, workspace.out, overrides=[*only_hvg, "generate.unpredicted_genes=control"]
+    )
     store = Store.open(outcome.store)
     others = np.setdiff1d(np.arange(20), store.hvg)
     predicted = ad.read_h5ad(outcome.parts / "H1" / "G1.h5ad").X.toarray()

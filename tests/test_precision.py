@@ -17,7 +17,6 @@ from pertcast.models.run_folder import open_run
 from pertcast.models.transformer import Backbone
 from pertcast.progress import SILENT
 from pertcast.train import train
-from pertcast.train.checkpoints import with_defaults
 from pertcast.train.precision import native_precision, require_one_precision, resolve_precision
 from workspace import Workspace, make_workspace
 
@@ -181,10 +180,6 @@ def test_processes_that_would_compute_differently_are_refused() -> None:
     require_one_precision(FirstOfAll(), "bf16")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r'first process computes in bf16.*process 1 would in fp32.*"fp32"'):
         require_one_precision(FirstOfAll(), "fp32")  # type: ignore[arg-type]
-
-
-def test_runs_from_before_precision_could_be_auto_were_float32() -> None:
-    assert with_defaults({"train": {}})["train"]["precision"] == "fp32"
 
 
 @needs_bf16

@@ -132,7 +132,7 @@ def test_check_prints_it_and_writes_it_beside_the_prediction(
 ) -> None:
     prediction = predicted(tmp_path, draw(250, 4))
     (tmp_path / "genes.csv").write_text("".join(f"{gene}\n" for gene in GENES))
-    rules = [part for rule in ("num_genes=200", "num_targets=2") for part in ("--set", rule)]
+    rules = [part for rule in ("num_genes=200", "num_targets=2") for part in ("--rule", rule)]
     command = ["check", str(prediction), "--genes", str(tmp_path / "genes.csv"), *rules, "--against", str(controls)]
     with pytest.raises(SystemExit) as caught:
         main(command)

@@ -11,7 +11,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from pertcast.cli.app import main
-from pertcast.config import RUNGS, LossConfig, load_experiment, rung_overrides, upgrade
+from pertcast.config import RENAMED, RUNGS, LossConfig, load_experiment, rung_overrides, upgrade
 from pertcast.data.prepare import prepare
 from pertcast.data.split import Split
 from pertcast.data.store import Store
@@ -23,7 +23,7 @@ from pertcast.progress import SILENT
 from pertcast.stats.de import differential_expression
 from pertcast.stats.groups import group_cells
 from pertcast.train.batches import Batch, blur_features
-from pertcast.train.loss_targets import Known, Truth, learn_truth
+from pertcast.train.loss_targets import BatchTargets, TrainingTargets, training_targets
 from pertcast.train.loss_terms import loss_terms, total_loss
 from workspace import make_workspace
 
@@ -79,21 +79,20 @@ def test_a_rung_that_is_not_there_is_refused(command: str, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("value", "word"), [("true", "state"), ("false", "none")])
-def test_the_old_switch_is_refused_with_its_new_word_and_read_from_artefacts(
-    tmp_path: Path, value: str, word: str
+@pytest.mark.parametrize(("old", "new"), sorted(RENAMED.items()))
+def test_an_earlier_name_is_refused_with_the_new_one_and_read_from_artefacts(
+    tmp_path: Path, old: str, new: str
 ) -> None:
     workspace = make_workspace(tmp_path / "w")
-    with pytest.raises(ConfigError, match=f'what was {value} is "{word}"'):
-        load_experiment(workspace.experiment, [f"model.residual={value}"])
-    assert upgrade({"model": {"residual": value == "true"}}) == {"model": {"residual": word}}
+    section, _, key = old.partition(".")
+    with pytest.raises(ConfigError, match=f"'{key}' has a new name; write {new}"):
+        load_experiment(workspace.experiment, [f"{old}=1"], command="train")
+    assert upgrade({section: {key: 1, "other": 2}}) == {section: {new.partition(".")[2]: 1, "other": 2}}
 
 
-def test_terms_that_an_older_run_was_trained_with_keep_their_meaning() -> None:
-    assert upgrade({"loss": {"mae": 1.0, "de": 0.5}})["loss"]["mae_of"] == "set"
-    assert upgrade({"loss": {"mae": 1.0, "de": 0.5}})["loss"]["de_head"] == "learned"
-    assert upgrade({"loss": {"mae": 0.0, "de": 0.0}})["loss"] == {"mae": 0.0, "de": 0.0}
-    assert upgrade({"loss": {"mae": 1.0, "mae_of": "effect"}})["loss"]["mae_of"] == "effect"
+def test_a_loss_of_an_earlier_version_is_read_where_it_means_the_same() -> None:
+    assert upgrade({"loss": {"mae": 1.0, "mae_of": "effect"}}) == {"loss": {"mae": 1.0}}
+    assert upgrade({"loss": {"mae": 1.0, "mae_of": "set"}}) == {"loss": {"mae": 1.0, "mae_of": "set"}}
 
 
 def test_auxiliary_weights_rise_over_the_warm_up_and_energy_does_not() -> None:
@@ -104,43 +103,43 @@ def test_auxiliary_weights_rise_over_the_warm_up_and_energy_does_not() -> None:
     assert float(total_loss(terms, config, step=None)) == 412
 
 
-def truth_of(store: Store) -> Truth:
-    return learn_truth(store, np.arange(len(store.genes)), labels=True, progress=SILENT)
+def targets_of_store(store: Store) -> TrainingTargets:
+    return training_targets(store, np.arange(len(store.genes)), labels=True, progress=SILENT)
 
 
 def test_the_truth_is_the_means_and_the_official_statistics_of_training_cells(store: Store) -> None:
-    truth = truth_of(store)
+    truth = targets_of_store(store)
     controls = store.log1p(store.rows(split=Split.TRAIN, pert=store.control_code))
     for pert in range(len(store.perts)):
-        known = truth.of(torch.tensor([0]), torch.tensor([pert]), torch.tensor([0]))
-        assert bool(known.is_control_B) == (pert == store.control_code) != bool(known.has_effect_B)
-        np.testing.assert_allclose(known.control_mean_BG[0], controls.mean(0), atol=1e-5)
+        targets = truth.of(torch.tensor([0]), torch.tensor([pert]), torch.tensor([0]))
+        assert bool(targets.is_control_B) == (pert == store.control_code) != bool(targets.has_effect_B)
+        np.testing.assert_allclose(targets.control_mean_BG[0], controls.mean(0), atol=1e-5)
         if pert == store.control_code:
-            assert known.valid_BG is not None
-            assert not known.valid_BG.any()
+            assert targets.valid_BG is not None
+            assert not targets.valid_BG.any()
             continue
         cells = store.log1p(store.rows(split=Split.TRAIN, pert=pert))
-        np.testing.assert_allclose(known.effect_BG[0], cells.mean(0) - controls.mean(0), atol=1e-5)
+        np.testing.assert_allclose(targets.effect_BG[0], cells.mean(0) - controls.mean(0), atol=1e-5)
         groups = [group_cells(values, np.zeros(len(values), dtype=np.int64)) for values in (cells, controls)]
-        assert known.labels_BG is not None
-        assert known.labels_BG[0].tolist() == (differential_expression(*groups).fdr[0] < 0.05).tolist()
-        assert store.genes[int(known.own_gene_B)] == store.perts[pert]
-        assert known.labels_BG[0, known.own_gene_B]
+        assert targets.labels_BG is not None
+        assert targets.labels_BG[0].tolist() == (differential_expression(*groups).fdr[0] < 0.05).tolist()
+        assert store.genes[int(targets.own_gene_B)] == store.perts[pert]
+        assert targets.labels_BG[0, targets.own_gene_B]
 
 
 def test_others_are_of_the_same_context_and_never_the_perturbation_itself(store: Store) -> None:
-    truth = truth_of(store)
+    truth = targets_of_store(store)
     perts = torch.tensor([pert for pert in range(len(store.perts)) if pert != store.control_code])
     contexts = torch.zeros_like(perts)
     keys = [("train", 3, place) for place in range(len(perts))]
     drawn = truth.draw_others(contexts, perts, num=5, seed=0, keys=keys)
     assert drawn.shape == (3, 5)
-    known = truth.of(contexts, perts, contexts)
+    targets = truth.of(contexts, perts, contexts)
     for place, rows in enumerate(drawn.tolist()):
         assert rows[2:] == [-1, -1, -1]
         assert len({*rows[:2]}) == 2
         for row in rows[:2]:
-            assert not torch.equal(truth.effects_NG[row], known.effect_BG[place])
+            assert not torch.equal(truth.effects_NG[row], targets.effect_BG[place])
     assert torch.equal(drawn, truth.draw_others(contexts, perts, num=5, seed=0, keys=keys))
     assert torch.equal(drawn[1:], truth.draw_others(contexts[1:], perts[1:], num=5, seed=0, keys=keys[1:]))
 
@@ -154,34 +153,34 @@ def test_held_out_cells_are_never_read_for_the_truth(store: Store, monkeypatch: 
         return read(self, rows)
 
     monkeypatch.setattr(Store, "csr", spy)
-    truth_of(store)
+    targets_of_store(store)
     assert seen == set(store.rows(split=Split.TRAIN).tolist())
     assert len(seen) < store.num_cells
 
 
 def test_a_threshold_is_where_a_test_of_means_passes_benjamini_and_hochberg(store: Store) -> None:
-    truth = truth_of(store)
+    truth = targets_of_store(store)
     controls = store.log1p(store.rows(split=Split.TRAIN, pert=store.control_code)).astype(np.float64)
     spread = np.maximum(controls.std(axis=0), len(controls) ** -0.5)
     for pert in range(len(store.perts)):
         if pert == store.control_code:
             continue
-        known = truth.of(torch.tensor([0]), torch.tensor([pert]), torch.tensor([0]))
-        assert known.labels_BG is not None
-        assert known.threshold_BG is not None
+        targets = truth.of(torch.tensor([0]), torch.tensor([pert]), torch.tensor([0]))
+        assert targets.labels_BG is not None
+        assert targets.threshold_BG is not None
         num_cells = len(store.rows(split=Split.TRAIN, pert=pert))
         standard_error = spread * np.sqrt(1 / num_cells + 1 / len(controls))
         # the largest p-value that passes among as many significant genes
-        rank = max(1, int(known.labels_BG.sum()))
-        p_values = 2 * norm.sf(known.threshold_BG[0].numpy() / standard_error)
+        rank = max(1, int(targets.labels_BG.sum()))
+        p_values = 2 * norm.sf(targets.threshold_BG[0].numpy() / standard_error)
         np.testing.assert_allclose(p_values, 0.05 * rank / len(store.genes), rtol=1e-3)
 
 
-def make_known(store: Store, **changed: Any) -> Known:
+def make_targets(store: Store, **changed: Any) -> BatchTargets:
     pert = next(code for code in range(len(store.perts)) if code != store.control_code)
     codes = torch.tensor([pert, pert, store.control_code])
     nothing = torch.zeros(3, dtype=torch.int64)
-    return truth_of(store).of(nothing, codes, nothing)._replace(**changed)
+    return targets_of_store(store).of(nothing, codes, nothing)._replace(**changed)
 
 
 def make_batch(real_BSG: Tensor) -> Batch:
@@ -195,30 +194,26 @@ def test_the_mae_of_the_effect_is_of_all_training_cells_and_of_the_set_where_the
     real = torch.rand(3, 4, genes, generator=torch.Generator().manual_seed(0))
     pred = torch.rand(3, 4, genes, generator=torch.Generator().manual_seed(1))
     beside = torch.full((3, genes), 0.25)
-    known = make_known(store, beside_BG=beside)
-    found = loss_terms(Prediction(pred, None), make_batch(real), LossConfig(energy=0, mae=1), known=known)["mae"]
+    targets = make_targets(store, reference_mean_BG=beside)
+    found = loss_terms(Prediction(pred, None), make_batch(real), LossConfig(energy=0, mae=1), targets=targets)["mae"]
     for place in (0, 1):
         effect = pred[place].mean(0) - 0.25
-        assert float(found[place]) == pytest.approx(float((effect - known.effect_BG[place]).abs().mean()), rel=1e-5)
+        assert float(found[place]) == pytest.approx(float((effect - targets.effect_BG[place]).abs().mean()), rel=1e-5)
     assert float(found[2]) == pytest.approx(float((pred[2].mean(0) - real[2].mean(0)).abs().mean()), rel=1e-5)
-    of_set = LossConfig(energy=0, mae=1, mae_of="set")
-    found = loss_terms(Prediction(pred, None), make_batch(real), of_set, known=known)["mae"]
-    torch.testing.assert_close(found, (pred.mean(1) - real.mean(1)).abs().mean(-1))
 
 
-@pytest.mark.parametrize("head", ["order", "test"])
-def test_the_head_rewards_the_true_effect_over_none_its_half_and_its_opposite(store: Store, head: Any) -> None:
-    known = make_known(store, beside_BG=torch.zeros(3, len(store.genes)))
-    config = LossConfig(energy=0, de=1, de_head=head)
+def test_the_head_rewards_the_true_effect_over_none_its_half_and_its_opposite(store: Store) -> None:
+    targets = make_targets(store, reference_mean_BG=torch.zeros(3, len(store.genes)))
+    config = LossConfig(energy=0, de=1)
 
     def value(share: float) -> float:
-        pred = (known.effect_BG * share)[:, None].expand(-1, 2, -1)
+        pred = (targets.effect_BG * share)[:, None].expand(-1, 2, -1)
         terms = loss_terms(
             Prediction(pred, None),
             make_batch(pred),
             config,
-            known=known,
-            positive_weight=truth_of(store).positive_weight,
+            targets=targets,
+            positive_weight=targets_of_store(store).positive_weight,
         )
         assert terms["de"][2] == 0  # control cells have no label
         return float(terms["de"][0])
@@ -227,13 +222,13 @@ def test_the_head_rewards_the_true_effect_over_none_its_half_and_its_opposite(st
 
 
 def test_the_order_is_of_effects_in_two_thresholds_each_set_in_its_own(store: Store) -> None:
-    known = make_known(store, beside_BG=torch.zeros(3, len(store.genes)))
-    assert known.labels_BG is not None
-    assert known.threshold_BG is not None
-    pred = (known.effect_BG / 2)[:, None].expand(-1, 2, -1)
-    found = loss_terms(Prediction(pred, None), make_batch(pred), LossConfig(energy=0, de=1), known=known)["de"]
-    direction = known.effect_BG.sign() * known.labels_BG
-    expected = order_loss(known.effect_BG / 2, direction, 2 * known.threshold_BG.mean(-1))
+    targets = make_targets(store, reference_mean_BG=torch.zeros(3, len(store.genes)))
+    assert targets.labels_BG is not None
+    assert targets.threshold_BG is not None
+    pred = (targets.effect_BG / 2)[:, None].expand(-1, 2, -1)
+    found = loss_terms(Prediction(pred, None), make_batch(pred), LossConfig(energy=0, de=1), targets=targets)["de"]
+    direction = targets.effect_BG.sign() * targets.labels_BG
+    expected = order_loss(targets.effect_BG / 2, direction, 2 * targets.threshold_BG.mean(-1))
     torch.testing.assert_close(found, expected)
     assert (found > 0).tolist() == [True, True, False]
 
@@ -243,7 +238,7 @@ def test_what_is_of_single_genes_is_refused_for_the_order(tmp_path: Path, settin
     workspace = make_workspace(tmp_path / "w")
     with pytest.raises(ConfigError, match="asks nothing"):
         load_experiment(workspace.experiment, ["loss.de=0.2", f"loss.{setting}"])
-    load_experiment(workspace.experiment, ["loss.de=0.2", f"loss.{setting}", "loss.de_head=test"])
+    load_experiment(workspace.experiment, ["loss.de=0.2", f"loss.{setting}", "loss.de_head=learned"])
     # a run that has no such term keeps what it was begun with
     load_experiment(workspace.experiment, [f"loss.{setting}"])
 

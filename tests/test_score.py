@@ -204,7 +204,7 @@ def test_the_mean_of_training_cells_is_the_baseline_of_cell_eval(
     for ours in ("mae", "pds", "des"):
         assert found.baseline[ours] == pytest.approx(theirs[NAMES[ours]].mean(), abs=1e-6)
     with pytest.raises(SystemExit) as end:
-        main(["score", str(pair.predicted), str(real), "--train", str(training), "--baseline", str(training)])
+        main(["score", str(pair.predicted), str(real), "--baseline-from", str(training), "--baseline", str(training)])
     assert end.value.code == 1
 
 

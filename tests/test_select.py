@@ -19,7 +19,7 @@ from pertcast.data.store import Store
 from pertcast.errors import ConfigError
 from pertcast.ladder.mean_baseline import constant_side
 from pertcast.ladder.score import compare_sides
-from pertcast.ladder.scored_side import Side
+from pertcast.ladder.scored_side import PseudobulkStats
 from pertcast.models.run_folder import open_run
 from pertcast.stats.metrics import constant_profile, profile_of, score_profiles
 from pertcast.train import train
@@ -102,10 +102,10 @@ def test_the_mean_that_selects_is_the_predicted_one_before_cells_are_cut_off() -
     np.testing.assert_allclose(found.log2_fold_change[0, 0], np.log2(np.expm1(1.0) / np.expm1(0.5)), rtol=1e-6)
 
 
-def side_of(store: Store, rows: list[np.ndarray], controls: np.ndarray) -> Side:
+def side_of(store: Store, rows: list[np.ndarray], controls: np.ndarray) -> PseudobulkStats:
     codes = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
     profile = profile_of(store.csr(np.concatenate(rows)), codes, store.csr(controls))
-    return Side(
+    return PseudobulkStats(
         perts=tuple(f"G{number}" for number in range(len(rows))),
         genes=store.genes,
         num_cells=np.array([len(part) for part in rows]),

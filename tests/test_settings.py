@@ -149,7 +149,7 @@ def test_no_command_reads_a_key_that_it_refuses(workspace: Workspace, monkeypatc
     experiment = load_experiment(workspace.experiment, held)
     folder = workspace.folder / "reads"
     run, store = folder / "run", folder / "store"
-    line = load_experiment(workspace.experiment, (*held, "adapt.learn=bias"))
+    line = load_experiment(workspace.experiment, (*held, "adapt.trainable=bias"))
     steps: dict[str, Callable[[], object]] = {
         "prepare": lambda: prepare(experiment, store),
         "preflight": lambda: preflight(experiment, store=Store.open(store)),

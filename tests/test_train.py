@@ -30,7 +30,7 @@ from pertcast.errors import CheckpointError, ConfigError, DataError
 from pertcast.files.artefacts import hash_file, verify_artefact
 from pertcast.models.run_folder import open_run
 from pertcast.train import train
-from pertcast.train.batches import Place, SetStream, read_ahead
+from pertcast.train.batches import SetStream, StreamState, read_ahead
 from pertcast.train.precision import resolve_precision
 
 STEPS = 12
@@ -286,7 +286,7 @@ def test_a_longer_training_goes_on_where_a_shorter_one_ended(bench: Bench, whole
     assert open_run(out).metrics["last_step"] == 8
     bench.train(out)
     assert_same_run(out, whole)
-    with pytest.raises(CheckpointError, match=r"train\.steps of at least 12.*got 8"):
+    with pytest.raises(CheckpointError, match=r"trained for 12 steps already, and train\.steps is 8"):
         bench.train(out, "train.steps=8")
 
 
@@ -299,7 +299,7 @@ def test_a_finished_run_is_left_alone(bench: Bench, whole: Path) -> None:
 
 
 def test_another_configuration_is_refused_and_every_difference_named(bench: Bench, whole: Path) -> None:
-    with pytest.raises(CheckpointError, match="give another --out, or remove") as caught:
+    with pytest.raises(CheckpointError, match="Use another --out, or delete") as caught:
         bench.train(whole, "train.learning_rate=0.5", "model.dropout=0.2", "features.kind=coexpression")
     places = [problem.place for problem in caught.value.problems]
     assert places == ["features.kind", "model.dropout", "train.learning_rate"]
@@ -368,7 +368,7 @@ def test_training_stops_when_validation_no_longer_improves(bench: Bench, tmp_pat
         (*ALL_TERMS, "train.accumulate=2"),
         (
             *ALL_TERMS,
-            "loss.de_head=test",
+            "loss.de_head=learned",
             "loss.de_form=focal",
             "loss.rank_distance=cosine",
             "model.input=hvg",
@@ -487,7 +487,7 @@ def test_a_stream_goes_through_every_set_and_goes_on_from_any_place(sizes: list[
         return numbered_epoch(epoch, sizes[epoch % 4])
 
     everything = np.concatenate([epoch_sets(epoch).pert for epoch in range(60)])
-    stream, place, done = SetStream(epoch_sets, Place(0, 0)), Place(0, 0), 0
+    stream, place, done = SetStream(epoch_sets, StreamState(0, 0)), StreamState(0, 0), 0
     for number in takes:
         sets, after = stream.take(number)
         fresh, same = SetStream(epoch_sets, place).take(number)
@@ -499,11 +499,11 @@ def test_a_stream_goes_through_every_set_and_goes_on_from_any_place(sizes: list[
 
 def test_an_epoch_without_sets_is_an_error() -> None:
     with pytest.raises(DataError, match="no cell sets"):
-        SetStream(lambda epoch: numbered_epoch(epoch, 0), Place(0, 0)).take(1)
+        SetStream(lambda epoch: numbered_epoch(epoch, 0), StreamState(0, 0)).take(1)
 
 
 def test_reading_ahead_keeps_the_order_and_passes_errors_on() -> None:
-    pieces = [(numbered_epoch(epoch, 1), Place(epoch, 0)) for epoch in range(5)]
+    pieces = [(numbered_epoch(epoch, 1), StreamState(epoch, 0)) for epoch in range(5)]
     assert [place.epoch for _, place in read_ahead(iter(pieces), lambda sets: sets)] == [0, 1, 2, 3, 4]  # type: ignore[arg-type,return-value]
 
     def fail(sets: CellSets) -> Any:
@@ -583,13 +583,13 @@ def test_one_auxiliary_term_alone_trains(bench: Bench, tmp_path: Path) -> None:
         assert entry["grad_norm"] > 0
 
 
-def test_a_run_begun_before_there_were_rungs_goes_on(bench: Bench, whole: Path, tmp_path: Path) -> None:
+def test_a_run_of_the_previous_version_is_resumed(bench: Bench, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         bench.train(out, progress=Watcher(6, interrupt))
     begun = json.loads((out / "training.json").read_text())
-    begun["loss"] = {"energy": 1.0, "decoder": 1.0}
-    begun["model"]["residual"] = True
+    begun["train"]["unknown_batch"] = begun["train"].pop("batch_dropout")
+    begun["loss"]["mae_of"] = "effect"
     (out / "training.json").write_text(json.dumps(begun))
     with pytest.raises(CheckpointError, match=r"loss\.mae"):
         bench.train(out, "loss.mae=1")

@@ -61,7 +61,7 @@ def test_blocks_of_any_size_give_the_same_files(
     small_h5ad: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _store(small_h5ad(), tmp_path / "whole")
-    monkeypatch.setattr(pertcast.data.store, "_BLOCK_VALUES", 25)
+    monkeypatch.setattr(pertcast.data.store, "_HVG_BLOCK_VALUES", 25)
     blocks = _store(small_h5ad(), tmp_path / "blocks")
     for name in ("hvg_indptr.npy", "hvg_indices.npy", "hvg_data.npy"):
         assert (whole / name).read_bytes() == (blocks / name).read_bytes()

@@ -64,9 +64,9 @@ ForceOption = Annotated[
 RulesOption = Annotated[
     list[str] | None,
     Parameter(
-        name="--set",
+        name="--rule",
         negative="",
-        help="Override one rule of the season by name: --set num_genes=1000. May be repeated.",
+        help="Override one rule of the season by name: --rule num_genes=1000. May be repeated.",
     ),
 ]
 SeasonOption = Annotated[str, Parameter(name="--season", help="Which season's rules: vcc2025 or vcc2026.")]
@@ -74,7 +74,7 @@ GenesOption = Annotated[Path, Parameter(name="--genes", help="The season's gene_
 TargetsOption = Annotated[Path | None, Parameter(name="--targets", help="The season's target list, pert_counts.csv.")]
 
 
-def parse_rules(assignments: list[str] | None, *, option: str = "--set") -> dict[str, int | str]:
+def parse_rules(assignments: list[str] | None, *, option: str = "--rule") -> dict[str, int | str]:
     """Return ``["num_genes=1000"]`` as ``{"num_genes": 1000}``."""
     from pertcast.errors import ConfigError, Problem
 
@@ -83,7 +83,7 @@ def parse_rules(assignments: list[str] | None, *, option: str = "--set") -> dict
     for assignment in assignments or []:
         name, equals, value = (part.strip() for part in assignment.partition("="))
         if not (name and equals and value):
-            example = {"--set": "num_genes=1000", "--where": "cell_type=H1"}[option]
+            example = {"--rule": "num_genes=1000", "--where": "cell_type=H1"}[option]
             problems.append(Problem(f"{option} {assignment}", "expected name=value", f"for example {option} {example}"))
         rules[name] = int(value) if value.lstrip("-").isdigit() else value
     if problems:
@@ -140,6 +140,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
+_RENAMED_OPTIONS = {
+    ("check", "--set"): "--rule",
+    ("pack", "--set"): "--rule",
+    ("sample", "--set"): "--rule",
+    ("score", "--set"): "--rule",
+    ("score", "--train"): "--baseline-from",
+    ("adapt", "--learn"): "--trainable",
+}
+
+
+def _name_renamed_options(arguments: list[str]) -> None:
+    """Tell the new name of an option that was given by its earlier one."""
+    for (command, old), new in _RENAMED_OPTIONS.items():
+        if arguments[:1] == [command] and any(argument.partition("=")[0] == old for argument in arguments):
+            print(f"pertcast: {old} of `pertcast {command}` is now called {new}", file=sys.stderr)
+
+
 def _run(arguments: list[str]) -> int:
     # set what libraries read when they are loaded; what the user has set stays
     # torch allocates large tensors in large pages, which takes a tenth of the time
@@ -158,6 +175,7 @@ def _run(arguments: list[str]) -> int:
     try:
         code = build_app(next(iter(arguments), None))(arguments or ["--help"], exit_on_error=False, print_error=True)
     except CycloptsError:
+        _name_renamed_options(arguments)
         return 2
     except PertcastError as error:
         return _fail(str(error), 1)

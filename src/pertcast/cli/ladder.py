@@ -63,9 +63,9 @@ def _print_submission(ledger: Ledger, number: int, item: Submission) -> None:
     state = "" if item.state == "packed" else f" ({item.state})"
     print(f"{number}  {item.rung or 'unknown rung'} · {item.kind or 'unknown model'} · {item.archive}{state}")
     print(f"   packed {item.packed_at} · {item.season or 'unknown season'} · sha256 {item.sha256 or 'unknown'}")
-    if item.origin is not None:
+    if item.provenance is not None:
         gone = "" if item.run_is_there else " (not there any more)"
-        print(f"   checkpoint {item.run}{gone}, step {item.origin.step:,}")
+        print(f"   checkpoint {item.run}{gone}, step {item.provenance.step:,}")
     else:
         print("   checkpoint unknown: no manifest leads from the archive to a run")
     changed = ledger.changed(number)
@@ -213,7 +213,7 @@ def adapt(
     /,
     *,
     out: Path,
-    learn: Annotated[str | None, Parameter(name="--learn")] = None,
+    trainable: Annotated[str | None, Parameter(name="--trainable")] = None,
     store: Path | None = None,
     set_: SetOption = None,
 ) -> None:
@@ -222,7 +222,7 @@ def adapt(
     The result is an ordinary run of the new line's cells, which `pertcast generate` takes; everything that does not
     learn is the trained run's, to the bit. The same command goes on where an interrupted one stopped.
 
-    Example: `pertcast adapt run new_line.toml --out adapted --learn offset,context`
+    Example: `pertcast adapt run new_line.toml --out adapted --trainable offset,context`
 
     Parameters
     ----------
@@ -233,7 +233,7 @@ def adapt(
         features are the run's; so are the loss and [train] where the file has none.
     out
         The folder of the adapted run.
-    learn
+    trainable
         What learns, with commas: offset (the bias of the last layer, in closed form, without steps), context (the
         line's own row of the context embedding), batch (rows of its new batches), bias (of the last layer, by steps),
         last (all of it), gain (how much of what the network adds to control cells, by least squares, without steps),
@@ -248,7 +248,7 @@ def adapt(
     from pertcast.train.adapt import adapt as fit
     from pertcast.train.new_line import adapted_experiment
 
-    overrides = [*(set_ or ()), *([f"adapt.learn={learn!r}"] if learn is not None else [])]
+    overrides = [*(set_ or ()), *([f"adapt.trainable={trainable!r}"] if trainable is not None else [])]
     resolved, console = adapted_experiment(run, load_experiment(experiment, overrides, command="adapt")), Console()
     if store is None:
         store = prepare(resolved, out.with_name(f"{out.name}_store"), progress=console)
@@ -415,7 +415,7 @@ def score(
     *,
     season: SeasonOption = "vcc2025",
     baseline: Annotated[Path | None, Parameter(name="--baseline")] = None,
-    train: Annotated[Path | None, Parameter(name="--train")] = None,
+    baseline_from: Annotated[Path | None, Parameter(name="--baseline-from")] = None,
     ceiling: Annotated[bool, Parameter(name="--ceiling", negative="")] = False,
     set_: RulesOption = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
@@ -437,7 +437,7 @@ def score(
     baseline
         What the overall is relative to: an h5ad (as `cell-eval baseline` writes), the JSON of an earlier score, or
         cell-eval's agg_results.csv.
-    train
+    baseline_from
         Training cells, an h5ad file with control cells: the overall is relative to their mean, as `cell-eval baseline`
         makes it. In place of --baseline.
     ceiling
@@ -450,14 +450,14 @@ def score(
     from pertcast.ladder.mean_baseline import TrainingMean
     from pertcast.ladder.score import score as compute
 
-    if train is not None and baseline is not None:
-        raise ConfigError("--baseline and --train both say what the overall is relative to; give one of them")
+    if baseline_from is not None and baseline is not None:
+        raise ConfigError("--baseline and --baseline-from both say what the overall is relative to; give one of them")
     found = compute(
         predicted,
         real,
         season=season,
         rules=parse_rules(set_),
-        baseline=TrainingMean(train) if train is not None else baseline,
+        baseline=TrainingMean(baseline_from) if baseline_from is not None else baseline,
         ceiling=ceiling,
         progress=Console(),
     )

@@ -1,6 +1,7 @@
 """Every knob: one frozen, validated section per stage; TOML in, TOML out; unknown keys are errors."""
 
 from pertcast.config.load import (
+    RENAMED,
     RUNGS,
     STORE_KEYS,
     differences,
@@ -27,6 +28,7 @@ from pertcast.config.sections import (
 )
 
 __all__ = [
+    "RENAMED",
     "RUNGS",
     "STORE_KEYS",
     "AdaptConfig",

@@ -15,7 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pertcast.config.sections import RESIDUAL_OF_SWITCH, Experiment, FewshotConfig, LossConfig
+from pertcast.config.sections import Experiment, FewshotConfig, LossConfig
 from pertcast.errors import ConfigError, Problem
 
 RUNGS: Mapping[str, Mapping[str, float]] = MappingProxyType(
@@ -58,6 +58,15 @@ def rung_of(loss: Mapping[str, object]) -> str:
     )
 
 
+RENAMED: Mapping[str, str] = {
+    "train.unknown_batch": "train.batch_dropout",
+    "generate.spread": "generate.residual_scale",
+    "generate.centred": "generate.subtract_control_prediction",
+    "generate.other_genes": "generate.unpredicted_genes",
+    "adapt.learn": "adapt.trainable",
+}
+"""Earlier names of settings: an error in an experiment file, read from artefacts."""
+
 STORE_KEYS = (
     "datasets",
     "training",
@@ -99,11 +108,11 @@ _NOT_USED: Mapping[str, tuple[str, ...]] = {
     ),
     "calibrate": (
         "generate.scale",
-        "generate.spread",
+        "generate.residual_scale",
         "generate.calibrated",
-        "generate.centred",
+        "generate.subtract_control_prediction",
         "generate.controls_from",
-        "generate.other_genes",
+        "generate.unpredicted_genes",
         "generate.sets_per_step",
     ),
     "compare": (
@@ -260,6 +269,9 @@ def _as_problems(path: Path, text: str, errors: Sequence[ErrorDetails]) -> list[
 def _as_problem(place: str, location: Sequence[str | int], errors: Sequence[ErrorDetails]) -> Problem:
     first = errors[0]
     if first["type"] == "extra_forbidden":
+        dotted = ".".join(map(str, location))
+        if dotted in RENAMED:
+            return Problem(place, f"{location[-1]!r} has a new name", f"write {RENAMED[dotted]}")
         known = _known_keys(location)
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
@@ -300,20 +312,19 @@ def rebuild_experiment(
     tree: Mapping[str, Any], overrides: Sequence[str] = (), *, place: Path, command: str | None = None
 ) -> Experiment:
     """Return the experiment that an artefact stores as JSON, with ``a.b=value`` overrides; errors name `place`."""
-    return _resolve(copy.deepcopy(upgrade(tree)), overrides, path=place, text="", command=command)
+    return _resolve(upgrade(tree), overrides, path=place, text="", command=command)
 
 
 def upgrade(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration that an artefact stores in today's words; what it lacks stays away and is the default."""
-    tree, model, loss = dict(tree), tree.get("model"), tree.get("loss")
-    if isinstance(model, Mapping) and isinstance(model.get("residual"), bool):
-        tree["model"] = {**model, "residual": RESIDUAL_OF_SWITCH[model["residual"]]}
-    if isinstance(loss, Mapping):
-        # a term that was trained before there was a choice was trained in the older way
-        before = {"mae_of": "set"} if loss.get("mae") else {}
-        before |= {"de_head": "learned"} if loss.get("de") else {}
-        tree["loss"] = {**before, **loss}
-    return tree
+    """Return a configuration that an earlier version stored, with today's names of settings."""
+    upgraded = copy.deepcopy(dict(tree))
+    for old, new in RENAMED.items():
+        section, _, key = old.partition(".")
+        if key in (upgraded.get(section) or {}):
+            upgraded[section][new.partition(".")[2]] = upgraded[section].pop(key)
+    if (upgraded.get("loss") or {}).get("mae_of") == "effect":
+        del upgraded["loss"]["mae_of"]
+    return upgraded
 
 
 def _resolve(
@@ -323,7 +334,11 @@ def _resolve(
     if command is not None:
         kind = str(value_at(tree, "model.kind") or "state")
         keys = [".".join(_split_key(item.partition("=")[0])) for item in overrides]
-        problems += [unused_problem(command, key, kind=kind) for key in keys if not uses(command, key, kind=kind)]
+        problems += [
+            unused_problem(command, key, kind=kind)
+            for key in keys
+            if key not in RENAMED and not uses(command, key, kind=kind)
+        ]
     try:
         as_json = json.dumps(tree, default=str)
         experiment = Experiment.model_validate_json(as_json, context={"base": path.resolve().parent})

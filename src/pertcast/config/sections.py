@@ -60,10 +60,6 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-# What `model.residual` was called when it was a switch.
-RESIDUAL_OF_SWITCH = {True: "state", False: "none"}
-
-
 class ModelConfig(Section):
     """What learns. `kind` is ``state``, the State Transition network, or a baseline."""
 
@@ -83,15 +79,6 @@ class ModelConfig(Section):
     residual: Literal["state", "shift", "none"] = "state"
     batch_embedding: bool = False
     context_embedding: bool = False
-
-    @field_validator("residual", mode="before")
-    @classmethod
-    def _no_switch(cls, value: object) -> object:
-        if isinstance(value, bool):
-            raise ValueError(  # noqa: TRY004 (pydantic takes no TypeError)
-                f'expected "state", "shift" or "none"; what was {str(value).lower()} is "{RESIDUAL_OF_SWITCH[value]}"'
-            )
-        return value
 
     @field_validator("input")
     @classmethod
@@ -120,8 +107,7 @@ class LossConfig(Section):
     rank: Weight = 0.0
     nb: Weight = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 500
-    mae_of: Literal["effect", "set"] = "effect"
-    de_head: Literal["order", "test", "learned"] = "order"
+    de_head: Literal["order", "learned"] = "order"
     de_form: Literal["bce", "focal"] = "bce"
     de_positive_weight: PositiveFloat | Literal["balanced"] = "balanced"
     de_gamma: Weight = 2.0
@@ -134,7 +120,7 @@ class LossConfig(Section):
         if self.de and self.de_head == "order" and (self.de_form, self.de_positive_weight) != ("bce", "balanced"):
             raise ValueError(
                 "`de_form` and `de_positive_weight` are of single genes, of which the order of all of a perturbation's "
-                'asks nothing; leave them away, or set `de_head = "test"` or "learned"'
+                'asks nothing; leave them away, or set `de_head = "learned"`'
             )
         return self
 
@@ -159,7 +145,7 @@ class TrainConfig(Section):
     num_nodes: PositiveInt = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     match: Literal["batch", "context", "all_datasets"] = "batch"
-    unknown_batch: Share = 0.1
+    batch_dropout: Share = 0.1
     feature_noise: Annotated[float, Field(ge=0)] = 0.0
     control_sets: bool = True
     val_every: PositiveInt = 2000
@@ -173,7 +159,7 @@ class TrainConfig(Section):
 class AdaptConfig(Section):
     """Adaptation to a new cell line: which few parameters learn, how fast, and when they stop."""
 
-    learn: str = "offset"
+    trainable: str = "offset"
     steps: PositiveInt = 600
     learning_rate: PositiveFloat = 3e-3
     val_every: PositiveInt = 20
@@ -266,11 +252,11 @@ class GenerateConfig(Section):
     seed: int = 0
     scale: Literal["log1p", "counts"] = "log1p"
     cells: Literal["auto", "donors", "negative_binomial", "nb_head", "shift", "sparse", "model"] = "auto"
-    spread: Weight = 1.0
+    residual_scale: Weight = 1.0
     calibrated: bool = False
-    centred: bool = False
+    subtract_control_prediction: bool = False
     controls_from: Literal["train", "all"] = "train"
-    other_genes: Literal["error", "control"] = "error"
+    unpredicted_genes: Literal["error", "control"] = "error"
     sets_per_step: PositiveInt = 8
 
     def resolve(self, store_scale: Literal["counts", "log1p"]) -> GenerateConfig:
@@ -286,15 +272,17 @@ class GenerateConfig(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> GenerateConfig:
-        if self.spread != 1 and self.cells not in ("shift", "sparse"):
-            raise ValueError('`spread` goes with `cells = "shift"` or "sparse"; leave it away, or choose one of these')
-        if self.cells == "nb_head" and (self.centred or self.calibrated):
+        if self.residual_scale != 1 and self.cells not in ("shift", "sparse"):
             raise ValueError(
-                '`centred` and `calibrated` are of predicted log1p values, which `cells = "nb_head"` does not look at; '
-                "leave them away"
+                '`residual_scale` goes with `cells = "shift"` or "sparse"; leave it away, or choose one of these'
             )
-        if self.centred and self.calibrated:
-            raise ValueError("`calibrated` was chosen for effects that are not `centred`; leave one of the two away")
+        if self.cells == "nb_head" and (self.subtract_control_prediction or self.calibrated):
+            raise ValueError(
+                '`cells = "nb_head"` draws counts: remove `subtract_control_prediction` and `calibrated`, which change '
+                "predicted log1p values"
+            )
+        if self.subtract_control_prediction and self.calibrated:
+            raise ValueError("`calibrated` was fitted without `subtract_control_prediction`; use only one of the two")
         return self
 
 

@@ -344,7 +344,7 @@ _KEY = "origin"
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """The checkpoint and the configuration that made some cells."""
 
     weights: str  # sha256 of the checkpoint's weights
@@ -359,7 +359,7 @@ class Origin:
         return {_KEY: asdict(self)}
 
     @classmethod
-    def of_facts(cls, facts: Mapping[str, Any]) -> Origin | None:
+    def of_facts(cls, facts: Mapping[str, Any]) -> Provenance | None:
         """Return the origin that a manifest's facts tell; ``None`` where they tell none."""
         try:
             return cls(**facts[_KEY])
@@ -373,19 +373,19 @@ def origin_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     >>> origin_facts({"cells": 3})
     {}
     """
-    origin = Origin.of_facts(facts)
+    origin = Provenance.of_facts(facts)
     return origin.as_facts() if origin else {}
 
 
-def manifest_origin(prediction: Path) -> Origin | None:
+def manifest_origin(prediction: Path) -> Provenance | None:
     """Return the origin of a prediction as the manifest beside it tells it; ``None`` where there is none."""
     try:
-        return Origin.of_facts(read_manifest(prediction, kind="prediction").facts)
+        return Provenance.of_facts(read_manifest(prediction, kind="prediction").facts)
     except CheckpointError:
         return None
 
 
-def prediction_origin(prediction: Path, sha256: str) -> dict[str, Any]:
+def prediction_provenance(prediction: Path, sha256: str) -> dict[str, Any]:
     """Return what to tell on of a prediction's origin; nothing where no manifest is of this content."""
     if not manifest_path(prediction).is_file():
         return {}

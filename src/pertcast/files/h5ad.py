@@ -288,6 +288,7 @@ def open_h5ad(path: Path, *, layer: str | None = None) -> Iterator[H5adReader]:
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.h5ad"
+    >>> from pertcast.files.h5ad_writer import CsrWriter
     >>> with CsrWriter(path, ["TP53", "TET1"]) as writer:
     ...     writer.append(sparse.csr_matrix(np.eye(2)))
     ...     writer.finish(pd.DataFrame({"target_gene": ["TET1", "TET1"]}))

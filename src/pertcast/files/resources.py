@@ -19,10 +19,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def one_ahead(items: Iterable[Item], work: Callable[[Item], Result], *, threads: int = 1) -> Iterator[Result]:
+def prefetch(items: Iterable[Item], work: Callable[[Item], Result], *, threads: int = 1) -> Iterator[Result]:
     """Yield ``work(item)`` for each item, in order; the next one is worked on while the caller has the last.
 
-    >>> list(one_ahead(range(4), lambda number: number**2, threads=3))
+    >>> list(prefetch(range(4), lambda number: number**2, threads=3))
     [0, 1, 4, 9]
     """
     stream = iter(items)

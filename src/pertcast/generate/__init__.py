@@ -22,7 +22,7 @@ from pertcast.errors import CheckpointError, DataError
 from pertcast.files.artefacts import (
     MANIFEST,
     Manifest,
-    Origin,
+    Provenance,
     atomic_file,
     claimed,
     clean,
@@ -269,8 +269,8 @@ def _how_made(generate: GenerateConfig) -> list[str]:
         "sparse": "control cells moved to the predicted mean, zeros of rarely seen genes left alone",
     }
     notes = [f"cells are {ways[generate.cells]} (generate.cells)"] if generate.cells in ways else []
-    if generate.centred:
-        notes.append("effects are beside the model's own control condition (generate.centred)")
+    if generate.subtract_control_prediction:
+        notes.append("effects are beside the model's own control condition (generate.subtract_control_prediction)")
     return notes
 
 
@@ -324,7 +324,7 @@ def _finish(out: Path, plan: Plan, experiment: Experiment, run: Run, maker: Part
             logger.info("removed %s, a part of an earlier plan", path)
     for part in plan.parts:
         files[part.file] = next(iter(read_manifest(out / part.file).files.values()))
-    origin = Origin(
+    origin = Provenance(
         weights=maker.inputs["weights"],
         run=str(run.path.absolute()),
         step=run.step,

@@ -73,7 +73,7 @@ class Calibration:
     # slope``; the second factor is at most 4 and at least a quarter
     slope: float
     reference: float
-    cells: str  # The way of making cells that it was chosen for, and the spread for ``generate.spread``
+    cells: str  # The way of making cells that it was chosen for, and the spread for ``generate.residual_scale``
     spread: float
     weights: str  # Hash of the run's weights
     num_targets: int  # How many held-out targets it was chosen on
@@ -137,7 +137,9 @@ def calibrated(run: Run, experiment: Experiment) -> tuple[Calibration | None, Ex
             f"{run.path}: it was calibrated for generate.cells = {found.cells!r}, got {generate.cells!r}; "
             f"calibrate it with --set generate.cells={generate.cells!r}"
         )
-    return found, experiment.model_copy(update={"generate": generate.model_copy(update={"spread": found.spread})})
+    return found, experiment.model_copy(
+        update={"generate": generate.model_copy(update={"residual_scale": found.spread})}
+    )
 
 
 def largest_log1p(store: Store) -> float:

@@ -28,7 +28,7 @@ from pertcast.files.artefacts import (
     write_manifest,
 )
 from pertcast.files.h5ad_writer import CsrWriter
-from pertcast.files.resources import one_ahead
+from pertcast.files.resources import prefetch
 from pertcast.generate.calibration import CalibratedPredictor, calibrated
 from pertcast.generate.cells import CellMaker
 from pertcast.generate.plan import Part, control_rows
@@ -56,7 +56,7 @@ class PartMaker:
         self._predictor: Predictor = (
             CountsHeadPredictor(run, store, features) if self._from_head else make_predictor(run, store, features)
         )
-        if experiment.generate.centred:
+        if experiment.generate.subtract_control_prediction:
             self._predictor = CentredPredictor(self._predictor, store, output_genes=run.output_genes)
         if self._calibration is not None:
             self._predictor = CalibratedPredictor(
@@ -66,11 +66,11 @@ class PartMaker:
         self._cells = CellMaker(store, experiment.generate, cap=cap, shapes=shapes)
         self.inputs = {"weights": weights, "store": store.fingerprint}
         missing = len(run.genes) - len(run.output_genes)
-        if missing and experiment.generate.other_genes == "error":
+        if missing and experiment.generate.unpredicted_genes == "error":
             raise ConfigError(
-                f"[generate] other_genes: the model predicts {len(run.output_genes):,} of {len(run.genes):,} genes; "
-                'pass --set generate.other_genes="control" to copy the others from the control cells, or train with '
-                'model.output = "genes"'
+                f"[generate] unpredicted_genes: the model predicts {len(run.output_genes):,} of {len(run.genes):,} "
+                'genes; pass --set generate.unpredicted_genes="control" to copy the others from the control cells, '
+                'or train with model.output = "genes"'
             )
 
     def _shapes(self) -> NDArray[np.float64]:
@@ -86,7 +86,7 @@ class PartMaker:
             "seed": generate.seed,
             "controls_from": generate.controls_from,
             "scale": generate.scale,
-            "other_genes": generate.other_genes,
+            "unpredicted_genes": generate.unpredicted_genes,
             "dataset": part.dataset,
             "context": part.context,
             "target": part.target,
@@ -96,7 +96,11 @@ class PartMaker:
             "target_sum": self._store.target_sum,
         }
         if not part.copied:
-            settings |= {"cells": generate.cells, "spread": generate.spread, "centred": generate.centred}
+            settings |= {
+                "cells": generate.cells,
+                "residual_scale": generate.residual_scale,
+                "subtract_control_prediction": generate.subtract_control_prediction,
+            }
             if self._calibration is not None:
                 settings["calibration"] = self._calibration.fingerprint
             if self._cells.have_a_depth:
@@ -120,7 +124,7 @@ class PartMaker:
     def make(self, out: Path, parts: Sequence[Part], *, done: Callable[[Part], None]) -> None:
         """Write parts and their manifests, one after the other; `done` is called after each."""
         batches = ((part, sets_BS) for part in parts if not part.copied for sets_BS in self._batches(part))
-        with closing(one_ahead(batches, lambda item: self._predict(*item))) as predicted:  # type: ignore[type-var]
+        with closing(prefetch(batches, lambda item: self._predict(*item))) as predicted:  # type: ignore[type-var]
             for part in parts:
                 self._write(out, part, self._blocks(part, predicted))
                 done(part)

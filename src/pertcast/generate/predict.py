@@ -192,7 +192,7 @@ class NetworkPredictor:
     def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
         """Return (B * S, output genes) log1p values; see :class:`Predictor`."""
         prediction = self.prediction(rows_BS, target=target, context=context)
-        return prediction.uncut_BSG.flatten(0, 1).float().cpu().numpy()
+        return prediction.unclipped_BSG.flatten(0, 1).float().cpu().numpy()
 
     @property
     def network(self) -> StateTransition:

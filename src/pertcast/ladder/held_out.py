@@ -28,7 +28,7 @@ from pertcast.files.scales import normalise_log1p
 from pertcast.generate.plan import control_rows
 from pertcast.ladder.mean_baseline import constant_side
 from pertcast.ladder.score import compare_sides
-from pertcast.ladder.scored_side import Side, read_halves, read_side, select_perts
+from pertcast.ladder.scored_side import PseudobulkStats, read_halves, read_side, select_perts
 from pertcast.progress import Progress
 from pertcast.seasons import Season
 from pertcast.stats.metrics import discrimination
@@ -121,7 +121,7 @@ def _write_targets(
             writer.writerow([name, len(rows), *([float(np.median(store.totals[rows]))] if with_depth else [])])
 
 
-def against_truth(predicted: Side, truth: Side) -> dict[str, dict[str, float]]:
+def against_truth(predicted: PseudobulkStats, truth: PseudobulkStats) -> dict[str, dict[str, float]]:
     """Return the metrics of each predicted target; ranks are among all targets of the truth."""
     scored = compare_sides(predicted, select_perts(truth, predicted.perts))
     position = {gene: number for number, gene in enumerate(truth.genes)}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pertcast.files.resources import available_cpus
-from pertcast.ladder.scored_side import Side, read_groups
+from pertcast.ladder.scored_side import PseudobulkStats, read_groups
 from pertcast.progress import SILENT, Progress
 from pertcast.seasons import Season
 from pertcast.stats.de import differential_expression
@@ -33,7 +33,9 @@ class TrainingMean:
     cells: Path  # h5ad file of training cells, controls among them
 
 
-def training_mean_side(training: TrainingMean, truth: Side, rules: Season, *, progress: Progress = SILENT) -> Side:
+def training_mean_side(
+    training: TrainingMean, truth: PseudobulkStats, rules: Season, *, progress: Progress = SILENT
+) -> PseudobulkStats:
     """Return the baseline for the targets of a truth, each with as many cells as the truth has."""
     read = read_groups(training.cells, rules, progress=progress)
     means = group_means(read.groups)[0].astype(read.groups.values.dtype)
@@ -47,8 +49,12 @@ def training_mean_side(training: TrainingMean, truth: Side, rules: Season, *, pr
 
 
 def constant_side(
-    constant_log1p: NDArray[np.floating], controls_log1p: sparse.csr_matrix, truth: Side, *, progress: Progress = SILENT
-) -> Side:
+    constant_log1p: NDArray[np.floating],
+    controls_log1p: sparse.csr_matrix,
+    truth: PseudobulkStats,
+    *,
+    progress: Progress = SILENT,
+) -> PseudobulkStats:
     """Return targets whose cells are all one cell, beside control cells, each with as many cells as the truth has."""
     control = group_cells(controls_log1p, np.zeros(controls_log1p.shape[0], dtype=np.int64))
     mean = group_means(control)[0][0].astype(control.values.dtype)
@@ -57,8 +63,13 @@ def constant_side(
 
 
 def _constant_side(
-    constant: NDArray[np.floating], control: CellGroups, beside: Side, *, from_dense: bool, progress: Progress
-) -> Side:
+    constant: NDArray[np.floating],
+    control: CellGroups,
+    beside: PseudobulkStats,
+    *,
+    from_dense: bool,
+    progress: Progress,
+) -> PseudobulkStats:
     """Return the side of a constant cell; targets, cells, genes and the control's mean are those of `beside`."""
     sizes, place = np.unique(beside.num_cells, return_inverse=True)
     significant = np.zeros((len(sizes), len(constant)), dtype=bool)

@@ -20,7 +20,7 @@ import numpy as np
 
 from pertcast.errors import ConfigError, DataError, Problem
 from pertcast.ladder.mean_baseline import TrainingMean, training_mean_side
-from pertcast.ladder.scored_side import Side, cache_folder, read_halves, read_side
+from pertcast.ladder.scored_side import PseudobulkStats, cache_folder, read_halves, read_side
 from pertcast.progress import SILENT, Progress
 from pertcast.seasons import Season
 from pertcast.seasons import season as season_of
@@ -185,7 +185,10 @@ def score(
 
 
 def compare_sides(
-    predicted: Side, real: Side, *, places: tuple[Path | str, Path | str] = ("prediction", "truth")
+    predicted: PseudobulkStats,
+    real: PseudobulkStats,
+    *,
+    places: tuple[Path | str, Path | str] = ("prediction", "truth"),
 ) -> dict[str, dict[str, float]]:
     """Return the metrics of each target."""
     _refuse_other_labels(predicted, real, places)
@@ -208,7 +211,9 @@ def compare_sides(
     return {pert: {name: column[row].item() for name, column in columns.items()} for row, pert in enumerate(real.perts)}
 
 
-def _refuse_other_labels(predicted: Side, real: Side, places: tuple[Path | str, Path | str]) -> None:
+def _refuse_other_labels(
+    predicted: PseudobulkStats, real: PseudobulkStats, places: tuple[Path | str, Path | str]
+) -> None:
     problems = []
     for name, ours, theirs in (("targets", predicted.perts, real.perts), ("genes", predicted.genes, real.genes)):
         for what, found in (("lacks", sorted(set(theirs) - set(ours))), ("has too", sorted(set(ours) - set(theirs)))):
@@ -262,7 +267,7 @@ def _ceiling(real: Path, rules: Season, progress: Progress) -> dict[str, float]:
 
 
 def _read_baseline(
-    given: Path | TrainingMean, truth: Side, real: Path, rules: Season, progress: Progress
+    given: Path | TrainingMean, truth: PseudobulkStats, real: Path, rules: Season, progress: Progress
 ) -> dict[str, float]:
     """Return the metrics of a baseline: scored here, or read from where they were written."""
     path = given.cells if isinstance(given, TrainingMean) else given

@@ -35,7 +35,7 @@ _FORMAT = "1"
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class PseudobulkStats:
     """What the metrics need to know of real or predicted cells (P perturbations without the control, G genes)."""
 
     perts: tuple[str, ...]  # Names; the perturbations are sorted
@@ -52,7 +52,7 @@ class Side:
         return self.means_log1p - self.control_mean_log1p
 
 
-def select_perts(side: Side, perts: Sequence[str]) -> Side:
+def select_perts(side: PseudobulkStats, perts: Sequence[str]) -> PseudobulkStats:
     """Return a side with some of its perturbations, in the order given."""
     rows = np.array([side.perts.index(pert) for pert in perts], dtype=np.int64)
     return dataclasses.replace(
@@ -82,7 +82,7 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pertcast"
 
 
-def read_side(path: Path, rules: Season, *, cache: Path | None = None, progress: Progress = SILENT) -> Side:
+def read_side(path: Path, rules: Season, *, cache: Path | None = None, progress: Progress = SILENT) -> PseudobulkStats:
     """Read cells and return what the metrics need."""
     if cache is None:
         (side,) = _sides(read_groups(path, rules, progress=progress), parts=1)
@@ -101,7 +101,9 @@ def read_side(path: Path, rules: Season, *, cache: Path | None = None, progress:
     return side
 
 
-def read_halves(path: Path, rules: Season, *, seed: int = 0, progress: Progress = SILENT) -> tuple[Side, Side]:
+def read_halves(
+    path: Path, rules: Season, *, seed: int = 0, progress: Progress = SILENT
+) -> tuple[PseudobulkStats, PseudobulkStats]:
     """Split the cells of each label at random into two halves of as many cells, and return both sides."""
     read = read_groups(path, rules, halves=np.random.default_rng(seed), progress=progress)
     first, second = _sides(read, parts=2)
@@ -119,7 +121,7 @@ def read_groups(
         if control_label not in names or len(names) < 2:
             what = "cells of another label" if control_label in names else f"control cells {control_label!r}"
             there = ", ".join(repr(str(name)) for name in names[:5]) + (" ..." if len(names) > 5 else "")
-            remedy = "score a file that has both; --set control_label=... names another control"
+            remedy = "score a file that has both; --rule control_label=... names another control"
             raise DataError(problems=[Problem(f"{path}, obs[{column!r}]", f"expected {what}, got {there}", remedy)])
         kept = np.arange(len(names))
         if halves is not None:
@@ -135,11 +137,11 @@ def read_groups(
 
 def make_side(
     groups: CellGroups, control: CellGroups, perts: tuple[str, ...], genes: tuple[str, ...], *, from_dense: bool = False
-) -> Side:
+) -> PseudobulkStats:
     """Return what the metrics need of perturbed and control cells that are sorted into groups, log1p."""
     dtype = groups.values.dtype
     table = differential_expression(groups, control, from_dense=from_dense, threads=available_cpus())
-    return Side(
+    return PseudobulkStats(
         perts=perts,
         genes=genes,
         num_cells=groups.sizes,
@@ -150,7 +152,7 @@ def make_side(
     )
 
 
-def _sides(read: LabelledGroups, *, parts: int) -> Iterator[Side]:
+def _sides(read: LabelledGroups, *, parts: int) -> Iterator[PseudobulkStats]:
     perts = read.kept[read.kept != read.control]
     for part in range(parts):
         ours = read.groups.select(part * len(read.names) + perts)
@@ -239,7 +241,7 @@ def _log1p(block: sparse.csr_matrix, scale: Scale, factors: NDArray[np.floating]
     return sparse.csr_matrix((values, block.indices, block.indptr), shape=block.shape, copy=False)
 
 
-def _save(side: Side, path: Path) -> None:
+def _save(side: PseudobulkStats, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, temporary.open("wb") as stream:
         np.savez(
@@ -254,12 +256,14 @@ def _save(side: Side, path: Path) -> None:
         )
 
 
-def _load(path: Path) -> Side | None:
+def _load(path: Path) -> PseudobulkStats | None:
     """Return a side that was kept; ``None`` where there is none, or it is damaged and must be made again."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
             arrays = {name: kept[name] for name in kept.files}
-        return Side(**{**arrays, "perts": tuple(map(str, arrays["perts"])), "genes": tuple(map(str, arrays["genes"]))})
+        return PseudobulkStats(
+            **{**arrays, "perts": tuple(map(str, arrays["perts"])), "genes": tuple(map(str, arrays["genes"]))}
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError, BadZipFile, KeyError, TypeError):

@@ -56,13 +56,13 @@ def parse_learn(text: str) -> Learn:
             unknown.append(word)
     if unknown or not words:
         raise ConfigError(
-            f"[adapt] learn: expected offset, context, batch, bias, last, gain or lora:R (R a rank, as lora:4), with "
-            f"commas between them, got {', '.join(map(repr, unknown)) or 'nothing'}; mend adapt.learn or --learn"
+            "[adapt] trainable: expected offset, context, batch, bias, last, gain or lora:R (R a rank, as lora:4), "
+            f"separated by commas, got {', '.join(map(repr, unknown)) or 'nothing'}; correct adapt.trainable"
         )
     if "gain" in flags and "offset" in flags:
         raise ConfigError(
-            "[adapt] learn: gain and offset both find the last bias, each in its own way; take one of them out of "
-            "adapt.learn or --learn"
+            "[adapt] trainable: gain and offset both find the last bias, each in its own way; take one of them out of "
+            "adapt.trainable or --trainable"
         )
     return Learn(**flags, rank=rank)
 
@@ -97,15 +97,17 @@ def choose(
     number = 0
     if learn.gain and not network.spec.shift:
         raise ConfigError(
-            '[adapt] learn: gain is of what a network adds to control cells (model.residual = "shift"), and this one '
-            "does not; take gain out of adapt.learn"
+            '[adapt] trainable: gain scales what a network adds to control cells (model.residual = "shift"), and '
+            "this network adds nothing; remove gain from adapt.trainable"
         )
     if learn.context:
         assert network.context_encoder is not None  # grow() saw to it
         number += _learn_rows(network.context_encoder, contexts)
     if learn.batch:
         if network.batch_encoder is None:
-            raise ConfigError("[adapt] learn: the network has no batch embedding; take batch out of adapt.learn")
+            raise ConfigError(
+                "[adapt] trainable: the network has no batch embedding; take batch out of adapt.trainable"
+            )
         number += _learn_rows(network.batch_encoder, batches)
     last = last_layer(network)
     number += int(learn.gain)

@@ -133,10 +133,6 @@ def negative_binomial_loss(
         return loss_B / (num_values * measured_BG.float().mean(1))
 
 
-# How steeply a call follows from the size of an effect; at effect 0 it has 5 %.
-_SHARPNESS = 3.0
-
-
 def de_loss(
     logits_BG: Tensor, labels_BG: Tensor, valid_BG: Tensor, *, positive_weight: float = 1.0, gamma: float = 0.0
 ) -> Tensor:
@@ -156,18 +152,6 @@ def de_loss(
             loss_BG = loss_BG * torch.exp(gamma * functional.logsigmoid(-margin_BG))
         weight_BG = torch.where(labels_BG, positive_weight, 1.0).to(loss_BG.dtype) * valid_BG
         return (loss_BG * weight_BG).sum(-1) / valid_BG.sum(-1).clamp_min(1)
-
-
-def call_logits(effect_BG: Tensor, direction_BG: Tensor, threshold_BG: Tensor) -> Tensor:
-    """Return logits of "the official test would call this gene", a soft version of the test on predicted effects.
-
-    >>> call_logits(torch.tensor([[0.5, -0.5]]), torch.tensor([[1, 1]]), torch.tensor([[0.5, 0.5]]))
-    tensor([[ 0., -6.]])
-    """
-    with torch.autocast(device_type=effect_BG.device.type, enabled=False):
-        effect_BG = effect_BG.to(working_dtype(effect_BG))
-        sided_BG = _in_real_direction(effect_BG, direction_BG)
-        return _SHARPNESS * (sided_BG / threshold_BG - 1)
 
 
 def order_loss(effect_BG: Tensor, direction_BG: Tensor, scale_B: Tensor) -> Tensor:

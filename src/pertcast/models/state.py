@@ -33,7 +33,7 @@ class Prediction(NamedTuple):
     counts: CountsPrediction | None = None  # What the counts head says, from networks with one
     # What cells that cannot fall below 0 lost of the effect of the baseline that the network stands on, 0 or
     # less
-    cut_BG: Tensor | None = None
+    clipped_effect_BG: Tensor | None = None
 
     @property
     def log1p_BSG(self) -> Tensor:
@@ -41,15 +41,16 @@ class Prediction(NamedTuple):
         return self.latent_BSO if self.genes_BSG is None else self.genes_BSG
 
     @property
-    def uncut_BSG(self) -> Tensor:
+    def unclipped_BSG(self) -> Tensor:
         """The same, on a baseline with all of its effect in the mean over cells: values may be below 0."""
-        return self.log1p_BSG if self.cut_BG is None else self.log1p_BSG + self.cut_BG[:, None]
+        return self.log1p_BSG if self.clipped_effect_BG is None else self.log1p_BSG + self.clipped_effect_BG[:, None]
 
 
 class StateTransition(nn.Module):
     """The State Transition network of STATE.
 
     >>> from pertcast.config import ModelConfig
+    >>> from pertcast.models.spec import spec_for
     >>> config = ModelConfig(preset="tiny")
     >>> spec = spec_for(
     ...     config, num_genes=9, input_dim=9, output_dim=9, pert_dim=4, num_batches=0, num_contexts=1
@@ -165,16 +166,16 @@ class StateTransition(nn.Module):
         output_BSO = self.project_out(hidden_BSH)
         if self.final_down_then_up is not None:
             output_BSO = self.final_down_then_up(output_BSO + control_BSI if self.spec.residual else output_BSO)
-        cut_BG = None
+        clipped_effect_BG = None
         if self.spec.shift:
             is_perturbed_B11 = (pert_BF != self.control_feature).any(-1)[:, None, None]
             # Unlike relu, clamp_min lets the gradient through at 0, where most values of control cells are.
             output_BSO = (control_BSI + self._with_base(output_BSO, base_BG) * is_perturbed_B11).clamp_min(0)
             if base_BG is not None and self.spec.on_base:
-                cut_BG = cut_of(control_BSI, base_BG * is_perturbed_B11[:, 0])
+                clipped_effect_BG = clipped_effect(control_BSI, base_BG * is_perturbed_B11[:, 0])
         if self.gene_decoder is None:
             cells_BSO = functional.relu(output_BSO, inplace=True) if not self.spec.shift else output_BSO
-            prediction = Prediction(cells_BSO, None, confidence_B, cut_BG=cut_BG)
+            prediction = Prediction(cells_BSO, None, confidence_B, clipped_effect_BG=clipped_effect_BG)
         else:
             if self.spec.latent_relu:
                 output_BSO = functional.relu(output_BSO)
@@ -224,10 +225,10 @@ class StateTransition(nn.Module):
         return hidden_BSH[:, num_before : num_before + size], confidence_B
 
 
-def cut_of(control_BSG: Tensor, effect_BG: Tensor) -> Tensor:
+def clipped_effect(control_BSG: Tensor, effect_BG: Tensor) -> Tensor:
     """Return what sets of control cells that are moved by an effect, and cut off at 0, lose of it in the mean, (B, G).
 
-    >>> cut_of(torch.tensor([[[0.0], [2.0]]]), torch.tensor([[-1.0]]))
+    >>> clipped_effect(torch.tensor([[[0.0], [2.0]]]), torch.tensor([[-1.0]]))
     tensor([[-0.5000]])
     """
     return effect_BG - ((control_BSG + effect_BG[:, None]).clamp_min(0) - control_BSG).mean(1)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pertcast.stats.groups import CellGroups, compiled, group_means, in_bands
+from pertcast.stats.groups import CellGroups, compiled, group_means, parallel_over_genes
 
 FDR = 0.05
 
@@ -177,7 +177,9 @@ def rank_sum(
     as_int = np.dtype(f"i{groups.values.dtype.itemsize}")  # floats that are not negative order as their bits do
     ours = groups.values.view(as_int), groups.starts, groups.sizes
     theirs = control.values.view(as_int), control.starts[0], int(control.sizes[0])
-    in_bands(lambda first, last: _rank_sum(*ours, *theirs, first, last, p_value, statistic), num_genes, threads, 8)
+    parallel_over_genes(
+        lambda first, last: _rank_sum(*ours, *theirs, first, last, p_value, statistic), num_genes, threads, 8
+    )
     return p_value, statistic
 
 

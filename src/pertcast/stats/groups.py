@@ -99,7 +99,7 @@ def _means(values: Any, starts: Any, sizes: Any, scales: Any, exact: Any, rounde
             exact[group, gene] = total / max(sizes[group], 1)
 
 
-def in_bands(work: Callable[[int, int], None], num_genes: int, threads: int, bands_per_thread: int) -> None:
+def parallel_over_genes(work: Callable[[int, int], None], num_genes: int, threads: int, bands_per_thread: int) -> None:
     """Call `work` on ranges ``[first, last)`` of genes, several at a time."""
     num_bands = max(1, min(num_genes, threads * bands_per_thread if threads > 1 else 1))
     bounds = np.linspace(0, num_genes, num_bands + 1).astype(np.int64).tolist()
@@ -154,7 +154,7 @@ def place_entries(
 ) -> None:
     """Copy a block's values into place; blocks follow each other in the order of cells."""
     arrays = block.indptr, block.indices, block.data, codes, cursor, values
-    in_bands(lambda first, last: _place(*arrays, first, last), block.shape[1], threads, 1)
+    parallel_over_genes(lambda first, last: _place(*arrays, first, last), block.shape[1], threads, 1)
 
 
 def group_means(groups: CellGroups, *, from_dense: bool = False) -> tuple[NDArray[np.float64], NDArray[np.floating]]:

@@ -197,9 +197,7 @@ def _examine(parts: Path, part: _Part, plan: _Plan, genes: Sequence[str]) -> lis
                 problems.append(Problem(str(path), message, _AGAIN))
             for column, label in wanted.items():
                 values = reader.obs(column)
-                found = sorted(
-                    {str(values.categories[code]) if code >= 0 else "" for code in np.unique(values.codes)}
-                )
+                found = sorted({str(values.categories[code]) if code >= 0 else "" for code in np.unique(values.codes)})
                 if found != [label] and reader.num_cells:
                     message = f"expected the label {label!r} in every cell, got {', '.join(map(repr, found))}"
                     problems.append(Problem(f"{path}, obs[{column!r}]", message, _AGAIN))

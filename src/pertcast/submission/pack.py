@@ -26,7 +26,7 @@ from pertcast.files.artefacts import (
     hash_file,
     is_current,
     manifest_path,
-    prediction_origin,
+    prediction_provenance,
     read_manifest,
     require_replaceable,
     write_manifest,
@@ -284,7 +284,7 @@ class _Job:
             inputs=self._inputs(prediction),
             config=self._config,
             files={self._out.name: packed.archive},
-            facts={**facts, **prediction_origin(self._path, prediction)},
+            facts={**facts, **prediction_provenance(self._path, prediction)},
             notes=tuple(notes),
         )
         write_manifest(self._out, manifest)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pertcast.config import Experiment
-from pertcast.data.features import PertFeatures
 from pertcast.data.prepare import require_same_store
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError
@@ -30,17 +29,15 @@ from pertcast.progress import SILENT, Progress
 from pertcast.stats.draws import key_hash
 from pertcast.train.baseline import refit_base
 from pertcast.train.batches import SetReader
-from pertcast.train.checkpoints import MetricsLog, Position, load_newest, restore, training_identity
+from pertcast.train.checkpoints import is_finished, require_same_run, training_identity
 from pertcast.train.closed_form import fit_offset, fit_shift
 from pertcast.train.control_counts import control_rates
 from pertcast.train.devices import open_fabric
-from pertcast.train.loop import Loop, make_optimizer
-from pertcast.train.loss_targets import learn_truth
-from pertcast.train.loss_terms import needs_truth
-from pertcast.train.new_line import Line, adapted_experiment, bring_into_run, line_features, require_fitting
+from pertcast.train.loop import Loop, TrainingPlan
+from pertcast.train.new_line import AlignedStore, adapted_experiment, bring_into_run, line_features, require_fitting
 from pertcast.train.precision import resolve_precision
-from pertcast.train.stage import METRICS, begin_run, is_finished, require_losses, require_same_run
-from pertcast.train.training_effects import TrainingEffects, training_effects
+from pertcast.train.stage import require_losses
+from pertcast.train.training_effects import training_effects
 
 
 class _Fitted(NamedTuple):
@@ -106,64 +103,45 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
     known = run.baseline()
     if known is not None:
         # the whole mean of few targets is mostly their own; an offset takes what they have in common
-        with_line = not parse_learn(experiment.adapt.learn).offset
+        with_line = not parse_learn(experiment.adapt.trainable).offset
         reader.base = refit_base(known, line.store, features, effects, with_line=with_line, progress=progress)
     network, num_learning = _network(run, experiment, line, reader)
-    fitted = _fit(network, experiment, reader, effects)
+    learn = parse_learn(experiment.adapt.trainable)
+    # what takes no steps is found before anything else learns
+    fitted = _Fitted(
+        gain=fit_shift(network, reader, effects) if learn.gain else None,
+        offset_share=fit_offset(network, reader, effects) if learn.offset else None,
+    )
     fabric = open_fabric(experiment.train, out)
     if not fabric.is_global_zero:
         progress = SILENT
-    optimizer = make_optimizer(network, experiment.train, fabric.device)
-    model, stepper = fabric.setup(network, optimizer)
-    saved, notes = load_newest(out)
-    best = restore(saved, model=network, optimizer=optimizer) if saved else None
-    position = saved.position if saved else Position()
-    fabric.barrier()
-    if fabric.is_global_zero:
-        begin_run(out, identity, features, base=reader.base)
-    loop = Loop(
+    plan = TrainingPlan(
+        experiment=experiment,
+        store=line.store,
         out=out,
+        identity=identity,
         fabric=fabric,
-        network=network,
-        model=model,
-        optimizer=optimizer,
-        stepper=stepper,
+        features=features,
         reader=reader,
-        train=experiment.train,
-        loss=experiment.loss,
-        position=position,
-        best=best,
-        val_sets=reader.validation(),
-        log=MetricsLog(out / METRICS, position) if fabric.is_global_zero else None,
+        network=network,
+        rates=control_rates(line.store, reader.output_genes) if experiment.loss.nb else None,
         validates_first=True,
     )
-    if needs_truth(experiment.loss):
-        rates = control_rates(line.store, reader.output_genes) if experiment.loss.nb else None
-        truth = learn_truth(
-            line.store, reader.output_genes, labels=bool(experiment.loss.de), rates=rates, progress=progress
-        )
-        loop.truth = truth.to(fabric.device)
-    for note in (*precision_notes, *notes, *_notes(line, num_learning, loop, fitted)):
+    loop = Loop(plan, progress)
+    notes = _notes(line, num_learning, loop, fitted)
+    for note in (*precision_notes, *notes):
         progress.note(note)
-    try:
-        if _takes_steps(network):
-            with progress.task("adapt", experiment.train.steps, "steps", done=position.step) as advance:
-                loop.run(advance)
-    except (KeyboardInterrupt, SystemExit):
-        progress.note(f"stopped at step {position.step:,}; the same command goes on from there")
-        raise
-    finally:
-        if loop.log is not None:
-            loop.log.close()
+    loop.take_steps("adapt", progress)
     if fabric.is_global_zero:
-        _finish(run, experiment, line, features, loop, num_learning, fitted)
-        for note in _outcome(loop):
+        outcome = _outcome(loop)
+        _write_run(run, plan, loop, num_learning, fitted, (*run.notes, *notes, *outcome))
+        for note in outcome:
             progress.note(note)
     fabric.barrier()
     return out
 
 
-def _network(run: Run, experiment: Experiment, line: Line, reader: SetReader) -> tuple[StateTransition, int]:
+def _network(run: Run, experiment: Experiment, line: AlignedStore, reader: SetReader) -> tuple[StateTransition, int]:
     """Return the run's network with rows for the new line, what learns chosen; and how many numbers learn."""
     spec, weights = grow(
         run.network,
@@ -190,7 +168,7 @@ def _network(run: Run, experiment: Experiment, line: Line, reader: SetReader) ->
     seed = key_hash(experiment.train.seed, "adapt") % 2**63
     number = choose(
         network,
-        parse_learn(experiment.adapt.learn),
+        parse_learn(experiment.adapt.trainable),
         contexts=line.contexts,
         batches=line.batches,
         generator=torch.Generator().manual_seed(seed),
@@ -198,26 +176,17 @@ def _network(run: Run, experiment: Experiment, line: Line, reader: SetReader) ->
     return network, number
 
 
-def _fit(network: StateTransition, experiment: Experiment, reader: SetReader, effects: TrainingEffects) -> _Fitted:
-    """Find what takes no steps, before anything else learns."""
-    learn = parse_learn(experiment.adapt.learn)
-    return _Fitted(
-        gain=fit_shift(network, reader, effects) if learn.gain else None,
-        offset_share=fit_offset(network, reader, effects) if learn.offset else None,
-    )
-
-
 def _identity(run_path: Path, experiment: Experiment, store: Store) -> dict[str, Any]:
     """Return what an adaptation must keep to go on."""
     return {
         "adapts": hash_file(run_path / WEIGHTS),
-        "learn": experiment.adapt.learn,
+        "trainable": experiment.adapt.trainable,
         "store": store.fingerprint,
         **training_identity(experiment),
     }
 
 
-def _notes(line: Line, num_learning: int, loop: Loop, fitted: _Fitted) -> tuple[str, ...]:
+def _notes(line: AlignedStore, num_learning: int, loop: Loop, fitted: _Fitted) -> tuple[str, ...]:
     """Return what a user should know, the same at every resumption."""
     total = sum(parameter.numel() for parameter in loop.network.parameters())
     names = ", ".join(line.store.contexts[row] for row in line.contexts)
@@ -244,49 +213,42 @@ def _takes_steps(network: torch.nn.Module) -> bool:
 
 
 def _outcome(loop: Loop) -> tuple[str, ...]:
-    position = loop.position
     if loop.best is None:
         return ()
-    if position.best_step == 0:
+    if loop.state.best_step == 0:
         return ("no step was better on the held-out cells than none: the weights before the first are kept",)
-    return (f"the weights are of step {position.best_step:,}, the best on the held-out cells of the line",)
+    return (f"the weights are of step {loop.state.best_step:,}, the best on the held-out cells of the line",)
 
 
-def _finish(
-    run: Run,
-    experiment: Experiment,
-    line: Line,
-    features: PertFeatures,
-    loop: Loop,
-    num_learning: int,
-    fitted: _Fitted,
+def _write_run(
+    run: Run, plan: TrainingPlan, loop: Loop, num_learning: int, fitted: _Fitted, notes: tuple[str, ...]
 ) -> None:
-    position, store = loop.position, line.store
+    state, store = loop.state, plan.store
     weights: dict[str, Tensor] = merge(loop.best if loop.best is not None else loop.network.state_dict())
     total = sum(value.numel() for value in weights.values())
     adapted = replace(
         run,
-        path=loop.out,
-        spec=loop.reader.spec,
-        experiment=experiment.as_json(),
+        path=plan.out,
+        spec=plan.reader.spec,
+        experiment=plan.experiment.as_json(),
         perts=tuple(dict.fromkeys((*run.perts, *store.perts))),
         contexts=store.contexts,
         batches=store.batches,
         scale=store.scale,
         store_path=store.path,
         store_fingerprint=store.fingerprint,
-        step=position.best_step if loop.best is not None else position.step,
+        step=state.best_step if loop.best is not None else state.step,
         metrics={
-            "last_step": position.step,
-            "val_loss": position.best_loss if loop.best is not None else None,
+            "last_step": state.step,
+            "val_loss": state.best_loss if loop.best is not None else None,
             "num_parameters": total,
             "num_learning": num_learning,
             "share_learning": num_learning / total,
             "gain": fitted.gain,
             "offset_share": fitted.offset_share,
-            "stopped_early": position.step < experiment.train.steps,
+            "stopped_early": state.step < loop.train.steps,
         },
-        features={**run.features, "filled": features.filled},
-        notes=(*run.notes, *_notes(line, num_learning, loop, fitted), *_outcome(loop)),
+        features={**run.features, "filled": plan.features.filled},
+        notes=notes,
     )
     save_run(adapted, weights, inputs={"run": hash_file(run.path / WEIGHTS), "store": store.fingerprint})

@@ -7,6 +7,7 @@ Shapes: B sets, N training perturbations (each in its context), G predicted gene
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ from pertcast.config import Experiment
 from pertcast.data.cell_sets import CellSets
 from pertcast.data.features import PertFeatures, save_features
 from pertcast.data.store import Store
-from pertcast.errors import CheckpointError, DataError
-from pertcast.files.artefacts import MANIFEST, any_content, read_json, write_json
+from pertcast.errors import DataError
+from pertcast.files.artefacts import MANIFEST, write_json
 from pertcast.models.baselines import (
     Baseline,
     BaselineKind,
@@ -32,8 +33,8 @@ from pertcast.models.baselines.predict import arrays_of
 from pertcast.models.run_folder import save_run
 from pertcast.models.spec import set_size_of
 from pertcast.progress import Progress
-from pertcast.train.checkpoints import IDENTITY, identity_of, identity_problems, with_defaults
-from pertcast.train.run_record import FEATURES, needs_features, run_features, run_of, show_coverage
+from pertcast.train.checkpoints import FEATURES, IDENTITY, identity_of, require_same_run
+from pertcast.train.run_record import needs_features, run_features, run_of, show_coverage
 from pertcast.train.training_effects import TrainingEffects, training_effects
 
 
@@ -150,7 +151,8 @@ def train_baseline(experiment: Experiment, store: Store, out: Path, *, progress:
     kind = experiment.model.kind
     assert kind != "state"
     identity = _identity(experiment, store)
-    if _is_there(out, identity):
+    require_same_run(out, identity)
+    if (out / MANIFEST).is_file():
         progress.note(f"{out}: already fitted")
         return out
     features = run_features(experiment, store, out)
@@ -162,22 +164,14 @@ def train_baseline(experiment: Experiment, store: Store, out: Path, *, progress:
     save_features(features, out / FEATURES)
     arrays = {name: torch.from_numpy(value) for name, value in arrays_of(fitted.baseline).items()}
     filled = f"{len(features.filled):,} perturbations have a feature that was filled in"
-    run = run_of(
-        out,
-        fitted.baseline.spec,
-        experiment,
-        store,
-        features,
-        output_genes=output_genes,
-        step=0,
-        metrics={
-            "last_step": 0,
-            "val_loss": None,
-            "num_parameters": sum(value.size for value in arrays_of(fitted.baseline).values()),
-            "stopped_early": False,
-        },
-        notes=(filled,) if features.filled else (),
-    )
+    metrics = {
+        "last_step": 0,
+        "val_loss": None,
+        "num_parameters": sum(value.size for value in arrays_of(fitted.baseline).values()),
+        "stopped_early": False,
+    }
+    run = run_of(out, fitted.baseline.spec, experiment, store, features, output_genes)
+    run = replace(run, metrics=metrics, notes=(filled,) if features.filled else ())
     save_run(run, arrays, inputs={"store": store.fingerprint})
     return out
 
@@ -185,18 +179,3 @@ def train_baseline(experiment: Experiment, store: Store, out: Path, *, progress:
 def _identity(experiment: Experiment, store: Store) -> dict[str, Any]:
     whole = identity_of(experiment, store.fingerprint)
     return {name: whole[name] for name in ("store", "model", *(("features",) if needs_features(experiment) else ()))}
-
-
-def _is_there(out: Path, identity: dict[str, Any]) -> bool:
-    """Return whether the folder holds this run, whole; what an interrupted fit left is made anew."""
-    if not any_content(out):
-        return False
-    if not (out / IDENTITY).is_file():
-        raise DataError(f"{out}: it is there already and holds no run; give another --out, or remove it first")
-    begun = with_defaults(read_json(out / IDENTITY))
-    if problems := identity_problems({name: begun.get(name) for name in identity}, identity):
-        raise CheckpointError(
-            f"{out}: it holds a run that was begun otherwise; give another --out, or remove the folder to train anew",
-            problems=problems,
-        )
-    return (out / MANIFEST).is_file()

@@ -22,7 +22,7 @@ from pertcast.data.inputs import SparseCells, as_tensor, input_dim, read_inputs
 from pertcast.data.split import Split
 from pertcast.data.store import Store
 from pertcast.errors import ConfigError, DataError
-from pertcast.files.resources import available_cpus, one_ahead
+from pertcast.files.resources import available_cpus, prefetch
 from pertcast.models.spec import StateSpec, spec_for
 from pertcast.stats.draws import generator
 from pertcast.train.baseline import TrainingBase
@@ -30,7 +30,7 @@ from pertcast.train.baseline import TrainingBase
 _MOST_THREADS = 4
 
 
-class Place(NamedTuple):
+class StreamState(NamedTuple):
     """How far a stream of sets has come: `offset` sets of `epoch` are done."""
 
     epoch: int
@@ -60,12 +60,12 @@ class Batch(NamedTuple):
 class SetStream:
     """Sets of one epoch after the other; a batch may span two epochs, so that no cell is left out."""
 
-    def __init__(self, epoch_sets: Callable[[int], CellSets], place: Place) -> None:
+    def __init__(self, epoch_sets: Callable[[int], CellSets], place: StreamState) -> None:
         self._epoch_sets = epoch_sets
         self._place = place
         self._sets: CellSets | None = None
 
-    def take(self, num: int) -> tuple[CellSets, Place]:
+    def take(self, num: int) -> tuple[CellSets, StreamState]:
         """Return the next sets, and where the stream stands after them."""
         pieces: list[CellSets] = []
         while num:
@@ -76,9 +76,9 @@ class SetStream:
             piece = self._sets[self._place.offset : self._place.offset + num]
             pieces.append(piece)
             num -= len(piece)
-            self._place = Place(self._place.epoch, self._place.offset + len(piece))
+            self._place = StreamState(self._place.epoch, self._place.offset + len(piece))
             if self._place.offset >= len(self._sets):
-                self._place, self._sets = Place(self._place.epoch + 1, 0), None
+                self._place, self._sets = StreamState(self._place.epoch + 1, 0), None
         return _concatenate(pieces), self._place
 
 
@@ -227,17 +227,17 @@ def _pinned(tensor: Tensor) -> Tensor:
 
 
 def read_ahead(
-    stream: Iterator[tuple[CellSets, Place]], read: Callable[[CellSets], Batch], *, threads: int = 1
-) -> Iterator[tuple[Batch, Place]]:
+    stream: Iterator[tuple[CellSets, StreamState]], read: Callable[[CellSets], Batch], *, threads: int = 1
+) -> Iterator[tuple[Batch, StreamState]]:
     """Yield what `read` makes of each piece of the stream; the next ones are read while the caller computes."""
-    return one_ahead(stream, lambda piece: (read(piece[0]), piece[1]), threads=threads)
+    return prefetch(stream, lambda piece: (read(piece[0]), piece[1]), threads=threads)
 
 
-def disturb(batch: Batch, reader: SetReader, config: TrainConfig, keys: Sequence[tuple[str | int, ...]]) -> Batch:
+def augment(batch: Batch, reader: SetReader, config: TrainConfig, keys: Sequence[tuple[str | int, ...]]) -> Batch:
     """Return a batch as training shows it."""
-    if config.unknown_batch and reader.spec.unknown_batch:
+    if config.batch_dropout and reader.spec.unknown_batch:
         draws = [generator(config.seed, "no batch", *key).random() for key in keys]
-        batch = forget_batches(batch, [draw < config.unknown_batch for draw in draws])
+        batch = forget_batches(batch, [draw < config.batch_dropout for draw in draws])
     if config.feature_noise:
         width = batch.pert_BF.shape[1]
         noise_BF = np.stack([generator(config.seed, "feature noise", *key).normal(size=width) for key in keys])

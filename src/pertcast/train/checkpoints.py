@@ -1,4 +1,4 @@
-"""Where training stands, on disk: checkpoints, the identity of a run, and the log of metrics.
+"""Training on disk: checkpoints, the identity of a run, and the log of metrics.
 
 Invariants: a checkpoint is whole or absent; the log has one line for each step up to where training stands and none
 beyond; a folder goes on only with what it was begun with.
@@ -16,24 +16,31 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor, nn
 
-from pertcast.config import Experiment, FeaturesConfig, LossConfig, ModelConfig, TrainConfig, upgrade
-from pertcast.errors import CheckpointError, Problem
+from pertcast.config import Experiment, upgrade
+from pertcast.data.features import PertFeatures, save_features
+from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.artefacts import (
+    MANIFEST,
     Manifest,
+    any_content,
     atomic_dir,
     atomic_file,
     hash_file,
     read_json,
     read_manifest,
+    remove_leftovers,
     verify_artefact,
     write_json,
     write_manifest,
 )
-from pertcast.models.run_folder import WEIGHTS, load_tensors, load_weights, save_tensors
+from pertcast.models.baselines import Baseline, save_baseline
+from pertcast.models.run_folder import BASE, RUN_JSON, WEIGHTS, load_tensors, load_weights, open_run, save_tensors
 from pertcast.train.devices import sharded_like
 
 CHECKPOINTS = "checkpoints"
 IDENTITY = "training.json"
+METRICS = "metrics.jsonl"
+FEATURES = "features"
 _OPTIMIZER, _BEST, _STATE = "optimizer.safetensors", "best.safetensors", "state.json"
 _NUM_KEPT = 2
 # They decide how long, how visibly and on how many devices a run trains, not what its weights are after a step (but
@@ -42,8 +49,8 @@ _FREE_KEYS = frozenset({"steps", "checkpoint_every", "loggers", "devices", "num_
 
 
 @dataclass
-class Position:
-    """Where the loop stands after a finished step."""
+class TrainState:
+    """The state of the loop after a finished step."""
 
     step: int = 0  # Steps done
     epoch: int = 0  # Where the stream of sets stands
@@ -58,30 +65,30 @@ class Position:
 
 
 class SavedState(NamedTuple):
-    """A checkpoint that was found: its folder, and where training stood."""
+    """A checkpoint: its folder, and the state of training."""
 
     folder: Path
-    position: Position
+    state: TrainState
 
 
 def save_state(
     out: Path,
-    position: Position,
+    state: TrainState,
     *,
     weights: Mapping[str, Tensor],
-    moments: Mapping[str, Tensor],
+    optimizer_state: Mapping[str, Tensor],
     best: Mapping[str, Tensor] | None,
 ) -> None:
     """Write a checkpoint of the last finished step, and remove all but the newest two."""
-    folder = out / CHECKPOINTS / f"step_{position.step:09d}"
+    folder = out / CHECKPOINTS / f"step_{state.step:09d}"
     with atomic_dir(folder) as temporary:
         save_tensors(temporary / WEIGHTS, weights)
-        save_tensors(temporary / _OPTIMIZER, moments)
-        if best is not None and position.best_step != position.step:
+        save_tensors(temporary / _OPTIMIZER, optimizer_state)
+        if best is not None and state.best_step != state.step:
             save_tensors(temporary / _BEST, best)
         # JSON has no infinity.
-        none = {} if position.best_step >= 0 else {"best_loss": None, "best_value": None}
-        write_json(temporary / _STATE, {**asdict(position), **none})
+        none = {} if state.best_step >= 0 else {"best_loss": None, "best_value": None}
+        write_json(temporary / _STATE, {**asdict(state), **none})
         write_manifest(temporary, Manifest("checkpoint"))
     for old in _folders(out)[:-_NUM_KEPT]:
         shutil.rmtree(old)
@@ -102,7 +109,7 @@ def load_newest(out: Path) -> tuple[SavedState | None, list[str]]:
             read_manifest(folder, kind="checkpoint")
             problems = verify_artefact(folder)
             if not problems:
-                return SavedState(folder, _position(folder)), notes
+                return SavedState(folder, _read_state(folder)), notes
             notes.append(f"checkpoint {folder} is damaged and left out ({problems[0]})")
         except CheckpointError as error:
             notes.append(f"checkpoint {folder} is damaged and left out ({error})")
@@ -114,22 +121,15 @@ def load_newest(out: Path) -> tuple[SavedState | None, list[str]]:
     return None, notes
 
 
-def _position(folder: Path) -> Position:
-    raw = read_json(folder / _STATE)
-    try:
-        best = {"best_loss": raw["best_loss"], "best_value": raw.get("best_value", raw["best_loss"])}
-        return Position(**{**raw, **{name: float("inf") if value is None else value for name, value in best.items()}})
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / _STATE}: not of this version of pertcast ({error})") from None
-
-
 def restore(saved: SavedState, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor] | None:
     """Put a checkpoint's weights and optimiser state in place; return the best weights, if there are any."""
     tensors = load_tensors(saved.folder / WEIGHTS)
     _copy_weights(model, saved.folder / WEIGHTS, tensors)
-    moments = load_tensors(saved.folder / _OPTIMIZER)
+    optimizer_state = load_tensors(saved.folder / _OPTIMIZER)
     for name, parameter in model.named_parameters():
-        found = {key.partition("/")[0]: value for key, value in moments.items() if key.partition("/")[2] == name}
+        found = {
+            key.partition("/")[0]: value for key, value in optimizer_state.items() if key.partition("/")[2] == name
+        }
         for kind, value in found.items():
             if kind != "step":
                 optimizer.state[parameter][kind] = sharded_like(value, parameter)
@@ -137,9 +137,9 @@ def restore(saved: SavedState, *, model: nn.Module, optimizer: torch.optim.Optim
                 # Only a fused optimiser wants its step count on the device.
                 is_fused = optimizer.defaults.get("fused")
                 optimizer.state[parameter][kind] = value.to(parameter.device) if is_fused else value
-    if saved.position.best_step < 0:
+    if saved.state.best_step < 0:
         return None
-    return tensors if saved.position.best_step == saved.position.step else load_tensors(saved.folder / _BEST)
+    return tensors if saved.state.best_step == saved.state.step else load_tensors(saved.folder / _BEST)
 
 
 def _copy_weights(model: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -178,20 +178,8 @@ def training_identity(experiment: Experiment) -> dict[str, Any]:
     """Return what of [loss] and [train] decides the weights after a step."""
     config = experiment.as_json()
     train = {key: value for key, value in config["train"].items() if key not in _FREE_KEYS}
-    unknown_batch = train["unknown_batch"] if experiment.model.batch_embedding else 0.0
-    return {"loss": config["loss"], "train": {**train, "unknown_batch": unknown_batch}}
-
-
-def with_defaults(begun: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run was begun with; keys that there were not yet have their defaults, which change nothing."""
-    upgraded = upgrade(begun)
-    sections = {"model": ModelConfig(), "loss": LossConfig(), "features": FeaturesConfig(), "train": TrainConfig()}
-    defaults = {name: section.model_dump(mode="json") for name, section in sections.items()}
-    defaults["train"] |= {"unknown_batch": 0.0, "precision": "fp32"}
-    del defaults["features"]["path"]
-    for name in upgraded.keys() & defaults.keys() | {"loss"}:
-        upgraded[name] = {**defaults[name], **upgraded.get(name, {})}
-    return upgraded
+    batch_dropout = train["batch_dropout"] if experiment.model.batch_embedding else 0.0
+    return {"loss": config["loss"], "train": {**train, "batch_dropout": batch_dropout}}
 
 
 def identity_problems(begun: Mapping[str, Any], asked: Mapping[str, Any], *, place: str = "") -> list[Problem]:
@@ -211,10 +199,10 @@ def identity_problems(begun: Mapping[str, Any], asked: Mapping[str, Any], *, pla
 class MetricsLog:
     """metrics.jsonl: a line for each step and each validation."""
 
-    def __init__(self, path: Path, position: Position) -> None:
+    def __init__(self, path: Path, state: TrainState) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         with atomic_file(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines if _is_before(line, position)), "utf-8")
+            temporary.write_text("".join(f"{line}\n" for line in lines if _is_before(line, state)), "utf-8")
         self._stream: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -227,10 +215,61 @@ class MetricsLog:
         self._stream.close()
 
 
-def _is_before(line: str, position: Position) -> bool:
+def _is_before(line: str, state: TrainState) -> bool:
     try:
         entry = json.loads(line)
-        return bool(entry["step"] <= (position.validated if entry["kind"] == "val" else position.step))
+        return bool(entry["step"] <= (state.validated if entry["kind"] == "val" else state.step))
     except (json.JSONDecodeError, KeyError, TypeError):
         # A line that a kill cut short.
         return False
+
+
+def _read_state(folder: Path) -> TrainState:
+    raw = read_json(folder / _STATE)
+    try:
+        infinite = {name: float("inf") for name in ("best_loss", "best_value") if raw[name] is None}
+        return TrainState(**{**raw, **infinite})
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / _STATE}: not of this version of pertcast ({error})") from None
+
+
+def require_same_run(out: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds something else, or a run with different settings."""
+    if not any_content(out):
+        return
+    if not (out / IDENTITY).is_file():
+        raise DataError(f"{out}: it exists and holds no run; use another --out, or delete it first")
+    begun = upgrade(read_json(out / IDENTITY))
+    if "learn" in begun:  # the earlier name of adapt.trainable
+        begun["trainable"] = begun.pop("learn")
+    problems = identity_problems({name: begun.get(name) for name in identity}, identity)
+    if problems:
+        raise CheckpointError(
+            f"{out}: contains a run with different settings. Use another --out, or delete the folder to start over.",
+            problems=problems,
+        )
+
+
+def is_finished(out: Path, steps: int) -> bool:
+    """Return whether a folder holds a run that needs no more steps; refuse one that has taken more."""
+    if not (out / MANIFEST).is_file():
+        return False
+    metrics = open_run(out).metrics
+    if metrics["last_step"] > steps:
+        raise CheckpointError(
+            f"{out}: it is trained for {metrics['last_step']:,} steps already, and train.steps is {steps:,}; "
+            "raise train.steps, or use another --out"
+        )
+    return bool(metrics["last_step"] == steps or metrics["stopped_early"])
+
+
+def begin_run(out: Path, identity: dict[str, Any], features: PertFeatures, base: Baseline | None) -> None:
+    """Write what a run starts from, and remove the results of an earlier, shorter run."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS, RUN_JSON, MANIFEST, IDENTITY, METRICS):
+        remove_leftovers(out / name)
+    write_json(out / IDENTITY, identity)
+    if not (out / FEATURES / "features.json").is_file():
+        save_features(features, out / FEATURES)
+    if base is not None:
+        save_baseline(base, out / BASE)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pertcast.data.cell_sets import CellSets
 from pertcast.models.few_parameters import last_layer
-from pertcast.models.state import StateTransition, cut_of
+from pertcast.models.state import StateTransition, clipped_effect
 from pertcast.train.batches import SetReader
 from pertcast.train.training_effects import TrainingEffects
 
@@ -107,7 +107,7 @@ def _measure(network: StateTransition, reader: SetReader, effects: TrainingEffec
             output_BSO = control_BSI + base_BO[:, None] + output_BSO
         predicted_BO = output_BSO.clamp_min(0).mean(1)
         if is_shift and reader.base is not None:
-            predicted_BO = predicted_BO + cut_of(control_BSI, base_BO)
+            predicted_BO = predicted_BO + clipped_effect(control_BSI, base_BO)
         for place, group in enumerate(part.groups):
             # beside these control cells, so that what sets their sample apart from all does not count as an error
             real_O = (
@@ -202,7 +202,7 @@ def fit_shift(network: StateTransition, reader: SetReader, effects: TrainingEffe
     # beside these control cells, so that what sets their sample apart from all does not count as an effect
     wanted_O = weight_B @ control_BSO.mean(1) + effect_PO.mean(0)
     if reader.base is not None:
-        wanted_O -= weight_B @ cut_of(control_BSO, base_BO)
+        wanted_O -= weight_B @ clipped_effect(control_BSO, base_BO)
     wanted_O.clamp_min_(0)
     cells_NO = (control_BSO + base_BO[:, None] + gain * shift_BSO).flatten(0, 1)
     layer = last_layer(network)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,16 +23,30 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from pertcast.config import LossConfig, TrainConfig
+from pertcast.config import Experiment, TrainConfig
 from pertcast.data.cell_sets import CellSets
+from pertcast.data.de_labels import de_labels
+from pertcast.data.features import PertFeatures
+from pertcast.data.store import Store
 from pertcast.errors import CheckpointError
 from pertcast.models.heads import dropout_keys, key_dropout
-from pertcast.progress import Advance
-from pertcast.train.batches import Batch, Place, SetReader, SetStream, disturb, read_ahead
-from pertcast.train.checkpoints import MetricsLog, Position, optimizer_tensors, save_state
+from pertcast.models.state import StateTransition
+from pertcast.progress import Advance, Progress
+from pertcast.train.batches import Batch, SetReader, SetStream, StreamState, augment, read_ahead
+from pertcast.train.checkpoints import (
+    METRICS,
+    MetricsLog,
+    TrainState,
+    begin_run,
+    load_newest,
+    optimizer_tensors,
+    restore,
+    save_state,
+)
+from pertcast.train.control_counts import ControlRates
 from pertcast.train.devices import is_sharded, whole, whole_tensors
-from pertcast.train.loss_targets import Truth
-from pertcast.train.loss_terms import Others, loss_terms, total_loss
+from pertcast.train.loss_targets import TrainingTargets, training_targets
+from pertcast.train.loss_terms import Others, loss_terms, needs_training_targets, total_loss
 from pertcast.train.validation import OfficialMetrics, criterion
 
 
@@ -69,43 +83,86 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
     return make(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
 
 
-@dataclass
-class Loop:
-    """One training, from where `position` stands."""
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a training needs, resolved once from its experiment."""
 
+    experiment: Experiment
+    store: Store
     out: Path  # The run's folder
+    identity: dict[str, Any]  # The settings that a resumed run must share
     fabric: Fabric  # Devices and precision
-    network: nn.Module  # The network itself, and as Fabric wraps it
-    model: Any
-    optimizer: torch.optim.Optimizer  # The optimiser itself, and as Fabric wraps it
-    stepper: Any
+    features: PertFeatures
     reader: SetReader  # Where batches come from
-    train: TrainConfig  # The two sections of the experiment
-    loss: LossConfig
-    position: Position  # Where training stands; updated after each step
-    # Weights of the best validated step, on the CPU; of a sharded network, on the first process alone
-    best: dict[str, Tensor] | None
-    val_sets: CellSets  # The sets that validate; none if empty
-    log: MetricsLog | None  # metrics.jsonl, on the first process alone
-    truth: Truth | None = None  # Effects and labels of the training split, where a term needs them
-    official: OfficialMetrics | None = None  # The official metrics of validation, where they select the best step
-    # Whether the weights that training starts with are validated, too, and may stay the best
+    network: StateTransition
+    rates: ControlRates | None = None  # For the counts head
+    official: OfficialMetrics | None = None  # The official metrics, if they select the best step
+    # Whether the initial weights are validated, too, and may stay the best
     validates_first: bool = False
-    _saved_step: int = -1
-    _is_whole: bool = True
-    _rates: dict[str, float] = field(default_factory=dict)
+
+
+class Loop:
+    """One training, resumed from the newest checkpoint of its folder."""
+
+    def __init__(self, plan: TrainingPlan, progress: Progress) -> None:
+        self.plan, self.out, self.fabric, self.reader = plan, plan.out, plan.fabric, plan.reader
+        self.train, self.loss, self.network = plan.experiment.train, plan.experiment.loss, plan.network
+        compiled: Any = torch.compile(self.network) if self.train.compile else self.network
+        self.model: Any = self.fabric.setup_module(compiled)
+        # after the network is set up: its parameters may have become shards
+        self.optimizer = make_optimizer(self.network, self.train, self.fabric.device)
+        self.fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
+        saved, notes = self.fabric.broadcast(load_newest(self.out) if self.fabric.is_global_zero else (None, []))
+        # weights of the best validated step, on the CPU; of a sharded network, on the first process alone
+        self.best = restore(saved, model=self.network, optimizer=self.optimizer) if saved else None
+        self.state: TrainState = saved.state if saved else TrainState()
+        self.fabric.barrier()
+        self.log: MetricsLog | None = None
+        if self.fabric.is_global_zero:
+            begin_run(self.out, plan.identity, plan.features, self.reader.base.baseline if self.reader.base else None)
+            self.log = MetricsLog(self.out / METRICS, self.state)
+        for note in notes:
+            progress.note(note)
+        self.val_sets = self.reader.validation()
+        self.targets = self._training_targets(progress) if needs_training_targets(self.loss) else None
+        self._saved_step = -1
+        self._is_whole = True
+        self._rates: dict[str, float] = {}
+
+    def _training_targets(self, progress: Progress) -> TrainingTargets:
+        """Collect what the auxiliary terms compare with; the first process computes DE labels, the others read them."""
+        store, genes = self.plan.store, self.reader.output_genes
+        if self.loss.de and self.fabric.is_global_zero:
+            de_labels(store, progress=progress)
+        self.fabric.barrier()
+        with_labels = bool(self.loss.de)
+        targets = training_targets(store, genes, labels=with_labels, rates=self.plan.rates, progress=progress)
+        return targets.to(self.fabric.device)
+
+    def take_steps(self, task: str, progress: Progress) -> None:
+        """Run to the last step, if anything learns, with progress; say how to resume after Ctrl-C."""
+        try:
+            if any(parameter.requires_grad for parameter in self.network.parameters()):
+                with progress.task(task, self.train.steps, "steps", done=self.state.step) as advance:
+                    self.run(advance)
+        except (KeyboardInterrupt, SystemExit):
+            progress.note(f"stopped at step {self.state.step:,}; run the same command again to resume")
+            raise
+        finally:
+            if self.log is not None:
+                self.log.close()
 
     def run(self, advance: Advance) -> None:
         """Train until the last step or until validation has not improved for `patience` times."""
-        self._saved_step = self.position.step
-        stream = SetStream(self.reader.training, Place(self.position.epoch, self.position.offset))
+        self._saved_step = self.state.step
+        stream = SetStream(self.reader.training, StreamState(self.state.epoch, self.state.offset))
         batches = read_ahead(self._pieces(stream), self.reader.read, threads=self.reader.threads)
         with closing(batches), interrupts() as interrupted:  # type: ignore[type-var]
             try:
                 while True:
                     if self._is_validation_due():
                         self._validate(advance)
-                    if self._is_over() or self.position.step % self.train.checkpoint_every == 0:
+                    if self._is_over() or self.state.step % self.train.checkpoint_every == 0:
                         self._checkpoint()
                     if self._is_over():
                         return
@@ -121,24 +178,24 @@ class Loop:
                 raise
 
     def _is_validation_due(self) -> bool:
-        step = self.position.step
+        step = self.state.step
         at_step = step == self.train.steps or step % self.train.val_every == 0
-        begun = step > 0 or self.validates_first
-        return bool(len(self.val_sets)) and begun and at_step and self.position.validated < step
+        begun = step > 0 or self.plan.validates_first
+        return bool(len(self.val_sets)) and begun and at_step and self.state.validated < step
 
     def _is_over(self) -> bool:
-        worse = self.train.patience and self.position.num_worse >= self.train.patience
-        return bool(worse) or self.position.step >= self.train.steps
+        worse = self.train.patience and self.state.num_worse >= self.train.patience
+        return bool(worse) or self.state.step >= self.train.steps
 
     def _checkpoint(self) -> None:
-        if self.position.step == self._saved_step:
+        if self.state.step == self._saved_step:
             return
         weights = self._weights()
-        moments = optimizer_tensors(self.network, self.optimizer)
-        moments = whole_tensors(moments, keep=self.fabric.is_global_zero)
+        optimizer_state = optimizer_tensors(self.network, self.optimizer)
+        optimizer_state = whole_tensors(optimizer_state, keep=self.fabric.is_global_zero)
         if self.fabric.is_global_zero:
-            save_state(self.out, self.position, weights=weights, moments=moments, best=self.best)
-        self._saved_step = self.position.step
+            save_state(self.out, self.state, weights=weights, optimizer_state=optimizer_state, best=self.best)
+        self._saved_step = self.state.step
 
     def _weights(self, *, copy: bool = False) -> dict[str, Tensor]:
         """Return the weights, whole; of a sharded network on the first process alone, and all call it."""
@@ -149,7 +206,7 @@ class Loop:
         """Return the weights of the best validated step, or else the last, as :meth:`_weights` does."""
         return self.best if self.best is not None else self._weights()
 
-    def _pieces(self, stream: SetStream) -> Iterator[tuple[CellSets, Place]]:
+    def _pieces(self, stream: SetStream) -> Iterator[tuple[CellSets, StreamState]]:
         while True:
             sets, place = stream.take(self.train.sets_per_step)
             yield self._own(sets), place
@@ -169,16 +226,16 @@ class Loop:
             return signal_number
         return int(self._gather(torch.tensor([signal_number], device=self.fabric.device)).max())
 
-    def _step(self, batches: Iterator[tuple[Batch, Place]], advance: Advance) -> None:
+    def _step(self, batches: Iterator[tuple[Batch, StreamState]], advance: Advance) -> None:
         started = time.perf_counter()
-        step, place = self.position.step, Place(self.position.epoch, self.position.offset)
+        step, place = self.state.step, StreamState(self.state.epoch, self.state.offset)
         learning_rate = self._set_learning_rate(step)
         totals: dict[str, Tensor] = {}
         for turn in range(self.train.accumulate):
             batch, place = next(batches)
             places = self._places(turn * self.train.sets_per_step, len(batch.pert_B))
             keys = [("train", step, number) for number in places]
-            batch = disturb(batch, self.reader, self.train, keys)
+            batch = augment(batch, self.reader, self.train, keys)
             key_dropout(self.network, self.fabric.to_device(dropout_keys(self.train.seed, keys)))
             with self.fabric.no_backward_sync(self.model, enabled=turn + 1 < self.train.accumulate):
                 terms = {name: value.mean() for name, value in self._terms(batch, keys).items()}
@@ -191,9 +248,9 @@ class Loop:
         values["grad_norm"] = float(norm)
         self._require_numbers(step + 1, values)
         self._is_whole = False
-        self.stepper.step()
-        self.stepper.zero_grad()
-        self.position.step, self.position.epoch, self.position.offset = step + 1, *place
+        self.fabric_optimizer.step()
+        self.fabric_optimizer.zero_grad()
+        self.state.step, self.state.epoch, self.state.offset = step + 1, *place
         seconds = max(time.perf_counter() - started, 1e-9)
         rate = self.train.sets_per_step * self.train.accumulate / seconds
         self._write("train", {**values, "learning_rate": learning_rate})
@@ -203,10 +260,10 @@ class Loop:
 
     def _terms(self, batch: Batch, keys: Sequence[tuple[str | int, ...]]) -> dict[str, Tensor]:
         """Predict a batch and measure each set; its key decides which other perturbations it is compared with."""
-        if self.truth is None:
+        if self.targets is None:
             batch = self.fabric.to_device(batch)
             return loss_terms(self.model(*batch.for_network()), batch, self.loss)
-        others_BK = self.truth.draw_others(
+        others_BK = self.targets.draw_others(
             batch.context_B,
             batch.pert_B,
             num=self.loss.rank_negatives if self.loss.rank else 0,
@@ -215,17 +272,17 @@ class Loop:
         )
         batch, others_BK = self.fabric.to_device(batch), self.fabric.to_device(others_BK)
         assert batch.screen_B is not None
-        known = self.truth.of(batch.context_B, batch.pert_B, batch.screen_B, batch.measured_BG)
+        targets = self.targets.of(batch.context_B, batch.pert_B, batch.screen_B, batch.measured_BG)
         if self.reader.reads_what_it_predicts:
             # what a set predicts is the difference from its own controls; others would add their sampling noise
-            known = known._replace(beside_BG=batch.control_BSI.float().mean(1))
+            targets = targets._replace(reference_mean_BG=batch.control_BSI.float().mean(1))
         return loss_terms(
-            self.model(*batch.for_network(), known.beside_BG),
+            self.model(*batch.for_network(), targets.reference_mean_BG),
             batch,
             self.loss,
-            known=known,
-            others=Others(self.truth.effects_NG[others_BK.clamp_min(0)], others_BK >= 0),
-            positive_weight=self.truth.positive_weight
+            targets=targets,
+            others=Others(self.targets.effects_NG[others_BK.clamp_min(0)], others_BK >= 0),
+            positive_weight=self.targets.positive_weight
             if self.loss.de_positive_weight == "balanced"
             else self.loss.de_positive_weight,
             gather=self._gather,
@@ -250,7 +307,7 @@ class Loop:
 
     def _clip(self) -> Tensor:
         limit = self.train.clip or math.inf
-        norm = self.fabric.clip_gradients(self.model, self.stepper, max_norm=limit, error_if_nonfinite=False)
+        norm = self.fabric.clip_gradients(self.model, self.fabric_optimizer, max_norm=limit, error_if_nonfinite=False)
         return whole(norm) if norm is not None else torch.zeros(())
 
     def _require_numbers(self, step: int, values: Mapping[str, float]) -> None:
@@ -277,33 +334,33 @@ class Loop:
                     sums[name] = sums.get(name, 0) + value
                 advance(0, detail=f"validating, {first:,} of {len(self.val_sets):,} sets")
         values = {name: value / len(self.val_sets) for name, value in self._reduce(sums, "sum").items()}
-        self._require_numbers(self.position.step, values)
-        if self.official is not None:
-            values |= self.official.measure(self.model, self.fabric)
+        self._require_numbers(self.state.step, values)
+        if self.plan.official is not None:
+            values |= self.plan.official.measure(self.model, self.fabric)
         self.model.train()
         self._write("val", values)
-        position = self.position
-        measured = criterion(values, "loss" if self.official is None else self.train.select_by)
-        position.validated = position.step
-        if measured < position.best_value:
-            position.best_loss, position.best_value, position.num_worse = values["loss"], measured, 0
-            position.best_step = position.step
+        state = self.state
+        measured = criterion(values, "loss" if self.plan.official is None else self.train.select_by)
+        state.validated = state.step
+        if measured < state.best_value:
+            state.best_loss, state.best_value, state.num_worse = values["loss"], measured, 0
+            state.best_step = state.step
             self.best = self._weights(copy=True)
         else:
-            position.num_worse += 1
+            state.num_worse += 1
 
     def _own_numbers(self, first: int) -> range:
         """Return the numbers of this process's validation sets in the batch that starts at `first`."""
         stop = min(first + self.train.sets_per_step, len(self.val_sets))
         return range(first + self.fabric.global_rank, stop, self.fabric.world_size)
 
-    def _val_pieces(self) -> Iterator[tuple[CellSets, Place]]:
+    def _val_pieces(self) -> Iterator[tuple[CellSets, StreamState]]:
         """Yield this process's share of each batch; a short share is padded with the batch's first set."""
         num, step = len(self.val_sets), self.train.sets_per_step
         for first in range(0, num, step):
             longest = -(-min(step, num - first) // self.fabric.world_size)
             numbers = [*self._own_numbers(first), first][:longest]
-            yield self.val_sets[np.array(numbers)], Place(0, first)
+            yield self.val_sets[np.array(numbers)], StreamState(0, first)
 
     def _reduce(self, values: Mapping[str, Tensor], how: str) -> dict[str, float]:
         """Return sums or means over all processes, in one exchange."""
@@ -313,10 +370,10 @@ class Loop:
 
     def _write(self, kind: str, values: Mapping[str, float]) -> None:
         if self.log is not None:
-            self.log.write(kind, self.position.step, values)
+            self.log.write(kind, self.state.step, values)
         if self.fabric.loggers:
             named = {f"{kind}/{name}": value for name, value in values.items()}
-            self.fabric.log_dict(named, step=self.position.step)
+            self.fabric.log_dict(named, step=self.state.step)
 
     def _smooth(self, name: str, value: float) -> float:
         before = self._rates.get(name, value)

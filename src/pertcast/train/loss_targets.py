@@ -1,4 +1,4 @@
-"""What the auxiliary terms of the loss know of the training split: mean effects, and which genes are differential.
+"""What the auxiliary loss terms compare a prediction with: effects and DE labels of the training split.
 
 Invariant: held-out cells and control cells of other splits are never read.
 Shapes: N training perturbations (each in its context), S screens, P perturbations, G predicted genes, B sets.
@@ -22,7 +22,7 @@ from pertcast.progress import Progress
 from pertcast.stats.de import FDR
 from pertcast.stats.draws import generator
 from pertcast.train.control_counts import ControlRates
-from pertcast.train.training_effects import training_effects
+from pertcast.train.training_effects import TrainingEffects, training_effects
 
 _CELLS_AT_ONCE = 512
 
@@ -72,12 +72,12 @@ def _spread(store: Store, rows: NDArray[np.int64]) -> NDArray[np.float64]:
 _LARGEST_WEIGHT = 100.0
 
 
-class Known(NamedTuple):
+class BatchTargets(NamedTuple):
     """What is known of the sets of a batch, on its device."""
 
     control_mean_BG: Tensor  # Mean log1p expression of the training control cells of each set's screen
     # What a predicted pseudobulk is an effect beside: the same, or the mean of the set's own control cells
-    beside_BG: Tensor
+    reference_mean_BG: Tensor
     # The training effect of each set's perturbation; 0 where there is none, and for genes that were not
     # measured
     effect_BG: Tensor
@@ -94,56 +94,47 @@ class Known(NamedTuple):
     measured_BG: Tensor | None = None
 
 
-class Truth:
+class TrainingTargets:
     """Effects and labels of the training split."""
 
     def __init__(
         self,
         store: Store,
-        *,
-        contexts: NDArray[np.int64],
-        perts: NDArray[np.int64],
-        effects_NG: NDArray[np.float32],
-        control_mean_SG: NDArray[np.float32],
-        labels_NG: NDArray[np.bool_] | None,
-        threshold_NG: NDArray[np.float32] | None = None,
+        effects: TrainingEffects,
         output_genes: NDArray[np.int64],
+        *,
+        labels_NG: NDArray[np.bool_] | None = None,
+        threshold_NG: NDArray[np.float32] | None = None,
         log_rate_SG: NDArray[np.float32] | None = None,
     ) -> None:
-        self._store, self._contexts, self._perts = store, contexts, perts
+        self._store, self._contexts, self._perts = store, effects.contexts, effects.perts
         row_CP = np.full((len(store.contexts), len(store.perts)), -1, dtype=np.int64)
-        row_CP[contexts, perts] = np.arange(len(perts))
-        place = {store.genes[gene]: number for number, gene in enumerate(output_genes.tolist())}
-        own_gene = [place.get(name, -1) for name in store.perts]
-        self._row_CP, self._own_gene_P = torch.from_numpy(row_CP), torch.tensor(own_gene)
+        row_CP[effects.contexts, effects.perts] = np.arange(len(effects.perts))
+        gene_of = {store.genes[gene]: number for number, gene in enumerate(output_genes.tolist())}
+        # a store without effects still needs a row to look up
+        effects_NG = effects.effects_NG if len(effects.perts) else np.zeros((1, len(output_genes)), np.float32)
         measured_NG = ~np.isnan(effects_NG)
-        self._measured_NG = None if measured_NG.all() else torch.from_numpy(measured_NG)
         self.effects_NG = torch.from_numpy(np.nan_to_num(effects_NG))
-        self._control_mean_SG = torch.from_numpy(control_mean_SG)
+        self._row_CP = torch.from_numpy(row_CP)
+        self._own_gene_P = torch.tensor([gene_of.get(name, -1) for name in store.perts])
+        self._measured_NG = None if measured_NG.all() else torch.from_numpy(measured_NG)
+        self._control_mean_SG = torch.from_numpy(effects.control_mean_SG)
         self._labels_NG = None if labels_NG is None else torch.from_numpy(labels_NG)
-        self._log_rate_SG = None if log_rate_SG is None else torch.from_numpy(log_rate_SG)
         self._threshold_NG = None if threshold_NG is None else torch.from_numpy(threshold_NG)
+        self._log_rate_SG = None if log_rate_SG is None else torch.from_numpy(log_rate_SG)
         share = 0.0 if labels_NG is None else float(labels_NG.mean())
         self.positive_weight = float(np.clip((1 - share) / share, 1, _LARGEST_WEIGHT)) if share else 1.0
 
-    def to(self, device: torch.device) -> Truth:
+    def to(self, device: torch.device) -> TrainingTargets:
         """Put everything on a device; returns itself."""
-        names = (
-            "_row_CP",
-            "_own_gene_P",
-            "effects_NG",
-            "_control_mean_SG",
-            "_labels_NG",
-            "_threshold_NG",
-            "_log_rate_SG",
-            "_measured_NG",
-        )
-        for name in names:
-            value = getattr(self, name)
-            setattr(self, name, value if value is None else value.to(device))
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
         return self
 
-    def of(self, context_B: Tensor, pert_B: Tensor, screen_B: Tensor, measured_BG: Tensor | None = None) -> Known:
+    def of(
+        self, context_B: Tensor, pert_B: Tensor, screen_B: Tensor, measured_BG: Tensor | None = None
+    ) -> BatchTargets:
         """Return what is known of some sets, by their codes and the genes that their screens measured."""
         row_B = self._row_CP[context_B, pert_B]
         has_effect_B = row_B >= 0
@@ -156,9 +147,9 @@ class Truth:
         valid_BG = has_effect_B[:, None].expand_as(effect_BG)
         if measured_BG is not None:
             effect_BG, valid_BG = effect_BG * measured_BG, valid_BG & measured_BG
-        return Known(
+        return BatchTargets(
             control_mean_BG=self._control_mean_SG[screen_B],
-            beside_BG=self._control_mean_SG[screen_B],
+            reference_mean_BG=self._control_mean_SG[screen_B],
             effect_BG=effect_BG,
             has_effect_B=has_effect_B,
             labels_BG=None if labels is None else labels[found_B] & valid_BG,
@@ -183,14 +174,14 @@ class Truth:
         return torch.from_numpy(rows_BK)
 
 
-def learn_truth(
+def training_targets(
     store: Store,
     output_genes: NDArray[np.int64],
     *,
     labels: bool,
     rates: ControlRates | None = None,
     progress: Progress,
-) -> Truth:
+) -> TrainingTargets:
     """Read the TRAIN cells once, group by group, and return their effects, with DE labels where wanted."""
     effects = training_effects(store, output_genes, progress=progress)
     codes = np.stack([effects.contexts, effects.perts], axis=1)
@@ -204,14 +195,11 @@ def learn_truth(
     elif labels:
         labels_NG = np.zeros((1, len(output_genes)), dtype=bool)
         threshold_NG = np.ones(labels_NG.shape, dtype=np.float32)
-    return Truth(
+    return TrainingTargets(
         store,
-        contexts=effects.contexts,
-        perts=effects.perts,
-        effects_NG=effects.effects_NG if len(codes) else np.zeros((1, len(output_genes)), np.float32),
-        control_mean_SG=effects.control_mean_SG,
+        effects,
+        output_genes,
         labels_NG=labels_NG,
         threshold_NG=threshold_NG,
-        output_genes=output_genes,
         log_rate_SG=None if rates is None else rates.log_rate_SG,
     )

@@ -14,7 +14,6 @@ from torch import Tensor
 from pertcast.config import LossConfig
 from pertcast.models.heads import CountsPrediction
 from pertcast.models.losses import (
-    call_logits,
     de_loss,
     energy_distance,
     negative_binomial_loss,
@@ -24,7 +23,7 @@ from pertcast.models.losses import (
 )
 from pertcast.models.state import Prediction
 from pertcast.train.batches import Batch
-from pertcast.train.loss_targets import Known
+from pertcast.train.loss_targets import BatchTargets
 
 _SMALLEST_DEPTH = 1e-9
 # What effects are measured in where they are put into order, in mean sizes from which on the test calls a gene.
@@ -39,13 +38,9 @@ class Others(NamedTuple):
     exist_BK: Tensor
 
 
-def _alone(values: Tensor) -> Tensor:
-    return values
-
-
-def needs_truth(config: LossConfig) -> bool:
-    """Return whether a term is switched on that needs what :func:`pertcast.train.loss_targets.learn_truth` learns."""
-    return bool(config.de or config.rank or config.nb or (config.mae and config.mae_of == "effect"))
+def needs_training_targets(config: LossConfig) -> bool:
+    """Return whether a term is on that compares with effects or labels of the training split."""
+    return bool(config.de or config.rank or config.nb or config.mae)
 
 
 def loss_terms(
@@ -53,10 +48,10 @@ def loss_terms(
     batch: Batch,
     config: LossConfig,
     *,
-    known: Known | None = None,
+    targets: BatchTargets | None = None,
     others: Others | None = None,
     positive_weight: float = 1.0,
-    gather: Callable[[Tensor], Tensor] = _alone,
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> dict[str, Tensor]:
     """Return the terms of the loss that are switched on, ``(B,)`` each, without weights."""
     terms = {}
@@ -70,44 +65,47 @@ def loss_terms(
     real_BSG = batch.real_BSO if batch.genes_BSG is None else batch.genes_BSG
     if config.mae:
         terms["mae"] = pseudobulk_mae(prediction.log1p_BSG, real_BSG)
-        if config.mae_of == "effect":
-            known = _needed(known, "mae")
-            # held-out perturbations and control cells have no training effect, and are compared set by set
-            of_effect_B = (_effects(prediction, known) - known.effect_BG).abs().mean(-1)
-            terms["mae"] = torch.where(known.has_effect_B, of_effect_B, terms["mae"])
+        targets = _needed(targets, "mae")
+        # held-out perturbations and control cells have no training effect, and are compared set by set
+        of_effect_B = (_effects(prediction, targets) - targets.effect_BG).abs().mean(-1)
+        terms["mae"] = torch.where(targets.has_effect_B, of_effect_B, terms["mae"])
     if config.de:
-        terms["de"] = _de_term(prediction, _needed(known, "de"), config, positive_weight)
+        terms["de"] = _de_term(prediction, _needed(targets, "de"), config, positive_weight)
     if config.nb:
-        rate_BG = _needed(known, "nb").log_rate_BG
+        rate_BG = _needed(targets, "nb").log_rate_BG
         if prediction.counts is None or batch.depth_BS is None or rate_BG is None:
             raise ValueError("the term nb needs a network with a counts head, control rates and a store of counts")
         terms["nb"] = _counts_loss(prediction.counts, real_BSG, batch, rate_BG)
     if config.rank:
-        known = _needed(known, "rank")
+        targets = _needed(targets, "rank")
         if others is None:
             raise ValueError("the term rank needs effects of other perturbations")
-        set_effect_BG = real_BSG.float().mean(1) - known.control_mean_BG
-        if known.measured_BG is not None:
-            set_effect_BG = set_effect_BG * known.measured_BG
+        set_effect_BG = real_BSG.float().mean(1) - targets.control_mean_BG
+        if targets.measured_BG is not None:
+            set_effect_BG = set_effect_BG * targets.measured_BG
         # The mean of all training cells is less noisy than that of a set; held-out perturbations have none.
-        real_BG = torch.where(known.has_effect_B[:, None], known.effect_BG, set_effect_BG)
-        terms["rank"] = _rank(_effects(prediction, known), real_BG, batch, config, known, others, gather)
+        real_BG = torch.where(targets.has_effect_B[:, None], targets.effect_BG, set_effect_BG)
+        terms["rank"] = _rank(_effects(prediction, targets), real_BG, batch, config, targets, others, gather)
     return terms
 
 
-def _needed(known: Known | None, term: str) -> Known:
+def _needed(targets: BatchTargets | None, term: str) -> BatchTargets:
     """Return what is known of the sets, which a term that was asked for cannot do without."""
-    if known is None:
+    if targets is None:
         raise ValueError(f"the term {term} needs what the training split says of the sets")
-    return known
+    return targets
 
 
 def _without(prediction: Prediction, measured_BG: Tensor) -> Prediction:
     """Return the prediction with 0 for genes that were not measured."""
-    cut_BG = None if prediction.cut_BG is None else prediction.cut_BG * measured_BG
+    clipped_effect_BG = None if prediction.clipped_effect_BG is None else prediction.clipped_effect_BG * measured_BG
     if prediction.genes_BSG is None:
-        return prediction._replace(latent_BSO=prediction.latent_BSO * measured_BG[:, None], cut_BG=cut_BG)
-    return prediction._replace(genes_BSG=prediction.genes_BSG * measured_BG[:, None], cut_BG=cut_BG)
+        return prediction._replace(
+            latent_BSO=prediction.latent_BSO * measured_BG[:, None], clipped_effect_BG=clipped_effect_BG
+        )
+    return prediction._replace(
+        genes_BSG=prediction.genes_BSG * measured_BG[:, None], clipped_effect_BG=clipped_effect_BG
+    )
 
 
 def _counts_loss(found: CountsPrediction, real_BSG: Tensor, batch: Batch, log_rate_BG: Tensor) -> Tensor:
@@ -120,30 +118,26 @@ def _counts_loss(found: CountsPrediction, real_BSG: Tensor, batch: Batch, log_ra
     return negative_binomial_loss(counts_BSG, log_mean_BSG, found.log_shape_G, measured_BG=batch.measured_BG)
 
 
-def _effects(prediction: Prediction, known: Known) -> Tensor:
+def _effects(prediction: Prediction, targets: BatchTargets) -> Tensor:
     """Return the effect that each set predicts, (B, G); 0 for genes that were not measured."""
-    effect_BG = prediction.uncut_BSG.float().mean(1) - known.beside_BG
-    return effect_BG if known.measured_BG is None else effect_BG * known.measured_BG
+    effect_BG = prediction.unclipped_BSG.float().mean(1) - targets.reference_mean_BG
+    return effect_BG if targets.measured_BG is None else effect_BG * targets.measured_BG
 
 
-def _de_term(prediction: Prediction, known: Known, config: LossConfig, positive_weight: float) -> Tensor:
+def _de_term(prediction: Prediction, targets: BatchTargets, config: LossConfig, positive_weight: float) -> Tensor:
     """Return the DE head's loss; a set without a training effect has no labels, and 0."""
-    if known.labels_BG is None or known.valid_BG is None or known.threshold_BG is None:
+    if targets.labels_BG is None or targets.valid_BG is None or targets.threshold_BG is None:
         raise ValueError("the term de needs DE labels")
-    direction_BG = known.effect_BG.sign() * known.labels_BG
+    direction_BG = targets.effect_BG.sign() * targets.labels_BG
     if config.de_head == "order":
-        return order_loss(_effects(prediction, known), direction_BG, _SCALE * known.threshold_BG.mean(-1))
-    if config.de_head == "test":
-        logits_BG = call_logits(_effects(prediction, known), direction_BG, known.threshold_BG)
-    elif prediction.de_BG is not None:
-        logits_BG = prediction.de_BG
-    else:
+        return order_loss(_effects(prediction, targets), direction_BG, _SCALE * targets.threshold_BG.mean(-1))
+    if prediction.de_BG is None:
         raise ValueError("a learned DE head is part of the network, and this one has none")
     focal = config.de_form == "focal"
     return de_loss(
-        logits_BG,
-        known.labels_BG,
-        known.valid_BG,
+        prediction.de_BG,
+        targets.labels_BG,
+        targets.valid_BG,
         positive_weight=1.0 if focal else positive_weight,
         gamma=config.de_gamma if focal else 0.0,
     )
@@ -154,12 +148,12 @@ def _rank(
     real_BG: Tensor,
     batch: Batch,
     config: LossConfig,
-    known: Known,
+    targets: BatchTargets,
     others: Others,
     gather: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Return the ranking loss; sets of control cells have no rank, as in the official metric."""
-    is_perturbed_B = ~known.is_control_B
+    is_perturbed_B = ~targets.is_control_B
     codes_B3 = torch.stack([batch.context_B, batch.pert_B, is_perturbed_B.to(batch.pert_B.dtype)], dim=1)
     real_AG, codes_A3 = gather(real_BG), gather(codes_B3)
     comparable_BA = (
@@ -169,14 +163,14 @@ def _rank(
         & codes_A3[:, 2].bool()
     )
     others_BKG = torch.cat([real_AG.expand(len(real_BG), -1, -1), others.effects_BKG], dim=1)
-    if known.measured_BG is not None:
-        others_BKG = others_BKG * known.measured_BG[:, None]
+    if targets.measured_BG is not None:
+        others_BKG = others_BKG * targets.measured_BG[:, None]
     return ranking_loss(
         pred_BG,
         real_BG,
         others_BKG,
         valid_BK=torch.cat([comparable_BA, others.exist_BK & is_perturbed_B[:, None]], dim=1),
-        own_gene_B=known.own_gene_B,
+        own_gene_B=targets.own_gene_B,
         distance=config.rank_distance,
         margin=config.rank_margin,
     )

@@ -86,7 +86,7 @@ def _require_same_model(run_path: Path, experiment: Experiment, trained: Experim
 
 
 @dataclass(frozen=True)
-class Line:
+class AlignedStore:
     """A store in the words of a run: its codes are the rows of the run's embeddings, new ones after the known."""
 
     store: Store  # The view
@@ -96,7 +96,7 @@ class Line:
     batches: tuple[int, ...]
 
 
-def bring_into_run(run: Run, store: Store) -> Line:
+def bring_into_run(run: Run, store: Store) -> AlignedStore:
     """Return a store in the words of a run."""
     contexts = (*run.contexts, *(name for name in store.contexts if name not in run.contexts))
     batches = (*run.batches, *(name for name in store.batches if name not in run.batches))
@@ -112,7 +112,7 @@ def bring_into_run(run: Run, store: Store) -> Line:
         hvg=run.hvg,
     )
     trained = np.unique(view.context_codes[(view.split & Split.TRAIN) != 0])
-    return Line(
+    return AlignedStore(
         view,
         num_new_contexts=len(contexts) - len(run.contexts),
         num_new_batches=len(batches) - len(run.batches),

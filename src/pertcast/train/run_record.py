@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +15,7 @@ from pertcast.models.baselines import BaselineSpec
 from pertcast.models.run_folder import Run
 from pertcast.models.spec import StateSpec
 from pertcast.progress import Progress
-
-FEATURES = "features"
+from pertcast.train.checkpoints import FEATURES
 
 
 def needs_features(experiment: Experiment) -> bool:
@@ -36,11 +33,6 @@ def run_features(experiment: Experiment, store: Store, out: Path) -> PertFeature
     names = tuple(dict.fromkeys((store.control, *store.perts, *targets)))
     nothing = np.zeros((len(names), 0), dtype=np.float32)
     return PertFeatures(names, nothing, kind="none", control=store.control, source="no features are looked at")
-
-
-def feature_facts(features: PertFeatures) -> dict[str, Any]:
-    """Return what a run tells of its features: kind, source, width, and what was filled in."""
-    return {"kind": features.kind, "source": features.source, "dim": features.dim, "filled": features.filled}
 
 
 def show_coverage(features: PertFeatures, store: Store, experiment: Experiment, progress: Progress) -> None:
@@ -65,13 +57,9 @@ def run_of(
     experiment: Experiment,
     store: Store,
     features: PertFeatures,
-    *,
     output_genes: NDArray[np.int64],
-    step: int,
-    metrics: Mapping[str, Any],
-    notes: Sequence[str],
 ) -> Run:
-    """Return the record of what was trained on a store; nothing is written."""
+    """Return the record of a model trained on a store, at step 0 and without metrics; nothing is written."""
     return Run(
         path=out,
         spec=spec,
@@ -88,8 +76,6 @@ def run_of(
         scale=store.scale,
         store_path=store.path,
         store_fingerprint=store.fingerprint,
-        step=step,
-        metrics=dict(metrics),
-        features=feature_facts(features),
-        notes=tuple(notes),
+        step=0,
+        features={"kind": features.kind, "source": features.source, "dim": features.dim, "filled": features.filled},
     )

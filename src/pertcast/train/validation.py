@@ -117,7 +117,7 @@ class OfficialMetrics:
     ) -> Iterator[NDArray[np.float32]]:
         for start in range(0, len(truth.sets), self._size):
             batch = fabric.to_device(self._reader.read(truth.sets[start : start + self._size]))
-            cells_BSG = model(*batch.for_network()).uncut_BSG
+            cells_BSG = model(*batch.for_network()).unclipped_BSG
             if batch.measured_BG is not None:
                 cells_BSG = cells_BSG * batch.measured_BG[:, None]
             yield cells_BSG.flatten(0, 1).float().cpu().numpy()

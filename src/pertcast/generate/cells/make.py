@@ -154,7 +154,7 @@ class CellMaker:
         self, part: Wanted, rows: NDArray[np.int64], mean: NDArray[np.float64], first: int, stop: int
     ) -> sparse.csr_matrix:
         move = shift if self._config.cells == "shift" else shift_sparing_zeros
-        cells_CG = move(self._store.log1p(rows[first:stop]), mean, spread=self._config.spread)
+        cells_CG = move(self._store.log1p(rows[first:stop]), mean, spread=self._config.residual_scale)
         return self._on_scale(part, rows, dense_to_csr(cells_CG), first)
 
     def _on_scale(

@@ -26,7 +26,7 @@ from pertcast.generate.cells import CellMaker
 from pertcast.generate.plan import Part
 from pertcast.generate.predict import make_predictor
 from pertcast.ladder.score import compare_sides
-from pertcast.ladder.scored_side import Side, make_side
+from pertcast.ladder.scored_side import PseudobulkStats, make_side
 from pertcast.models.run_folder import Run, open_run
 from pertcast.progress import Progress
 from pertcast.stats.draws import generator
@@ -104,7 +104,7 @@ class UnseenTargets:
     rows: tuple[Rows, ...]  # (B, S) control cells of each
     predicted: tuple[NDArray[np.float32], ...]  # (B, S, O) log1p of each, as the network gives them
     controls: Rows  # Rows of control cells that cells may be made from
-    truth: Side  # The real cells
+    truth: PseudobulkStats  # The real cells
 
     def sizes(self) -> list[float]:
         """Return the size of each target's predicted effect."""
@@ -115,7 +115,7 @@ class UnseenTargets:
 
     def scores(self, amplitudes: Mapping[str, float], *, spread: float) -> list[dict[str, float]]:
         """Return the official metrics of each target, with its effect scaled."""
-        maker = CellMaker(self.store, self.config.model_copy(update={"spread": spread}))
+        maker = CellMaker(self.store, self.config.model_copy(update={"residual_scale": spread}))
         blocks, codes = [], []
         for code, (part, rows_BS, cells_BSO) in enumerate(zip(self.parts, self.rows, self.predicted, strict=True)):
             scaled = self._scaled(rows_BS, cells_BSO, amplitudes[part.target])

@@ -157,8 +157,8 @@ class Ledger:
             "season": item.season,
             "run": str(item.run) if item.run else None,
             "run_is_there": item.run_is_there,
-            "step": item.origin.step if item.origin else None,
-            "weights": item.origin.weights if item.origin else None,
+            "step": item.provenance.step if item.provenance else None,
+            "weights": item.provenance.weights if item.provenance else None,
             "rung": item.rung,
             "kind": item.kind,
             "changed": None if changed is None else {key: list(values) for key, values in changed.items()},
@@ -199,13 +199,13 @@ def _are_comparable(before: Submission, now: Submission) -> bool:
 
 def _changed(before: Submission, now: Submission) -> dict[str, tuple[Any, Any]] | None:
     """Return what the configurations differ in; the place of a file is no difference where its content is the same."""
-    if before.origin is None or now.origin is None:
+    if before.provenance is None or now.provenance is None:
         return None
-    changed = difference(before.origin.experiment, now.origin.experiment)
-    if before.origin.store == now.origin.store:
+    changed = difference(before.provenance.experiment, now.provenance.experiment)
+    if before.provenance.store == now.provenance.store:
         changed = {key: values for key, values in changed.items() if not key.startswith("datasets.")}
     else:
-        changed["store"] = before.origin.store[:12], now.origin.store[:12]
+        changed["store"] = before.provenance.store[:12], now.provenance.store[:12]
     for name in ("genes", "targets"):
         if before.inputs.get(name) == now.inputs.get(name) is not None:
             changed.pop(f"submission.{name}", None)
@@ -238,7 +238,7 @@ def find_submission(place: Path) -> Submission:
     if place.is_file():
         current = [item for item in current if item.archive.resolve() == place.resolve()]
     if weights:
-        current = [item for item in current if item.origin and item.origin.weights == weights]
+        current = [item for item in current if item.provenance and item.provenance.weights == weights]
     if len(current) != 1:
         names = ", ".join(str(item.archive) for item in current)
         found = f"{len(current)} archives ({names})" if current else "no archive"

@@ -11,7 +11,7 @@ from typing import Any
 
 from pertcast.config import rung_of
 from pertcast.errors import CheckpointError, DataError, Problem
-from pertcast.files.artefacts import MANIFEST, Manifest, Origin, hash_file, manifest_path, read_manifest
+from pertcast.files.artefacts import MANIFEST, Manifest, Provenance, hash_file, manifest_path, read_manifest
 from pertcast.ladder.ledger.scores import Record, read_records
 
 ARCHIVE = ".vcc"
@@ -103,7 +103,7 @@ class Submission:
     packed_at: str  # UTC, the archive's time on disk; manifests hold no times, so that equal inputs give equal bytes
     season: str  # Empty where no manifest says it
     # Checkpoint and configuration; ``None`` where they cannot be found (packed by another program)
-    origin: Origin | None
+    provenance: Provenance | None
     # The run's folder, found by the hash of its weights or as it was recorded, and whether it is there with
     # them
     run: Path | None = None
@@ -117,15 +117,15 @@ class Submission:
     @property
     def kind(self) -> str | None:
         """What kind of model it is; ``None`` where that is not known."""
-        model = self.origin.experiment.get("model", {}) if self.origin else None
+        model = self.provenance.experiment.get("model", {}) if self.provenance else None
         return None if model is None else str(model.get("kind", "state"))
 
     @property
     def rung(self) -> str | None:
         """The rung that the weights of the loss are of, else ``other``; ``None`` where they are not known."""
-        if self.origin is None:
+        if self.provenance is None:
             return None
-        return rung_of(self.origin.experiment.get("loss", {})) if self.kind == "state" else "other"
+        return rung_of(self.provenance.experiment.get("loss", {})) if self.kind == "state" else "other"
 
     @property
     def scores(self) -> Record | None:
@@ -134,7 +134,7 @@ class Submission:
 
     def snapshot(self) -> dict[str, Any]:
         """Return what a record keeps of it."""
-        origin = asdict(self.origin) if self.origin else None
+        origin = asdict(self.provenance) if self.provenance else None
         return {"packed_at": self.packed_at, "season": self.season, "origin": origin, "inputs": self.inputs}
 
 
@@ -157,7 +157,7 @@ def _of_archive(archive: Path, found: Found) -> list[Submission]:
             sha256,
             packed_at=datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             season=str(manifest.config.get("season", "")) if manifest else "",
-            origin=Origin.of_facts(facts) or (_follow(manifest, found) if manifest else None),
+            provenance=Provenance.of_facts(facts) or (_follow(manifest, found) if manifest else None),
             records=tuple(record for record in records if record.archive_sha256 == sha256),
             state="packed" if archive.is_file() else "removed",
             inputs=manifest.inputs if manifest else {},
@@ -186,19 +186,19 @@ def _replaced(archive: Path, sha256: str, records: tuple[Record, ...]) -> Submis
         sha256,
         packed_at=str(kept.get("packed_at") or ours[0].recorded_at),
         season=str(kept.get("season", "")),
-        origin=Origin.of_facts(kept),
+        provenance=Provenance.of_facts(kept),
         records=ours,
         state="replaced",
         inputs=dict(kept.get("inputs", {})),
     )
 
 
-def _follow(manifest: Manifest, found: Found) -> Origin | None:
+def _follow(manifest: Manifest, found: Found) -> Provenance | None:
     """Go from an archive to its prediction, the parts of that and their run, by hashes; ``None`` where one is gone."""
     prediction = found.by_file("prediction", manifest.inputs.get("prediction", ""))
     if prediction is None:
         return None
-    if origin := Origin.of_facts(prediction[1].facts):
+    if origin := Provenance.of_facts(prediction[1].facts):
         return origin
     wanted = prediction[1].inputs.items()
     matching = (parts for _, parts in found.manifests.get("parts", ()) if wanted <= parts.files.items())
@@ -208,12 +208,12 @@ def _follow(manifest: Manifest, found: Found) -> Origin | None:
     weights = parts.inputs["weights"]
     run = found.by_file("run", weights)
     step = int(run[1].facts.get("step", -1)) if run else -1
-    return Origin(weights, str(run[0]) if run else "", step, parts.inputs.get("store", ""), parts.config)
+    return Provenance(weights, str(run[0]) if run else "", step, parts.inputs.get("store", ""), parts.config)
 
 
 def _with_run(submission: Submission, found: Found) -> Submission:
     """Return a submission with the folder of its run: where its weights lie now, else where they lay."""
-    origin = submission.origin
+    origin = submission.provenance
     if origin is None:
         return submission
     run = found.by_file("run", origin.weights)

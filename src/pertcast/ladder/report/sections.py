@@ -212,7 +212,7 @@ def _ladder_row(ledger: Ledger, at: int, names: Sequence[str], material: Materia
         f"{at}{'*' if is_this else ''}\u00a0{item.archive.parent.name}/{item.archive.name}",
         item.rung or "unknown",
         item.kind or "unknown",
-        plain(item.origin.step if item.origin else None),
+        plain(item.provenance.step if item.provenance else None),
         item.packed_at[:16].replace("T", "\u00a0").replace("-", "\u2011"),
         shown or "nothing",
         *(number(scores[name], 4) if name in scores else "–" for name in names),
