@@ -26,6 +26,7 @@ from scipy import sparse
 import agreement_cases as do
 from agreement_cases import Change, Draft
 from pertcast.errors import PertcastError
+from pertcast.seasons import season as season_of
 from pertcast.submission.pack import pack, unpack
 
 STRICTNESS = Path(__file__).parents[1] / "docs" / "strictness.md"
@@ -266,10 +267,9 @@ def pack_ours(season: str, draft: Draft, folder: Path) -> Path:
     return pack(
         folder / "p.h5ad",
         folder / "ours.vcc",
-        season=season,
+        season=season_of(season, draft.limits | ({"contexts": draft.contexts} if season == "vcc2026" else {})),
         genes=folder / "genes.csv",
         targets=folder / "targets.csv" if draft.listed else None,
-        rules=draft.limits | ({"contexts": draft.contexts} if season == "vcc2026" else {}),
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 from pertcast.errors import SubmissionError
 from pertcast.pipeline import Outcome, run_experiment
 from pertcast.seasons import season
-from pertcast.submission.cross_check import CrossCheck, cross_check, find_packer
+from pertcast.submission.official_packer import CrossCheck, cross_check, find_packer
 from pertcast.submission.pack import pack
 from workspace import Workspace, make_workspace
 

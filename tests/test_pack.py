@@ -30,9 +30,10 @@ from pertcast.files.artefacts import read_manifest, verify_artefact
 from pertcast.files.h5ad_writer import CsrWriter
 from pertcast.progress import SILENT
 from pertcast.seasons import SEASONS
+from pertcast.seasons import season as season_of
 from pertcast.submission import archive
 from pertcast.submission import archive as stream
-from pertcast.submission.pack import pack, unpack
+from pertcast.submission.pack import PackOptions, pack, unpack
 
 RULES = {"num_genes": len(SMALL_GENES)}
 
@@ -48,7 +49,7 @@ def write_genes(path: Path, names: tuple[str, ...] = SMALL_GENES) -> Path:
 
 
 def there_and_back(path: Path, genes: Path) -> ad.AnnData:
-    vcc = pack(path, path.with_suffix(".vcc"), season="vcc2025", genes=genes, rules=RULES)
+    vcc = pack(path, path.with_suffix(".vcc"), season=season_of("vcc2025", RULES), genes=genes)
     return ad.read_h5ad(unpack(vcc, path.with_name("back.h5ad")))
 
 
@@ -110,7 +111,7 @@ def test_pack_then_unpack_is_the_identity(cells: int, num_genes: int, density: f
             writer.finish(obs)
         genes = write_genes(folder / "genes.csv", names)
         rules = {"num_genes": num_genes}
-        vcc = pack(folder / "p.h5ad", folder / "p.vcc", season="vcc2025", genes=genes, rules=rules)
+        vcc = pack(folder / "p.h5ad", folder / "p.vcc", season=season_of("vcc2025", rules), genes=genes)
         out = unpack(vcc, folder / "back.h5ad")
         back = ad.read_h5ad(out)
         if form == "slim":
@@ -124,7 +125,7 @@ def test_pack_then_unpack_is_the_identity(cells: int, num_genes: int, density: f
 
 def test_the_archive_is_the_seasons(tmp_path: Path, genes: Path) -> None:
     path = write_small_h5ad(tmp_path / "p.h5ad", scale="log1p")
-    vcc = pack(path, tmp_path / "p.vcc", season="vcc2025", genes=genes, rules=RULES)
+    vcc = pack(path, tmp_path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes)
     with tarfile.open(vcc, "r:") as tar:
         members = tar.getmembers()
         assert [member.name for member in members] == ["pred.h5ad.zst", "watermark.txt"]
@@ -139,16 +140,16 @@ def test_the_archive_is_the_seasons(tmp_path: Path, genes: Path) -> None:
 
 def test_equal_predictions_are_equal_bytes_and_packing_again_is_skipped(tmp_path: Path, genes: Path) -> None:
     path = write_small_h5ad(tmp_path / "p.h5ad", scale="log1p")
-    one = pack(path, tmp_path / "one.vcc", season="vcc2025", genes=genes, rules=RULES)
-    other = pack(path, tmp_path / "other.vcc", season="vcc2025", genes=genes, rules=RULES)
+    one = pack(path, tmp_path / "one.vcc", season=season_of("vcc2025", RULES), genes=genes)
+    other = pack(path, tmp_path / "other.vcc", season=season_of("vcc2025", RULES), genes=genes)
     assert one.read_bytes() == other.read_bytes()
     before = one.stat().st_mtime_ns
-    pack(path, one, season="vcc2025", genes=genes, rules=RULES)
+    pack(path, one, season=season_of("vcc2025", RULES), genes=genes)
     assert one.stat().st_mtime_ns == before
     one.write_bytes(b"spoiled")
     with pytest.raises(DataError, match="was changed since"):
-        pack(path, one, season="vcc2025", genes=genes, rules=RULES)
-    pack(path, one, season="vcc2025", genes=genes, rules=RULES, force=True)
+        pack(path, one, season=season_of("vcc2025", RULES), genes=genes)
+    pack(path, one, season=season_of("vcc2025", RULES), genes=genes, options=PackOptions(force=True))
     assert one.read_bytes() == other.read_bytes()
     assert verify_artefact(one) == []
 
@@ -160,7 +161,7 @@ def test_another_bundle_of_lists_packs_again(tmp_path: Path) -> None:
     def packed() -> Path:
         genes, targets = folder / "genes.csv", folder / "targets.csv"
         out = tmp_path / "p.vcc"
-        return pack(folder / "p.h5ad", out, season="vcc2026", genes=genes, targets=targets, rules=draft.limits)
+        return pack(folder / "p.h5ad", out, season=season_of("vcc2026", draft.limits), genes=genes, targets=targets)
 
     alone = read_manifest(packed()).inputs
     bundle = '{"contexts": ["A", "B", "C"], "panel_id": "p7"}'
@@ -188,7 +189,7 @@ def test_what_check_refuses_is_not_packed_and_nothing_is_left(tmp_path: Path, ge
     with h5py.File(path, "r+") as file:
         file["X/data"][3] = np.nan
     with pytest.raises(SubmissionError) as caught:
-        pack(path, tmp_path / "p.vcc", season="vcc2025", genes=genes, rules=RULES)
+        pack(path, tmp_path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes)
     assert len(caught.value.problems) == 2
     assert sorted(file.name for file in tmp_path.iterdir()) == ["gene_names.csv", "p.h5ad"]
 
@@ -199,17 +200,17 @@ def test_an_archive_that_reads_back_otherwise_is_not_kept(
     path = write_small_h5ad(tmp_path / "p.h5ad", scale="log1p")
     monkeypatch.setattr(archive, "read_archive", lambda *args, **options: iter([b"something else"]))
     with pytest.raises(SubmissionError, match="not what was written"):
-        pack(path, tmp_path / "p.vcc", season="vcc2025", genes=genes, rules=RULES)
+        pack(path, tmp_path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["gene_names.csv", "p.h5ad"]
 
 
 def test_outputs_that_cannot_be(tmp_path: Path, genes: Path) -> None:
     path = write_small_h5ad(tmp_path / "p.h5ad", scale="log1p")
     with pytest.raises(SubmissionError, match="would replace the prediction"):
-        pack(path, path, season="vcc2025", genes=genes, rules=RULES)
+        pack(path, path, season=season_of("vcc2025", RULES), genes=genes)
     with pytest.raises(SubmissionError, match="cannot be written"):
-        pack(path, path / "p.vcc", season="vcc2025", genes=genes, rules=RULES)
-    vcc = pack(path, tmp_path / "p.vcc", season="vcc2025", genes=genes, rules=RULES)
+        pack(path, path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes)
+    vcc = pack(path, tmp_path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes)
     with pytest.raises(SubmissionError, match="would replace the archive"):
         unpack(vcc, vcc)
     with pytest.raises(SubmissionError, match="cannot be written"):
@@ -287,7 +288,7 @@ BAD_ARCHIVES: dict[str, tuple[Callable[[Path, Members], object], str]] = {
 @pytest.mark.parametrize("name", BAD_ARCHIVES)
 def test_archives_that_are_not_unpacked(tmp_path: Path, genes: Path, name: str) -> None:
     path = write_small_h5ad(tmp_path / "p.h5ad", scale="log1p")
-    members = members_of(pack(path, tmp_path / "good.vcc", season="vcc2025", genes=genes, rules=RULES))
+    members = members_of(pack(path, tmp_path / "good.vcc", season=season_of("vcc2025", RULES), genes=genes))
     (tmp_path / "bad").mkdir()
     bad = tmp_path / "bad" / "bad.vcc"
     make, message = BAD_ARCHIVES[name]
@@ -314,7 +315,7 @@ def test_missing_archives(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [100, 511, 512, 600, 3000, -11_000])
 def test_archives_cut_anywhere(tmp_path: Path, genes: Path, cut: int) -> None:
     path = write_small_h5ad(tmp_path / "p.h5ad", scale="log1p")
-    vcc = pack(path, tmp_path / "p.vcc", season="vcc2025", genes=genes, rules=RULES)
+    vcc = pack(path, tmp_path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes)
     vcc.write_bytes(vcc.read_bytes()[:cut])
     with pytest.raises(SubmissionError):
         unpack(vcc, tmp_path / "out.h5ad")
@@ -338,7 +339,7 @@ def test_it_equals_what_the_official_packer_packs(tmp_path: Path, genes: Path, l
     arguments = ["prep", "-i", path, "-g", genes, "-o", official, "--expected-gene-dim", len(SMALL_GENES)]
     program = "from cell_eval.__main__ import main; main()"
     subprocess.run([sys.executable, "-c", program, *map(str, arguments)], check=True, capture_output=True)
-    ours = pack(path, tmp_path / "ours.vcc", season="vcc2025", genes=genes, rules=RULES)
+    ours = pack(path, tmp_path / "ours.vcc", season=season_of("vcc2025", RULES), genes=genes)
     theirs_back, ours_back = (ad.read_h5ad(unpack(vcc, vcc.with_suffix(".h5ad"))) for vcc in (official, ours))
     assert theirs_back.shape == ours_back.shape
     assert theirs_back.var_names.tolist() == ours_back.var_names.tolist()

@@ -15,9 +15,10 @@ import pytest
 from pertcast.cli.app import main
 from pertcast.errors import DataError, SubmissionError
 from pertcast.files.artefacts import read_manifest, verify_artefact
+from pertcast.seasons import season as season_of
 from pertcast.submission.check import check
 from pertcast.submission.pack import unpack
-from pertcast.submission.random_sample import sample
+from pertcast.submission.random_sample import RandomCells, sample
 from pertcast.submission.season_bundle import fingerprint
 
 GENES = tuple(f"G{number}" for number in range(30))
@@ -95,7 +96,11 @@ def test_the_cells_of_a_target_do_not_depend_on_the_others(tmp_path: Path) -> No
     whole = cells_of(make(tmp_path, "vcc2026"))
     fewer = lists(tmp_path / "fewer", "vcc2026", targets="target_gene\nNEW\nG2\n")
     rules = {**RULES["vcc2026"], "num_targets": 2}
-    part = cells_of(sample(tmp_path / "part.vcc", season="vcc2026", rules=rules, counts_per_cell=30, **fewer))
+    part = cells_of(
+        sample(
+            tmp_path / "part.vcc", season=season_of("vcc2026", rules), **fewer, cells=RandomCells(counts_per_cell=30)
+        )
+    )
     for cells in (whole, part):
         cells.obs["key"] = cells.obs["context"].astype(str) + cells.obs["target_gene"].astype(str)
     for key in part.obs["key"].unique():
@@ -120,10 +125,10 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         make(tmp_path, "vcc2026", counts_per_cell=0)
     with pytest.raises(DataError, match="does not say how many cells"):
         listed = lists(tmp_path / "lists", "vcc2025", targets="target_gene\nG1\n")
-        sample(tmp_path / "s.vcc", season="vcc2025", rules=RULES["vcc2025"], **listed)
+        sample(tmp_path / "s.vcc", season=season_of("vcc2025", RULES["vcc2025"]), **listed)
     with pytest.raises(SubmissionError, match="would replace a list"):
         listed = lists(tmp_path / "lists", "vcc2026")
-        sample(listed["targets"], season="vcc2026", rules=RULES["vcc2026"], **listed)
+        sample(listed["targets"], season=season_of("vcc2026", RULES["vcc2026"]), **listed)
     with pytest.raises(SubmissionError, match="cannot be written"):
         make(tmp_path, "vcc2026", name="lists/genes.csv/s.vcc")
     assert [path.name for path in tmp_path.iterdir()] == ["lists"]

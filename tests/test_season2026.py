@@ -19,7 +19,7 @@ from pertcast.generate import generate
 from pertcast.ladder.score import score
 from pertcast.pipeline import Outcome, run_experiment
 from pertcast.seasons import season
-from pertcast.submission.cross_check import find_packer
+from pertcast.submission.official_packer import find_packer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "vcc2026.toml"
 SMALL = (

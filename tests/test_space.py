@@ -19,6 +19,7 @@ from pertcast.errors import DataError, PertcastError, SubmissionError
 from pertcast.files.artefacts import atomic_file, claimed, locked
 from pertcast.files.h5ad_writer import CsrWriter
 from pertcast.files.resources import available_cpus, describe_write_error, require_space
+from pertcast.seasons import season as season_of
 from pertcast.submission.pack import pack, unpack
 
 RULES = {"num_genes": len(SMALL_GENES)}
@@ -62,7 +63,7 @@ def test_packing_onto_a_full_disk_leaves_what_was_there(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, estimated: bool, form: str
 ) -> None:
     genes, before = write_genes(tmp_path / "genes.csv"), write_small_h5ad(tmp_path / "before.h5ad", scale="log1p")
-    out = pack(before, small_disk / "p.vcc", season="vcc2025", genes=genes, rules=RULES)
+    out = pack(before, small_disk / "p.vcc", season=season_of("vcc2025", RULES), genes=genes)
     path = write_large(tmp_path / "large.h5ad")
     if form == "wide":
         import anndata as ad
@@ -74,7 +75,7 @@ def test_packing_onto_a_full_disk_leaves_what_was_there(
         monkeypatch.setattr("pertcast.submission.pack.require_space", lambda *args, **options: None)
     there = listing(small_disk)
     with pytest.raises(PertcastError, match=r"needs about .* free" if estimated else "the disk is full") as caught:
-        pack(path, out, season="vcc2025", genes=genes, rules=RULES)
+        pack(path, out, season=season_of("vcc2025", RULES), genes=genes)
     assert str(caught.value).count("\n") == 0
     assert listing(small_disk) == there
 
@@ -84,7 +85,7 @@ def test_unpacking_onto_a_full_disk_leaves_what_was_there(
 ) -> None:
     genes = write_genes(tmp_path / "genes.csv")
     path = write_large(tmp_path / "large.h5ad")
-    vcc = pack(path, tmp_path / "p.vcc", season="vcc2025", genes=genes, rules=RULES)
+    vcc = pack(path, tmp_path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes)
     (small_disk / "p.h5ad").write_bytes(b"before")
     with pytest.raises(DataError, match="needs about"):
         unpack(vcc, small_disk / "p.h5ad", force=True)
@@ -136,10 +137,10 @@ def test_the_second_of_two_runs_says_so_and_stops(tmp_path: Path) -> None:
         assert other.stdout is not None
         assert other.stdout.readline() == b"ready\n"
         with pytest.raises(DataError, match=rf"p\.vcc: another run \(process {other.pid}\) is writing it; wait"):
-            pack(path, tmp_path / "p.vcc", season="vcc2025", genes=genes, rules=RULES)
+            pack(path, tmp_path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes)
         assert not (tmp_path / "p.vcc").exists()
         other.communicate(timeout=60)
-    pack(path, tmp_path / "p.vcc", season="vcc2025", genes=genes, rules=RULES)
+    pack(path, tmp_path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes)
     assert not list(tmp_path.glob(".*"))
 
 

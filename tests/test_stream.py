@@ -22,10 +22,11 @@ from pertcast.files.artefacts import hash_file, read_manifest
 from pertcast.files.h5ad import open_h5ad
 from pertcast.files.h5ad_writer import CsrWriter
 from pertcast.seasons import SEASONS
+from pertcast.seasons import season as season_of
 from pertcast.submission import pack as packing
 from pertcast.submission.archive import estimate_packed
 from pertcast.submission.check.values import check_values
-from pertcast.submission.pack import pack, unpack
+from pertcast.submission.pack import PackOptions, pack, unpack
 
 RULES = {"num_genes": len(SMALL_GENES)}
 CELLS = 60
@@ -104,8 +105,8 @@ def test_any_form_of_a_prediction_is_packed_as_the_slim_one(tmp_path: Path, gene
     slim = write_slim(tmp_path / "slim.h5ad")
     other = write_slim(tmp_path / "other.h5ad")
     FORMS[form](other)
-    vcc = pack(slim, tmp_path / "slim.vcc", season="vcc2025", genes=genes, rules=RULES)
-    same = pack(other, tmp_path / "other.vcc", season="vcc2025", genes=genes, rules=RULES)
+    vcc = pack(slim, tmp_path / "slim.vcc", season=season_of("vcc2025", RULES), genes=genes)
+    same = pack(other, tmp_path / "other.vcc", season=season_of("vcc2025", RULES), genes=genes)
     assert vcc.read_bytes() == same.read_bytes()
     back = ad.read_h5ad(unpack(same, tmp_path / "back.h5ad"))
     assert np.array_equal(back.X.toarray(), values())
@@ -117,7 +118,7 @@ def test_a_slim_prediction_is_compressed_as_it_lies(
 ) -> None:
     slim = write_slim(tmp_path / "slim.h5ad")
     monkeypatch.setattr(packing, "rewrite_canonical", None)
-    vcc = pack(slim, tmp_path / "p.vcc", season="vcc2025", genes=genes, rules=RULES)
+    vcc = pack(slim, tmp_path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes)
     assert unpack(vcc, tmp_path / "back.h5ad").read_bytes() == slim.read_bytes()
     manifest = read_manifest(vcc)
     assert manifest.inputs["prediction"] == hash_file(slim)
@@ -129,8 +130,10 @@ def test_a_level_that_zstd_does_not_have_is_refused_and_others_change_the_size_a
 ) -> None:
     slim = write_slim(tmp_path / "slim.h5ad")
     with pytest.raises(SubmissionError, match="level 25: expected 1 to 19"):
-        pack(slim, tmp_path / "p.vcc", season="vcc2025", genes=genes, rules=RULES, level=25)
-    packed = pack(slim, tmp_path / "p.vcc", season="vcc2025", genes=genes, rules=RULES, level=19)
+        pack(slim, tmp_path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes, options=PackOptions(level=25))
+    packed = pack(
+        slim, tmp_path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes, options=PackOptions(level=19)
+    )
     assert unpack(packed, tmp_path / "back.h5ad").read_bytes() == slim.read_bytes()
 
 

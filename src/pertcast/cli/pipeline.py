@@ -287,8 +287,9 @@ def pack(
     """
     from pertcast.cli.console import Console
     from pertcast.submission.check.check import resolve_season
-    from pertcast.submission.cross_check import cross_check as compare
-    from pertcast.submission.cross_check import find_packer
+    from pertcast.submission.official_packer import cross_check as compare
+    from pertcast.submission.official_packer import find_packer
+    from pertcast.submission.pack import PackOptions
     from pertcast.submission.pack import pack as write
 
     rules, console = parse_rules(set_), Console()
@@ -298,13 +299,11 @@ def pack(
     archive = write(
         file,
         out,
-        season=season,
+        season=in_force,
         genes=genes,
         targets=targets,
-        rules=rules,
-        force=force,
-        level=level,
         progress=console,
+        options=PackOptions(force=force, level=level),
     )
     if cross_check:
         found = compare(file, archive, season=in_force, genes=genes, targets=targets, progress=console)
@@ -397,22 +396,12 @@ def sample(
         Mean of a cell's sum of counts, which decides how large the archive is.
     """
     from pertcast.cli.console import Console
+    from pertcast.seasons import season as season_of
+    from pertcast.submission.random_sample import RandomCells
     from pertcast.submission.random_sample import sample as write
 
-    rules, console = parse_rules(set_), Console()
-    print(
-        write(
-            out,
-            season=season,
-            genes=genes,
-            targets=targets,
-            rules=rules,
-            force=force,
-            seed=seed,
-            counts_per_cell=counts_per_cell,
-            progress=console,
-        )
-    )
+    rules, cells = season_of(season, parse_rules(set_)), RandomCells(seed, counts_per_cell)
+    print(write(out, season=rules, genes=genes, targets=targets, cells=cells, force=force, progress=Console()))
 
 
 def unpack(file: Path, /, *, out: Annotated[Path, Parameter(name=["--out", "-o"])], force: ForceOption = False) -> None:

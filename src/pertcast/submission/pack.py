@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -133,6 +133,13 @@ def _normalised(block: sparse.csr_matrix, totals: NDArray[np.float32], median: n
 _NORMALISED = "counts were scaled to the median of the cells' totals and log1p was taken, as the official packer does"
 
 
+class PackOptions(NamedTuple):
+    """How hard zstd compresses (1 to 19), and whether a file that pertcast did not write may be replaced."""
+
+    level: int = DEFAULT_LEVEL
+    force: bool = False
+
+
 def pack(
     path: Path,
     out: Path,
@@ -140,9 +147,7 @@ def pack(
     season: str | Season,
     genes: Path,
     targets: Path | None = None,
-    rules: Mapping[str, object] | None = None,
-    force: bool = False,
-    level: int = DEFAULT_LEVEL,
+    options: PackOptions | None = None,
     progress: Progress = SILENT,
 ) -> Path:
     """Check a prediction and write its archive.
@@ -154,12 +159,11 @@ def pack(
         totals, then log1p is taken, as the official packer does; this is noted.
     out
         The archive, a ``.vcc`` file; one that is there and current is kept.
-    force
-        Whether to replace a file at `out` that pertcast did not write.
-    season, genes, targets, rules
-        As for :func:`pertcast.submission.check.check`.
-    level
-        zstd's level.
+    season, genes, targets
+        As for :func:`pertcast.submission.check.check`; a season with other rules is
+        :func:`pertcast.seasons.season` of its name and rules.
+    options
+        zstd's level, and whether to replace a file at `out` that pertcast did not write.
 
     Raises
     ------
@@ -176,12 +180,14 @@ def pack(
     >>> with CsrWriter(folder / "p.h5ad", ["TP53"]) as writer:
     ...     writer.append(sparse.csr_matrix([[0.5], [1.5]]))
     ...     writer.finish(pd.DataFrame({"target_gene": pd.Categorical(["TP53", "non-targeting"])}))
-    >>> rules = {"num_genes": 1}
-    >>> vcc = pack(folder / "p.h5ad", folder / "p.vcc", season="vcc2025", genes=folder / "genes.csv", rules=rules)
+    >>> from pertcast.seasons import season
+    >>> one_gene = season("vcc2025", {"num_genes": 1})
+    >>> vcc = pack(folder / "p.h5ad", folder / "p.vcc", season=one_gene, genes=folder / "genes.csv")
     >>> unpack(vcc, folder / "again.h5ad").read_bytes() == (folder / "p.h5ad").read_bytes()
     True
     """
-    in_force = resolve_season(season, rules or {})
+    in_force = resolve_season(season, {})
+    level, force = options or PackOptions()
     if level not in LEVELS:
         raise SubmissionError(f"level {level}: expected {LEVELS.start} to {LEVELS.stop - 1}; 3 is what others use")
     if out.exists() and path.exists() and out.samefile(path):

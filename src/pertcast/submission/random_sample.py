@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ from pertcast.seasons import Season
 from pertcast.stats.draws import generator
 from pertcast.submission.cell_budget import plan_budget
 from pertcast.submission.check.check import resolve_season
-from pertcast.submission.pack import pack
+from pertcast.submission.pack import PackOptions, pack
 from pertcast.submission.season_bundle import contexts_in_force
 
 DEFAULT_COUNTS = 500
@@ -43,28 +42,35 @@ class _Group(NamedTuple):
     num_cells: int
 
 
+class RandomCells(NamedTuple):
+    """How random cells are drawn."""
+
+    seed: int = 0
+    counts_per_cell: int = DEFAULT_COUNTS
+
+
 def sample(
     out: Path,
     *,
     season: str | Season,
     genes: Path,
     targets: Path,
-    rules: Mapping[str, object] | None = None,
+    cells: RandomCells | None = None,
     force: bool = False,
-    seed: int = 0,
-    counts_per_cell: int = DEFAULT_COUNTS,
     progress: Progress = SILENT,
 ) -> Path:
     r"""Write a valid archive of random cells.
 
+    >>> from pertcast.seasons import season
     >>> folder = Path(tempfile.mkdtemp())
     >>> _ = (folder / "genes.csv").write_text("TP53\nMYC\nTET1\n")
     >>> _ = (folder / "targets.csv").write_text("target_gene,n_cells\nMYC,20\n")
     >>> lists = {"genes": folder / "genes.csv", "targets": folder / "targets.csv"}
-    >>> sample(folder / "try.vcc", season="vcc2025", rules={"num_genes": 3}, **lists).name
+    >>> sample(folder / "try.vcc", season=season("vcc2025", {"num_genes": 3}), **lists).name
     'try.vcc'
     """
-    in_force = resolve_season(season, rules or {})
+    in_force = resolve_season(season, {})
+    seed, counts_per_cell = cells or RandomCells()
     if counts_per_cell < 1:
         raise SubmissionError(f"counts per cell: expected at least 1, got {counts_per_cell}; give a larger number")
     for path in (genes, targets):
@@ -79,9 +85,17 @@ def sample(
             num_values = sum(group.num_cells for group in groups) * min(counts_per_cell, len(names))
             require_space(out, num_values * _BYTES_PER_VALUE, what="the random cells and their archive")
             with tempfile.TemporaryDirectory(prefix=f".{scratch.name}.partial-", dir=out.parent) as folder:
-                cells = Path(folder) / "cells.h5ad"
-                _write(cells, groups, in_force, names, seed=seed, counts_per_cell=counts_per_cell, progress=progress)
-                pack(cells, out, season=in_force, genes=genes, targets=targets, force=force, progress=progress)
+                path = Path(folder) / "cells.h5ad"
+                _write(path, groups, in_force, names, seed=seed, counts_per_cell=counts_per_cell, progress=progress)
+                pack(
+                    path,
+                    out,
+                    season=in_force,
+                    genes=genes,
+                    targets=targets,
+                    progress=progress,
+                    options=PackOptions(force=force),
+                )
     except OSError as error:
         raise SubmissionError(describe_write_error(out, error)) from error
     note = f"random cells of seed {seed}, to try the upload with: no prediction"
