@@ -37,9 +37,17 @@ def lists(folder: Path, season: str, *, targets: str | None = None) -> dict[str,
     return {"genes": genes, "targets": listed}
 
 
-def make(folder: Path, season: str, *, name: str = "s.vcc", **options: Any) -> Path:
-    given = {"rules": RULES[season], "counts_per_cell": 30, **options}
-    return sample(folder / name, season=season, **lists(folder / "lists", season), **given)
+def make(
+    folder: Path,
+    season: str,
+    *,
+    name: str = "s.vcc",
+    rules: dict[str, Any] | None = None,
+    seed: int = 0,
+    counts_per_cell: int = 30,
+) -> Path:
+    in_force, cells = season_of(season, rules or RULES[season]), RandomCells(seed, counts_per_cell)
+    return sample(folder / name, season=in_force, **lists(folder / "lists", season), cells=cells)
 
 
 def cells_of(vcc: Path) -> ad.AnnData:
@@ -136,7 +144,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed = lists(tmp_path / "lists", "vcc2026")
-    rules = [f"--set={name}={value}" for name, value in RULES["vcc2026"].items()]
+    rules = [f"--rule={name}={value}" for name, value in RULES["vcc2026"].items()]
     files = ["--genes", str(listed["genes"]), "--targets", str(listed["targets"]), "-o", str(tmp_path / "s.vcc")]
     with pytest.raises(SystemExit) as caught:
         main(["sample", "--season", "vcc2026", *files, *rules, "--seed", "3", "--counts-per-cell", "30"])
