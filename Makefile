@@ -19,7 +19,7 @@ help:
 demo: $(BIN)/.run
 	$(BIN)/pertcast demo --out demo
 
-# TESTS=tests/test_train.py runs some of them
+# TESTS=tests/train/test_stage.py runs some of them
 test: $(BIN)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q $(TESTS)
 

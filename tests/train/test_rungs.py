@@ -27,7 +27,7 @@ from pertcast.train.loss_targets import BatchTargets, TrainingTargets, training_
 from pertcast.train.loss_terms import loss_terms, total_loss
 from workspace import make_workspace
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "ladder"
+RECIPES = Path(__file__).parents[2] / "recipes" / "ladder"
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from pertcast.generate.cells import CellMaker
 from pertcast.pipeline import Outcome, run_experiment
 from pertcast.submission.assemble import assemble
 from pertcast.submission.check import CheckReport, check
-from test_train import Watcher
+from training_bench import Watcher
 from workspace import Workspace, make_workspace
 
 RULES = {"num_genes": 20, "num_targets": 3, "max_cells": 120}

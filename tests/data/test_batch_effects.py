@@ -19,7 +19,7 @@ from pertcast.models.run_folder import open_run
 from pertcast.stats.realism import explained_share
 from pertcast.train import train
 from pertcast.train.batches import Batch, forget_batches
-from test_train import EXPERIMENT, Watcher
+from training_bench import EXPERIMENT, Watcher
 
 
 def omega_squared(values: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> float:

@@ -27,7 +27,7 @@ from pertcast.ladder.calibration.calibrate import _search
 from pertcast.models.run_folder import open_run
 from pertcast.progress import SILENT
 from pertcast.train import train
-from test_train import EXPERIMENT, Watcher
+from training_bench import EXPERIMENT, Watcher
 
 PERTS = ("non-targeting", *(f"G{number}" for number in range(1, 11)))
 FEWSHOT = """

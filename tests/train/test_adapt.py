@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 import pertcast.train.closed_form
-from conftest import PRECISION, SMALL_GENES, write_small_h5ad
-from pertcast.config import Experiment, ModelConfig, load_experiment
+from adapt_bench import Bench, changed
+from conftest import SMALL_GENES, write_small_h5ad
+from pertcast.config import ModelConfig
 from pertcast.data.features import open_features
-from pertcast.data.prepare import prepare
 from pertcast.data.split import Split
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError, DataError
@@ -25,59 +25,10 @@ from pertcast.models.few_parameters import choose, grow, merge, parse_learn
 from pertcast.models.run_folder import Run, open_run
 from pertcast.models.spec import spec_for
 from pertcast.models.state import StateTransition
-from pertcast.train import train
-from pertcast.train.adapt import adapt
 from pertcast.train.closed_form import least_squares_gain, offset_of
-from pertcast.train.new_line import adapted_experiment
-from test_train import EXPERIMENT, Watcher, interrupt, lines
+from training_bench import Watcher, interrupt, lines
 
-LINE = f"""
-[datasets]
-line = "line.h5ad"
-[training]
-line = "train"
-[fewshot."line.K2"]
-val = ["G3"]
-[columns]
-cell_type = "cell_type"
-batch = "batch"
-[prepare]
-val_controls = 0.2
-num_hvgs = 8
-[adapt]
-trainable = "context,bias"
-steps = 9
-learning_rate = 0.02
-val_every = 3
-[train]
-sets_per_step = 2
-checkpoint_every = 2
-precision = "{PRECISION}"
-"""
 LEARNT = {"context_encoder.weight", "project_out.3.bias"}
-
-
-class Bench:
-    """A line that runs were trained on, and another that they are adapted to."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        write_small_h5ad(folder / "small.h5ad", contexts=("H1", "H2"))
-        write_small_h5ad(folder / "line.h5ad", contexts=("K2",), batches=("b2", "b9"), cells_per_group=20, seed=1)
-        (folder / "experiment.toml").write_text(EXPERIMENT)
-        (folder / "line.toml").write_text(LINE)
-
-    def train(self, name: str, *overrides: str) -> Path:
-        experiment = load_experiment(self.folder / "experiment.toml", ["train.steps=4", *overrides])
-        return train(experiment, prepare(experiment, self.folder / f"{name}_store"), self.folder / name)
-
-    def experiment(self, *overrides: str) -> Experiment:
-        return load_experiment(self.folder / "line.toml", overrides)
-
-    def adapt(self, run: Path, out: str, *overrides: str, progress: Watcher | None = None) -> Path:
-        experiment = adapted_experiment(run, self.experiment(*overrides))
-        store = prepare(experiment, self.folder / f"{run.name}_line_store")
-        return adapt(run, experiment, store, self.folder / out, progress=progress or Watcher())
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +53,6 @@ def embedded(bench: Bench) -> Path:
 @pytest.fixture(scope="module")
 def adapted(bench: Bench, plain: Path) -> Path:
     return bench.adapt(plain, "adapted")
-
-
-def changed(before: Path, after: Path) -> set[str]:
-    """Names of tensors that differ in any bit, or are only in one."""
-    old, new = load_file(before / "weights.safetensors"), load_file(after / "weights.safetensors")
-    return {name for name in old.keys() | new.keys() if name not in old or not torch.equal(old[name], new[name])}
 
 
 def test_only_the_line_s_row_and_the_output_bias_learn_and_all_else_is_the_same_to_the_bit(

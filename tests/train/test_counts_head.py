@@ -39,7 +39,7 @@ from pertcast.submission.check import check
 from pertcast.train import train
 from pertcast.train.batches import SetReader
 from pertcast.train.control_counts import control_rates
-from test_state import inputs, tiny_spec
+from small_networks import inputs, tiny_spec
 from workspace import Workspace, make_workspace
 
 RULES = {"num_genes": 20, "num_targets": 3, "max_cells": 120}

@@ -37,7 +37,7 @@ def _work_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     import pertcast
 
     source = Path(pertcast.__file__).parents[1]
-    monkeypatch.setenv("PYTHONPATH", f"{source}:{Path(__file__).parent}")
+    monkeypatch.setenv("PYTHONPATH", f"{source}:{Path(__file__).parents[1]}")
 
 
 def test_each_process_knows_who_it_is_and_the_first_one_is_heard(tmp_path: Path) -> None:

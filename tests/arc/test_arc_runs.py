@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from arc_oracle import GENES, HVGS, OPTIONS
+from arc_peer import arc_runs, call_oracle, has_decoder, require_arc_version, require_same_output, run_of
 from pertcast.arc import convert_run, read_arc_folder
 from pertcast.arc.import_export import export_run, import_run
 from pertcast.config import load_experiment, rung_overrides
@@ -29,7 +30,6 @@ from pertcast.models.spec import StateSpec
 from pertcast.models.state import StateTransition
 from pertcast.progress import SILENT
 from pertcast.train import train
-from test_arc_import import arc_runs, call_oracle, has_decoder, require_arc_version, require_same_output, run_of
 from workspace import Workspace, make_workspace
 
 __all__ = ["arc_runs"]

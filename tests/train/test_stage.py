@@ -6,8 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from conftest import PRECISION, write_small_h5ad
+from conftest import write_small_h5ad
 from pertcast.config import Experiment, load_experiment, rung_overrides
 from pertcast.data.cell_sets import CellSets
 from pertcast.data.features import open_features
@@ -32,70 +31,11 @@ from pertcast.models.run_folder import open_run
 from pertcast.train import train
 from pertcast.train.batches import SetStream, StreamState, read_ahead
 from pertcast.train.precision import resolve_precision
+from training_bench import EXPERIMENT, Watcher, interrupt, lines
 
 STEPS = 12
-EXPERIMENT = f"""
-[datasets]
-small = "small.h5ad"
-[training]
-small = "train"
-[columns]
-cell_type = "cell_type"
-batch = "batch"
-[prepare]
-holdout_cells = 0.2
-val_controls = 0.2
-num_hvgs = 8
-[model]
-preset = "tiny"
-set_size = 8
-hidden = 16
-heads = 2
-layers = 1
-feedforward = 16
-[train]
-steps = 12
-sets_per_step = 2
-learning_rate = 1e-3
-precision = "{PRECISION}"
-val_every = 4
-checkpoint_every = 3
-[generate]
-cells = "model"
-"""
 
 ALL_TERMS = (*rung_overrides("c4"), "loss.warmup_steps=5", "loss.rank_margin=0.5")
-
-
-class Watcher:
-    """A progress that keeps notes and details, and does something once a step is done."""
-
-    def __init__(self, at_step: int | None = None, act: Callable[[], None] = lambda: None) -> None:
-        self.at_step, self.act = at_step, act
-        self.notes: list[str] = []
-        self.details: list[str] = []
-        self.begun_at: list[int] = []
-
-    @contextmanager
-    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
-        if label in ("train", "adapt"):
-            self.begun_at.append(done)
-        position = done
-
-        def advance(amount: int, detail: str = "") -> None:
-            nonlocal position
-            position += amount
-            self.details.append(detail)
-            if label in ("train", "adapt") and amount and position == self.at_step:
-                self.act()
-
-        yield advance
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Do nothing."""
 
 
 class Bench:
@@ -134,11 +74,6 @@ def whole(bench: Bench) -> Path:
     return bench.train(bench.folder / "whole")
 
 
-def lines(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [entry for entry in entries if entry["kind"] == kind]
-
-
 def assert_same_run(run: Path, other: Path) -> None:
     weights, others = load_file(run / "weights.safetensors"), load_file(other / "weights.safetensors")
     assert weights.keys() == others.keys()
@@ -147,10 +82,6 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert open_run(run).metrics == open_run(other).metrics
     newest, newest_other = ([*sorted((path / "checkpoints").iterdir())][-1] for path in (run, other))
     assert hash_file(newest / "optimizer.safetensors") == hash_file(newest_other / "optimizer.safetensors")
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def test_a_run_has_all_that_generation_needs(bench: Bench, whole: Path) -> None:
@@ -251,7 +182,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}]
-from test_train import Watcher
+from training_bench import Watcher
 from pertcast.config import load_experiment
 from pertcast.train import train
 train(load_experiment(Path({file!r})), Path({store!r}), Path({out!r}),
@@ -262,7 +193,7 @@ train(load_experiment(Path({file!r})), Path({store!r}), Path({out!r}),
 def test_a_killed_run_goes_on_from_its_checkpoint(bench: Bench, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     script = KILLED.format(
-        tests=str(Path(__file__).parent), file=str(bench.file), store=str(bench.store()), out=str(out), step=8
+        tests=str(Path(__file__).parents[1]), file=str(bench.file), store=str(bench.store()), out=str(out), step=8
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.run([sys.executable, "-c", script], env=environment, check=False, capture_output=True)

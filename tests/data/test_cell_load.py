@@ -194,7 +194,7 @@ def theirs(folder: Path) -> dict[str, dict[str, list[str]]]:
         pytest.skip("PERTCAST_CELL_LOAD_PYTHON names no Python with cell-load (extra arc)")
     command = [
         python,
-        str(Path(__file__).with_name("cell_load_oracle.py")),
+        str(Path(__file__).parents[1] / "cell_load_oracle.py"),
         *(str(folder / f"{name}.toml") for name in CASES),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

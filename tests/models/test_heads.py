@@ -6,7 +6,7 @@ import torch
 from pertcast.errors import ConfigError
 from pertcast.models.heads import DeHead
 from pertcast.models.state import StateTransition
-from test_state import inputs, tiny_spec
+from small_networks import inputs, tiny_spec
 
 
 def test_the_de_head_starts_at_the_size_of_the_effect_and_is_linear_in_the_normed_state() -> None:

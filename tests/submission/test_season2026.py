@@ -21,7 +21,7 @@ from pertcast.pipeline import Outcome, run_experiment
 from pertcast.seasons import season
 from pertcast.submission.official_packer import find_packer
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "vcc2026.toml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "vcc2026.toml"
 SMALL = (
     "prepare.num_hvgs=10",
     "features.kind=onehot",

@@ -150,7 +150,7 @@ def test_each_device_holds_its_part_of_weights_gradients_and_moments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(pertcast.__file__).parents[1]
-    monkeypatch.setenv("PYTHONPATH", f"{source}:{Path(__file__).parent}")
+    monkeypatch.setenv("PYTHONPATH", f"{source}:{Path(__file__).parents[1]}")
     run_processes("sharding_work:measure", {"out": str(tmp_path)}, num=2, progress=SILENT)
     parts = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
     for part in parts:

@@ -29,7 +29,7 @@ from pertcast.errors import PertcastError
 from pertcast.seasons import season as season_of
 from pertcast.submission.pack import pack, unpack
 
-STRICTNESS = Path(__file__).parents[1] / "docs" / "strictness.md"
+STRICTNESS = Path(__file__).parents[3] / "docs" / "strictness.md"
 YES, NO = "accepted", "refused"
 
 
@@ -328,7 +328,7 @@ def official_python(tool: str) -> str:
 
 def ask(python: str, what: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return what an official tool says of each case."""
-    script = Path(__file__).with_name("agreement_official.py")
+    script = Path(__file__).parents[2] / "agreement_official.py"
     done = subprocess.run([python, str(script), what], input=json.dumps(cases), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said: dict[str, Any] = json.loads(done.stdout)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import pertcast.train.closed_form
+from adapt_bench import Bench, changed
 from conftest import write_small_h5ad
 from pertcast.config import AdaptConfig
 from pertcast.data.cell_sets import CellSets
@@ -23,8 +24,7 @@ from pertcast.models.run_folder import Run, open_run
 from pertcast.train.batches import SetReader
 from pertcast.train.closed_form import common_share, offset_of, predict_sets
 from pertcast.train.new_line import adapted_experiment
-from test_adapt import Bench, changed
-from test_train import Watcher
+from training_bench import Watcher
 
 BIAS = "project_out.3.bias"
 ALONE = "adapt.trainable='offset'"
