@@ -1,7 +1,7 @@
-"""pertcast: forecast how single cells respond to gene perturbations, and pack a valid challenge submission.
+"""pertcast predicts how single cells respond to gene perturbations and packs a valid challenge submission.
 
-Every stage is a function from paths and configuration to a path or a report. What is imported here is loaded when it
-is first asked for, so that ``import pertcast`` does not import torch.
+Each stage is a function from paths and settings to a path or a report. Names are imported when they are first used, so
+``import pertcast`` does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m pertcast`` is ``pertcast``."""
+"""Run ``python -m pertcast`` as ``pertcast``."""
 
 from pertcast.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The whole path on the real cells in the package, and what came out of it beside held-out cells."""
+"""The demo: the whole pipeline on the real cells in the package, compared with held-out cells."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class TargetRow:
-    """One target: its predicted cells, beside the cells that training has not seen."""
+    """One target: its predicted cells beside cells that training has not seen."""
 
     target: str
     num_cells: int
@@ -52,7 +52,7 @@ class TargetRow:
 
 @dataclass(frozen=True)
 class DemoOutcome:
-    """What the demo made, its table, and the page about it; `identical`: unpacking gave the packed prediction back."""
+    """What the demo made, its table and report; `identical`: unpacking returned the packed prediction."""
 
     outcome: Outcome
     rows: tuple[TargetRow, ...]

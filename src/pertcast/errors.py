@@ -1,12 +1,12 @@
-"""What can go wrong, as one tree; a message says what was expected, what came, where, and what to do.
+"""The exception tree. A message says what was expected, what was found, where, and what to do.
 
-PertcastError                 anything that the user can mend; the command line prints it and exits with 1
-├── ConfigError               an experiment file, a season's name, a value given with ``--set``
-├── DataError                 training files, features, gene lists, target lists, stores
-├── CheckpointError           runs, weights, manifests of what a stage wrote
-└── SubmissionError           predictions and archives
+    PertcastError                 anything that the user can fix; the command line prints it and exits with 1
+    ├── ConfigError               an experiment file, a season's name, a value given with ``--set``
+    ├── DataError                 training files, features, gene lists, target lists, stores
+    ├── CheckpointError           runs, weights, manifests of what a stage wrote
+    └── SubmissionError           predictions and archives
 
-A validator gathers every :class:`Problem` with its place; its caller raises one error that carries them all.
+A validator gathers every :class:`Problem` with its place; its caller raises one error with all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong.
+    """One problem: its place, what is wrong, and the remedy.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class Problem(NamedTuple):
 
 
 class PertcastError(Exception):
-    """Base of all errors that a user can mend.
+    """Base of all errors that a user can fix.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class ConfigError(PertcastError):
 
 
 class DataError(PertcastError):
-    """A file that goes in is wrong."""
+    """An input file is wrong."""
 
 
 class CheckpointError(PertcastError):
@@ -97,7 +97,7 @@ class Problems:
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Keep the problems of an error that is raised inside, and go on behind the block."""
+        """Keep the problems of an error raised inside the block, and continue after it."""
         try:
             yield
         except PertcastError as error:
@@ -107,7 +107,7 @@ class Problems:
             self.found += error.problems
 
     def raise_if_any(self) -> None:
-        """Raise one error with all that was found, or the only one as it was."""
+        """Raise one error with all problems, or the only one unchanged."""
         told = sum(bool(error.head) + len(error.problems) for error in self._errors)
         if len(self._errors) == 1 and told == len(self.found):
             raise self._errors[0]

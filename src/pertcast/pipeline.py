@@ -1,7 +1,7 @@
-"""The whole pipeline, stage by stage: prepare, train, generate, assemble, check, pack; what is still true is reused.
+"""Run the whole pipeline: prepare, train, generate, assemble, check, pack; finished stages are reused.
 
-Stages talk through files; this file alone calls them in turn. Each stage decides by itself, from the manifest of what
-is there, whether there is anything to do.
+Stages talk through files, and only this file calls them in turn. Each stage decides from its manifest whether there is
+anything to do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where everything lies, and what the check said."""
+    """The paths of all artefacts, and the check's report."""
 
     store: Path
     run: Path
@@ -34,7 +34,7 @@ class Outcome:
 
 
 def run_experiment(path: Path, out: Path, *, overrides: Sequence[str] = (), progress: Progress = SILENT) -> Outcome:
-    """Do every stage of an experiment that is not done yet.
+    """Run every stage of an experiment that is not done yet.
 
     Parameters
     ----------

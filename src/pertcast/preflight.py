@@ -1,6 +1,7 @@
-"""Check before training all that can be known before it: cells, split, scale, submission, features and disk space.
+"""Check, before training, everything that could stop an experiment later.
 
-Only tables, lists and a few cells of each file are read, so it takes seconds. All problems are reported at once.
+It covers cells, split, scale, submission, features and disk space, from tables, lists and a few cells of each file, so
+it takes seconds. All problems are reported at once.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def preflight(
 
 
 def _check_network(experiment: Experiment, cells: CodedCells, scale: Scale | None) -> None:
-    """Refuse a network, a loss or a selection that cannot be trained on these cells."""
+    """Refuse a network, loss or selection that cannot train on these cells."""
     from pertcast.models.spec import spec_for
     from pertcast.train.stage import require_losses
 
@@ -115,7 +116,7 @@ def _check_features(experiment: Experiment, cells: CodedCells, targets: Sequence
 
 
 def _sampled_scale(experiment: Experiment, found: Survey) -> tuple[Scale | None, np.ndarray]:
-    """Return the scale of the first cells of all files, ``None`` where they do not tell it, and their log1p totals."""
+    """Return the scale of the first cells of all files, or ``None``, and their log1p totals."""
     evidence, totals = [], []
     for (dataset, path, _), gene_map in zip(found.files, found.gene_maps, strict=True):
         with open_h5ad(path, layer=experiment.columns.in_dataset(dataset).layer) as reader:

@@ -1,6 +1,6 @@
-"""How long work tells that it moves: stages call this, the command line draws it, nobody prints.
+"""Report progress. Stages call this interface; the command line draws it.
 
-A stage takes ``progress: Progress = SILENT``; it opens a task, advances it, and notes what a user should read.
+A stage takes ``progress: Progress = SILENT``. It opens a task, advances it, and notes what a user should read.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from typing import Protocol
 
 
 class Advance(Protocol):
-    """Moves a task on by `amount` of its units; `detail` is a short text beside the bar."""
+    """Advance a task by `amount` of its units; `detail` is a short text beside the bar."""
 
     def __call__(self, amount: int, detail: str = "") -> None: ...
 
 
 class Progress(Protocol):
-    """Where stages report to."""
+    """The interface that stages report to."""
 
     def task(self, label: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Advance]:
         """Open a task of `total` units ("cells", "steps", "B"), of which `done` are done already."""
         ...
 
     def note(self, text: str) -> None:
-        """Tell the user something that they should know and that is no error."""
+        """Tell the user something that is not an error."""
         ...
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Show a table: a plan before work starts, or what came out of it."""
+        """Show a table, such as a plan or a result."""
         ...
 
 

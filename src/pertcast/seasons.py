@@ -1,7 +1,7 @@
-"""Every rule of each challenge season, as frozen data with its source; a new season is one new entry here.
+"""The rules of each challenge season, as frozen data with their source. A new season is one new entry.
 
-No other file knows a season's name, a limit, a column or a label. A rule may be overridden by name for data that is
-not the challenge's (a small panel): ``season("vcc2025", {"num_genes": 1000})``.
+No other file knows a season's name, a limit, a column or a label. A rule may be overridden by name for data that is not
+the challenge's, such as a small panel: ``season("vcc2025", {"num_genes": 1000})``.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Season:
         return dataclasses.replace(self, **values, overridden=changed)  # type: ignore[arg-type]
 
     def describe_overrides(self) -> list[str]:
-        """Return one line for each overridden rule, with the season's own value beside the one in force."""
+        """Return one line for each overridden rule, with the season's own value."""
         original = SEASONS[self.name]
         return [
             f"rule {name} overridden: {_shown(getattr(self, name))} "

@@ -1,4 +1,4 @@
-"""Run folders of arc-state's ``state tx train``: read without running any code of theirs, and written."""
+"""Read and write run folders of arc-state's ``state tx train``, without running any of their code."""
 
 from pertcast.arc.convert import ArcNames, ArcNetwork, convert_run, network_names
 from pertcast.arc.export import write_arc_folder

@@ -1,7 +1,7 @@
-"""Turns what an arc-state folder holds into our network: its specification, its weights by our names, its names.
+"""Convert an arc-state folder to our network: its specification, weights and names.
 
-Invariants: the network computes what arc-state's computes of the same input; LoRA is merged; weights that arc-state's
-forward pass does not read are left out, and a note says so.
+Invariants: the network computes what arc-state's computes from the same input. LoRA is merged. Weights that arc-state's
+forward pass does not read are left out, with a note.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class BackboneShape(NamedTuple):
 
 
 def option_problems(options: Mapping[str, Any], *, is_early: bool = False) -> list[Problem]:
-    """Return every option that is not covered, by name; `is_early` is a folder's."""
+    """Return every option that is not supported, by name."""
     problems = []
     for name, value in options.items():
         if name in _COVERED or name in _TRAINING or not value:
@@ -213,7 +213,7 @@ def _backbone_problems(options: Mapping[str, Any], *, is_early: bool) -> list[Pr
 
 
 def backbone_shape(options: Mapping[str, Any], *, hidden: int) -> BackboneShape:
-    """Return the backbone's shape; the options are covered."""
+    """Return the backbone's shape from supported options."""
     given = options["transformer_backbone_kwargs"]
     if options.get("transformer_backbone_key", "GPT2") == "llama":
         heads = int(given["num_attention_heads"])
@@ -233,7 +233,7 @@ _POSITIONS = "transformer_backbone.wpe.weight"
 
 @dataclass(frozen=True)
 class ArcNames:
-    """Which genes a network reads and gives, in its order."""
+    """The genes that a network reads and predicts, in its order."""
 
     inputs: tuple[str, ...]  # Genes that it reads; empty where it reads an embedding
     outputs: tuple[str, ...]  # Genes that it predicts; empty where it gives an embedding
@@ -281,7 +281,7 @@ def convert_run(folder: ArcFolder) -> ArcNetwork:
 
 
 def _spec(folder: ArcFolder, weights: dict[str, Tensor]) -> tuple[StateSpec, tuple[str, ...]]:
-    """Return the specification, and the beginnings of the names of weights that nothing depends on."""
+    """Return the specification, and the name prefixes of weights that nothing depends on."""
     options = folder.options
     hidden, set_size = int(options["hidden_dim"]), int(options.get("cell_set_len", 256))
     shape = backbone_shape(options, hidden=hidden)
@@ -374,7 +374,7 @@ def _tensors(folder: ArcFolder) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights without the wrappers that LoRA puts around names."""
+    """Return weights without the wrappers that LoRA adds."""
     return {name.replace(".base_model.model.", ".").replace(".base_layer.", "."): weights[name] for name in weights}
 
 

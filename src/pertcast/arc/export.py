@@ -1,4 +1,4 @@
-"""Writes a run as a folder that ``state tx infer`` reads; the reverse of what reads one."""
+"""Write a run as a folder that ``state tx infer`` reads."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ _LEFT_OUT = {
 
 
 def _needed(run: Run, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the weights that arc-state's network has, too, and a sentence on each that is left out."""
+    """Return the weights that arc-state's network also has, and a sentence on each that is left out."""
     kept, notes = dict(tensors), []
     for prefix, sentence in _LEFT_OUT.items():
         head = [name for name in kept if name.startswith(prefix)]
@@ -113,7 +113,7 @@ def _needed(run: Run, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
 
 
 def _num_batches(run: Run) -> int:
-    """Return how many rows arc-state's batch embedding has, 0 where there is none."""
+    """Return the number of rows of arc-state's batch embedding, 0 if there is none."""
     spec = run.network
     return spec.num_batches - int(spec.unknown_batch and spec.num_batches > 0)
 
@@ -221,7 +221,7 @@ def _backbone(spec: StateSpec) -> dict[str, Any]:
 
 
 def _weights(run: Run, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under arc-state's names, with the vocabularies that it wants and cells do not have."""
+    """Return the weights under arc-state's names, with the vocabularies that it requires."""
     spec, weights = run.network, {}
     for ours, value in tensors.items():
         name = ours.replace("gene_decoder.", "gene_decoder.decoder.")

@@ -1,4 +1,4 @@
-"""Runs that were trained elsewhere: a folder of ``state tx train`` becomes a run, and a run becomes such a folder."""
+"""Import a folder of ``state tx train`` as a run, and export a run as such a folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def import_run(
     target_sum: float | None = None,
     progress: Progress = SILENT,
 ) -> Path:
-    """Make a run of a folder that ``state tx train`` wrote; no code in it runs."""
+    """Import a folder that ``state tx train`` wrote, without running any code in it."""
     if target_sum is not None and not 0 < target_sum < float("inf"):
         raise DataError(f"--target-sum: expected a number above 0, got {target_sum}")
     if any_content(out) and not (out / "run.json").is_file():
@@ -126,7 +126,7 @@ def _read_names(path: Path | None) -> tuple[str, ...]:
 
 
 def export_run(run_path: Path, out: Path, *, progress: Progress = SILENT) -> Path:
-    """Write a run as a folder that ``state tx infer`` reads; what is left out is noted."""
+    """Write a run as a folder that ``state tx infer`` reads, and note what is left out."""
     if any_content(out):
         raise DataError(f"{out}: it is there already; give another --out, or remove it first")
     run = open_run(run_path)

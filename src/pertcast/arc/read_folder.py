@@ -1,6 +1,6 @@
-"""Reads a run folder of ``state tx train``: its settings, names, perturbation vectors and weights.
+"""Read a run folder of ``state tx train``: settings, names, perturbation vectors and weights.
 
-Invariant: what comes out is plain: text, numbers, and float tensors on the CPU; no code of the folder has run.
+Invariant: the result is plain: text, numbers and float tensors on the CPU. No code of the folder runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NESTED = ("transformer_backbone_kwargs", "lora")
 
 @dataclass(frozen=True)
 class ArcFolder:
-    """What a run folder holds."""
+    """The content of a run folder."""
 
     path: Path  # The folder, and the file that the weights are from
     checkpoint: Path
@@ -99,12 +99,12 @@ def _require_state(path: Path, model: Mapping[str, Any]) -> None:
 
 
 def _is_early(training: Any) -> bool:
-    """Return whether the settings of a training are of before 0.9.32, since when they always say how to accumulate."""
+    """Return whether the settings are from before 0.9.32; later versions always record gradient accumulation."""
     return isinstance(training, Mapping) and "max_steps" in training and "gradient_accumulation_steps" not in training
 
 
 def _merge(stated: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the network's settings: what the checkpoint says goes first, since arc-state itself changes some."""
+    """Return the network's settings. The checkpoint's win, since arc-state changes some itself."""
     merged = {**stated, **own}
     for name in _NESTED:
         parts = [part for part in (stated.get(name), own.get(name)) if isinstance(part, Mapping)]
@@ -140,7 +140,7 @@ def _vectors(path: Path, value: Any) -> dict[str, Tensor]:
 
 
 def _codes(path: Path, stem: str) -> tuple[str, ...]:
-    """Return the names of a one-hot map, in the order of their codes; none where there is no such file."""
+    """Return the names of a one-hot map in the order of their codes; empty without such a file."""
     for file, read in ((path / f"{stem}.torch", read_tensors), (path / f"{stem}.pkl", read_pickle)):
         if file.is_file():
             codes = {

@@ -1,7 +1,7 @@
-"""Reads pickled data without running code: tensors, NumPy scalars and plain containers, and nothing else.
+"""Unpickle tensors, NumPy scalars and plain containers without running code.
 
-Invariant: nothing is looked up by name but what the two lists here give, and what they give stands in this file, in
-torch's own list for ``weights_only``, or is a plain container. Whatever else a file names is refused by that name.
+Invariant: only the names in the two lists below resolve, and only to functions of this file, to torch's own list for
+``weights_only``, or to plain containers. Any other name is refused and reported.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _REMEDY = "only tensors, numbers, names and plain containers are read; give the 
 
 
 class _Dtype:
-    """A NumPy dtype that holds numbers or text, and no objects."""
+    """A NumPy dtype of numbers or text, never of objects."""
 
     def __init__(self, code: str, *_flags: object) -> None:
         self.dtype = np.dtype(str(code))
@@ -65,14 +65,14 @@ def _scalar(dtype: _Dtype, content: bytes) -> object:
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """Stand in for ``_codecs.encode``, which would run any registered codec."""
+    """Replace ``_codecs.encode``, which would run any registered codec."""
     if type(text) is not str or encoding != "latin1":
         raise pickle.UnpicklingError(f"_codecs.encode with the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _storage(content: bytes) -> Any:
-    """Stand in for ``torch.storage._load_from_bytes``, which would unpickle anything."""
+    """Replace ``torch.storage._load_from_bytes``, which would unpickle anything."""
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
@@ -91,10 +91,10 @@ _PICKLED: dict[str, Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds nothing but what `_PICKLED` lists."""
+    """Resolve only the names in `_PICKLED`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what a listed name stands for."""
+        """Return the replacement of a listed name."""
         full = f"{module}.{name}"
         if full not in _PICKLED:
             raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {full}")
@@ -102,7 +102,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> Any:
-    """Return what a ``.pkl`` file holds."""
+    """Read a ``.pkl`` file."""
 
     def read() -> Any:
         with path.open("rb") as stream:

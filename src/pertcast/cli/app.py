@@ -1,7 +1,7 @@
-"""The program ``pertcast``: finds the command, turns errors into one line and an exit code.
+"""The program ``pertcast``: its commands and shared options; errors become one line and an exit code.
 
-0: done. 1: the input is wrong or a check failed. 2: wrong usage. 130: interrupted, with what is finished kept.
-Commands are imported when they are called, so that ``pertcast --help`` never waits for torch.
+Exit codes: 0 done, 1 wrong input or failed check, 2 wrong usage, 130 interrupted with finished work kept. Commands are
+imported when they are called, so ``pertcast --help`` never waits for torch.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ _LADDER_COMMANDS = ("score", "compare", "calibrate", "adapt", "ladder", "report"
 
 
 def build_app(asked: str | None = None) -> App:
-    """Return the program; the command that is `asked` shows its whole docstring, the others one line."""
+    """Return the program; the command `asked` shows its whole docstring, the others one line."""
     app = App(
         name="pertcast",
         help="Forecast how single cells respond to gene perturbations, and pack a valid challenge submission.\n\n"
@@ -136,7 +136,7 @@ def build_app(asked: str | None = None) -> App:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program with these arguments (default: those of the process) and exit with its code."""
+    """Run the program with these arguments (default: the process's) and exit with its code."""
     sys.exit(_run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
@@ -151,7 +151,7 @@ _RENAMED_OPTIONS = {
 
 
 def _name_renamed_options(arguments: list[str]) -> None:
-    """Tell the new name of an option that was given by its earlier one."""
+    """Print the new name of an option that was given by its earlier name."""
     for (command, old), new in _RENAMED_OPTIONS.items():
         if arguments[:1] == [command] and any(argument.partition("=")[0] == old for argument in arguments):
             print(f"pertcast: {old} of `pertcast {command}` is now called {new}", file=sys.stderr)
@@ -204,7 +204,7 @@ def _remedy(error: OSError) -> str:
 
 
 def _ran_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an allocator failed: torch raises a RuntimeError on a CPU, and a class of its own on a GPU."""
+    """Return whether an allocation failed: a RuntimeError on a CPU, torch's own class on a GPU."""
     text = str(error).lower()
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or "out of memory" in text
 

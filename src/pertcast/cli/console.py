@@ -1,4 +1,4 @@
-"""What a user sees of long work: bars with rate and time left on a terminal, plain lines elsewhere; all on stderr."""
+"""Show progress on stderr: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class _Rate(TextColumn):
 
 
 class Console:
-    """A :class:`pertcast.progress.Progress` for people."""
+    """Show a :class:`pertcast.progress.Progress` to people."""
 
     def __init__(self) -> None:
         self._rich = RichConsole(stderr=True, highlight=False)
 
     @contextmanager
     def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-        """Show a task: a live bar on a terminal, else a line at the start, now and then, and at the end."""
+        """Show a task: a live bar on a terminal; elsewhere a line at the start, at intervals and at the end."""
         if self._rich.is_terminal:
             columns = (
                 SpinnerColumn(),
@@ -103,13 +103,13 @@ class Console:
 
 
 def console() -> Progress:
-    """Return where a command shows its progress; of several processes the first one alone shows any."""
+    """Return where a command shows its progress; with several processes, only the first shows any."""
     ranks = launched()
     return Console() if ranks is None or ranks.rank == 0 else SILENT
 
 
 def say(result: object) -> None:
-    """Print what a command has made; of several processes the first one alone does."""
+    """Print the result of a command; with several processes, only the first prints."""
     ranks = launched()
     if ranks is None or ranks.rank == 0:
         print(result)

@@ -1,4 +1,4 @@
-"""``pertcast ladder`` and ``pertcast ladder record``."""
+"""The commands around scores: score, compare, calibrate, adapt, ladder, report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ladder(
     *runs: Path,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """List every packed submission: its checkpoint and rung, what it changed, and what the site said.
+    """List every packed submission: its checkpoint and rung, what it changed, and its scores.
 
     Each is found by the manifest beside its archive. Improvements are signed so that + is better: lower for MAE, higher
     for the others; scores of different seasons, panels or kinds are not compared.
@@ -149,7 +149,7 @@ def record(
     note: str | None = None,
     from_: Annotated[str | None, Parameter(name="--from")] = None,
 ) -> None:
-    """Write down what the site said of a submission, in a JSON file beside its archive; earlier records stay.
+    """Record the scores that the site gave a submission, in a JSON file beside its archive. Earlier records stay.
 
     Example: `pertcast ladder record out/prediction.vcc --overall 0.12 --des 0.2 --pds 0.61 --mae 0.031 --entry 1234`
     Example: `vcc status 1234 --json | pertcast ladder record out/prediction.vcc --from -`
@@ -217,7 +217,7 @@ def adapt(
     store: Path | None = None,
     set_: SetOption = None,
 ) -> None:
-    """Adapt a trained run to a new cell line from a few controls and targets; a handful of parameters learns.
+    """Adapt a trained run to a new cell line from a few controls and targets, by training a few parameters.
 
     The result is an ordinary run of the new line's cells, which `pertcast generate` takes; everything that does not
     learn is the trained run's, to the bit. The same command goes on where an interrupted one stopped.
@@ -264,7 +264,7 @@ def calibrate(
     store: Path | None = None,
     set_: SetOption = None,
 ) -> None:
-    """Choose how large effects and how wide cells should be, on targets that were held out of the fit.
+    """Choose how large effects and how wide cells should be, on targets held out of the fit.
 
     What scores best by the official metrics of season 2025 on the run's validation targets is kept in the run, as
     calibration.json; `pertcast generate RUN --set generate.calibrated=true` applies it. Targets that test are never
@@ -384,7 +384,7 @@ def report(
     ladder: Annotated[Path | None, Parameter(name="--ladder")] = None,
     force: ForceOption = False,
 ) -> None:
-    """Write one self-contained HTML page about a run; it opens offline.
+    """Write one self-contained HTML page about a run that opens offline.
 
     The run in numbers, the check's verdict, the curve of each term of the loss, effect sizes, cells in PCA space, top
     DE genes, volcanoes, the budget, and the ladder of submissions. What is not there is named, with what makes it.
@@ -468,7 +468,7 @@ def score(
 
 
 def print_score(found: Score) -> None:
-    """Print a score for people: the means, then every target."""
+    """Print a score: the means, then every target."""
     from pertcast.cli.console import stdout_table
 
     columns = list(dict.fromkeys(name for values in found.targets.values() for name in values))

@@ -1,4 +1,4 @@
-"""``pertcast train``."""
+"""The commands of the pipeline, from prepare to pack, and run, demo, import, export, sample and verify."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check(
     where: Annotated[list[str] | None, Parameter(name="--where", negative="")] = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
-    """Name every problem of a prediction, with its place and what to do; exit code 1 if there is one.
+    """Report every problem of a prediction, with its place and remedy. The exit code is 1 if there is one.
 
     Example: `pertcast check prediction.h5ad --genes gene_names.csv --targets pert_counts_Validation.csv`
 
@@ -99,7 +99,7 @@ def check(
 
 
 def print_report(report: CheckReport) -> None:
-    """Print a report for people: the pre-flight questions, then every problem."""
+    """Print a check report: the pre-flight questions, then every problem."""
     for item in report.checklist:
         mark = {True: "✓", False: "✗", None: "–"}[item.ok]
         print(f"{mark} {item.question}: {item.evidence}")
@@ -111,7 +111,7 @@ def print_report(report: CheckReport) -> None:
 
 
 def print_realism(report: RealismReport) -> None:
-    """Print how real cells look: a line for each kind of cells, then what holds of those without an effect."""
+    """Print how realistic the cells are: one line for each kind of cells, then the verdicts."""
     for part in report.contexts:
         print(
             f"\nhow real the cells look{f', context {part.context}' if part.context else ''}, beside {report.against}:"
@@ -187,7 +187,7 @@ def generate(
     devices: DevicesOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Make the wanted number of cells for each target, one part file a target.
+    """Generate the requested number of cells for each target, one part file for each.
 
     The plan (how many cells each target gets under the season's cap) is shown first. A part that is already there and
     right is not made again. With several devices the targets are shared out over them; the files are the same.
@@ -224,7 +224,7 @@ def import_run(
     hvgs: Path | None = None,
     target_sum: float | None = None,
 ) -> None:
-    """Make a run of a folder that `state tx train` wrote; no code in its files runs.
+    """Import a folder that `state tx train` wrote, without running any code in it.
 
     `pertcast generate RUN --store STORE` then predicts with it, from the control cells of a store that `pertcast
     prepare` made of your cells. What of its options is not covered is an error that names the option.
@@ -268,7 +268,7 @@ def pack(
     level: int = 3,
     cross_check: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Check a prediction and pack it as the season's archive; what `check` refuses is not packed.
+    """Check a prediction and pack it as the season's archive. An invalid prediction is not packed.
 
     The archive is read back and compared before it takes its name.
 
@@ -344,7 +344,7 @@ def run(
     model: ModelOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Do every stage of an experiment: prepare, train, generate, assemble, check, pack.
+    """Run every stage of an experiment: prepare, train, generate, assemble, check, pack.
 
     A stage whose result is there and still true is skipped; an interrupted one goes on where it stopped.
 
@@ -382,7 +382,7 @@ def sample(
     seed: int = 0,
     counts_per_cell: int = 500,
 ) -> None:
-    """Write a valid submission of random cells, to try the upload with; it scores as noise does.
+    """Write a valid submission of random cells, to test the upload. It scores like noise.
 
     Example: `pertcast sample --season vcc2026 --genes gene_names.csv --targets pert_counts.csv -o try.vcc`
 
@@ -405,7 +405,7 @@ def sample(
 
 
 def unpack(file: Path, /, *, out: Annotated[Path, Parameter(name=["--out", "-o"])], force: ForceOption = False) -> None:
-    """Take the h5ad out of an archive.
+    """Extract the h5ad from an archive.
 
     Example: `pertcast unpack prediction.vcc -o prediction.h5ad`
 
@@ -423,7 +423,7 @@ def unpack(file: Path, /, *, out: Annotated[Path, Parameter(name=["--out", "-o"]
 
 
 def verify(artefact: Path, /) -> None:
-    """Tell whether an artefact (store, run, parts, prediction, archive) is whole and what its manifest says.
+    """Check that an artefact (store, run, parts, prediction, archive) is complete and matches its manifest.
 
     Example: `pertcast verify run`
 
@@ -454,7 +454,7 @@ def train(
     num_nodes: NodesOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Train STATE on a store; the same command goes on where an interrupted run stopped.
+    """Train a model on a store. Run the same command again to resume.
 
     The run is a folder: weights.safetensors, run.json, metrics.jsonl and the newest checkpoints.
 

@@ -1,4 +1,4 @@
-"""Every knob: one frozen, validated section per stage; TOML in, TOML out; unknown keys are errors."""
+"""Settings: one frozen, validated section for each stage, read from TOML. Unknown keys are errors."""
 
 from pertcast.config.load import (
     RENAMED,

@@ -1,4 +1,4 @@
-"""Reads an experiment file: TOML and ``--set`` overrides in, one resolved experiment or every problem out."""
+"""Read an experiment file and ``--set`` overrides into one experiment, or report every problem."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RUNGS: Mapping[str, Mapping[str, float]] = MappingProxyType(
 
 
 def rung_overrides(rung: str | None) -> tuple[str, ...]:
-    """Return a rung as ``section.key=value`` overrides, to go before the user's own; none for ``None``.
+    """Return a rung as ``section.key=value`` overrides that come before the user's own; none for ``None``.
 
     >>> rung_overrides("c2")
     ('loss.energy=1.0', 'loss.mae=10.0', 'loss.de=0.0', 'loss.rank=0.0')
@@ -38,7 +38,7 @@ def rung_overrides(rung: str | None) -> tuple[str, ...]:
 
 
 def model_overrides(kind: str | None) -> tuple[str, ...]:
-    """Return what learns as a ``section.key=value`` override, to go before the user's own; none for ``None``.
+    """Return a model kind as an override that comes before the user's own; none for ``None``.
 
     >>> model_overrides("ridge")
     ('model.kind=ridge',)
@@ -47,7 +47,7 @@ def model_overrides(kind: str | None) -> tuple[str, ...]:
 
 
 def rung_of(loss: Mapping[str, object]) -> str:
-    """Return the rung that these weights of the loss are of, or ``"other"``; what is not given is the default.
+    """Return the rung that these loss weights belong to, or ``"other"``; missing weights are the defaults.
 
     >>> rung_of({"energy": 1.0, "mae": 10.0}), rung_of({"mae": 0.3})
     ('c2', 'other')
@@ -136,7 +136,7 @@ def _covers(keys: Sequence[str], key: str) -> bool:
 
 
 def uses(command: str, key: str, *, kind: str = "state") -> bool:
-    """Return whether a command does anything with a key such as ``train.steps``, for what learns.
+    """Return whether a command uses a key such as ``train.steps``, for a kind of model.
 
     >>> uses("train", "train.steps"), uses("train", "train.steps", kind="mean"), uses("generate", "train.steps")
     (True, False, False)
@@ -149,7 +149,7 @@ def uses(command: str, key: str, *, kind: str = "state") -> bool:
 
 
 def unused_problem(command: str, key: str, *, kind: str) -> Problem:
-    """Return what to tell about a key that a command was given and does not use."""
+    """Return the problem of a key that the command does not use."""
     if uses(command, key):
         message = f"model.kind = {kind!r} does not use it"
         return Problem(f"--set {key}", message, "leave it out, or choose a model that does")
@@ -159,7 +159,7 @@ def unused_problem(command: str, key: str, *, kind: str) -> Problem:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ``a.b`` and value of every leaf; an empty table is a leaf."""
+    """Yield ``a.b`` and value of every leaf. An empty table is a leaf."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{key}.")
@@ -168,7 +168,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def value_at(tree: Mapping[str, Any], key: str) -> Any:
-    """Return the value of ``a.b``; ``None`` where there is none."""
+    """Return the value of ``a.b``, or ``None``."""
     node: Any = tree
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
@@ -178,7 +178,7 @@ def value_at(tree: Mapping[str, Any], key: str) -> Any:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str], *, what: str, remedy: str = ""
 ) -> list[Problem]:
-    """Return a problem for each key under some keys or sections that has another value now."""
+    """Return a problem for each key below some keys or sections whose value has changed."""
     problems = []
     for key in keys:
         pair = [dict(flat({key: value_at(tree, key)})) for tree in (before, now)]
@@ -190,12 +190,12 @@ def differences(
 
 
 def _split_key(key: str) -> list[str]:
-    """Return the parts of ``a.b``; a name with a dot in it is quoted, as in TOML: fewshot."h1.k562".val."""
+    """Split ``a.b`` into its parts. A name that contains a dot is quoted, as in TOML: fewshot."h1.k562".val."""
     return [part.strip().strip("\"'") for part in re.findall(r"\"[^\"]*\"|'[^']*'|[^.\"']+|(?<=\.)(?=\.|$)", key)]
 
 
 def _set_key(tree: dict[str, Any], assignment: str) -> Problem | None:
-    """Apply one ``a.b=value``; the value is TOML, or a plain string where it is not."""
+    """Apply one ``a.b=value``. The value is TOML, or a plain string if it does not parse."""
     key, equals, text = assignment.partition("=")
     parts = _split_key(key)
     if not equals or not parts or not all(parts):
@@ -229,7 +229,7 @@ def _is_path(parts: Sequence[str]) -> bool:
 
 
 def _place(path: Path, text: str, location: Sequence[str | int]) -> str:
-    """Return ``file:line, [section] key`` for a place in the tree; the line where it can be found in the text."""
+    """Return ``file:line, [section] key`` for a place in the tree, with the line if the text has it."""
     parts = [str(part) for part in location]
     section, key = (parts[0], ".".join(parts[1:])) if parts else ("", "")
     line_number, inside = None, False
@@ -256,7 +256,7 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
 
 
 def _as_problems(path: Path, text: str, errors: Sequence[ErrorDetails]) -> list[Problem]:
-    """Return one problem for each place; the branches of a union that all failed become one sentence."""
+    """Return one problem for each place; the failed branches of a union become one sentence."""
     places: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
     for error in errors:
         location = tuple(
@@ -311,7 +311,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), *, command: str |
 def rebuild_experiment(
     tree: Mapping[str, Any], overrides: Sequence[str] = (), *, place: Path, command: str | None = None
 ) -> Experiment:
-    """Return the experiment that an artefact stores as JSON, with ``a.b=value`` overrides; errors name `place`."""
+    """Rebuild the experiment that an artefact stores as JSON, with overrides; errors name `place`."""
     return _resolve(upgrade(tree), overrides, path=place, text="", command=command)
 
 

@@ -1,8 +1,8 @@
-"""Every knob: one frozen, validated section per stage; unknown keys are errors.
+"""Every setting: one frozen, validated section for each stage. Unknown keys are errors.
 
 An experiment file is a superset of the ``starter.toml`` that cell-load and ``state tx train`` read: ``[datasets]``,
-``[training]``, ``[zeroshot]`` and ``[fewshot]`` keep their meaning, the other sections are ours.
-Relative paths are relative to the file or, where nothing is there, to the working folder.
+``[training]``, ``[zeroshot]`` and ``[fewshot]`` keep their meaning, and the other sections are ours. Relative paths are
+relative to the file or, if nothing is there, to the working folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
 
 
 def resolve_path(path: str, info: ValidationInfo) -> str:
-    """Return a path or pattern of an experiment file, absolute: relative to the file, or to the working folder."""
+    """Return an absolute path or pattern, relative to the experiment file or else to the working folder."""
     base: Path = (info.context or {}).get("base", Path())
     expanded = Path(path).expanduser()
     # what comes before the first part with a wildcard or brace
@@ -61,7 +61,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """What learns. `kind` is ``state``, the State Transition network, or a baseline."""
+    """The model. `kind` is ``state``, the State Transition network, or a baseline."""
 
     kind: Literal["state", "control", "mean", "ridge", "kernel_ridge", "knn"] = "state"
     base: Literal["none", "mean", "ridge", "kernel_ridge", "knn"] = "none"
@@ -98,7 +98,7 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    """Weights of the terms of the loss; 0 switches a term off. `decoder` applies where the input is an embedding."""
+    """Weights of the loss terms; 0 turns a term off. `decoder` applies if the input is an embedding."""
 
     energy: Weight = 1.0
     decoder: Weight = 1.0
@@ -157,7 +157,7 @@ class TrainConfig(Section):
 
 
 class AdaptConfig(Section):
-    """Adaptation to a new cell line: which few parameters learn, how fast, and when they stop."""
+    """Adaptation to a new cell line: which parameters train, how fast, and when they stop."""
 
     trainable: str = "offset"
     steps: PositiveInt = 600
@@ -167,14 +167,14 @@ class AdaptConfig(Section):
 
 
 class FewshotConfig(Section):
-    """Perturbations of one ``dataset.cell_type`` that are held out; the others train."""
+    """Held-out perturbations of one ``dataset.cell_type``; the others train."""
 
     val: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
 
 
 class DatasetColumns(Section):
-    """What one dataset calls otherwise than the others; what is not given is as in ``[columns]``."""
+    """Columns and labels of one dataset that differ from ``[columns]``."""
 
     pert: str | None = None
     control: str | None = None
@@ -186,7 +186,7 @@ class DatasetColumns(Section):
 
 
 class ColumnsConfig(Section):
-    """Where obs says what: the perturbation, the control label in it, the cell type (context), the batch."""
+    """Columns of obs: the perturbation, its control label, the cell type (context), the batch."""
 
     pert: str = PERT_COLUMN
     control: str = CONTROL_LABEL
@@ -216,7 +216,7 @@ class ColumnsConfig(Section):
 
 
 class PrepareConfig(Section):
-    """The training store: scale, normalisation, genes, and what is held out beside the split of the file."""
+    """The training store: scale, normalisation, genes, and held-out cells beyond the split tables."""
 
     scale: Literal["auto", "counts", "log1p"] = "auto"
     target_sum: PositiveFloat | Literal["median"] = "median"
@@ -247,7 +247,7 @@ class FeaturesConfig(Section):
 
 
 class GenerateConfig(Section):
-    """How cells are made. `controls_from` are the splits whose control cells a set may be made of."""
+    """How cells are generated. `controls_from` are the splits whose control cells may be used."""
 
     seed: int = 0
     scale: Literal["log1p", "counts"] = "log1p"
@@ -260,14 +260,14 @@ class GenerateConfig(Section):
     sets_per_step: PositiveInt = 8
 
     def resolve(self, store_scale: Literal["counts", "log1p"]) -> GenerateConfig:
-        """Return the section with the way to make cells that a store of this scale allows in place of ``auto``."""
+        """Replace ``auto`` by the way of making cells that fits the store's scale."""
         if self.cells != "auto":
             return self
         return self.model_copy(update={"cells": "donors" if store_scale == "counts" else "sparse"})
 
     @property
     def reads_counts(self) -> bool:
-        """Whether cells are made of whole counts of control cells, so that a depth can be asked for."""
+        """Whether cells are made from whole counts of control cells, so that a depth can be requested."""
         return self.scale == "counts" or self.cells in ("donors", "negative_binomial", "nb_head")
 
     @model_validator(mode="after")
@@ -287,7 +287,7 @@ class GenerateConfig(Section):
 
 
 class SubmissionConfig(Section):
-    """What goes out: the season, its files, the control cells, and rules overridden by name in `rules`."""
+    """The submission: the season, its files, the control cells, and overridden rules."""
 
     season: str = "vcc2025"
     genes: InputPath | None = None
@@ -313,7 +313,7 @@ class SubmissionConfig(Section):
 
 
 class Experiment(Section):
-    """A whole experiment file, resolved: paths are absolute, defaults are filled in."""
+    """A resolved experiment file: paths are absolute, defaults are filled in."""
 
     datasets: dict[str, str]
     training: dict[str, Literal["train"]] = Field(default_factory=dict)
@@ -337,11 +337,11 @@ class Experiment(Section):
         return {name: resolve_path(pattern, info) for name, pattern in value.items()}
 
     def as_json(self) -> dict[str, Any]:
-        """Return the resolved configuration as JSON values, as manifests store it."""
+        """Return the resolved settings as JSON values, as manifests store them."""
         return self.model_dump(mode="json")
 
     def cross_problems(self, place: str) -> list[Problem]:
-        """Return what no section can see alone: names that must be datasets, labels that are no target, lost files."""
+        """Return problems between sections: unknown datasets, held-out control labels, missing files."""
         problems = []
         known = ", ".join(self.datasets)
         for name in self.training:

@@ -1,1 +1,1 @@
-"""What goes in: experiment, store, cell sets, perturbation features."""
+"""Input data: experiment, store, cell sets, perturbation features."""

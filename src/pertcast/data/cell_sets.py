@@ -1,4 +1,4 @@
-"""Cell sets: S perturbed cells of one file, context and target, each paired with a control; pure index arithmetic.
+"""Cell sets: S perturbed cells of one file, context and target, each paired with a control cell.
 
 Invariants: a set never mixes files, contexts, targets or splits. Every cell of a group appears in an epoch. No cell
 appears twice in a set unless its group is smaller than a set. The sets of one group depend on no other target.
@@ -24,7 +24,7 @@ Int64 = NDArray[np.int64]
 
 
 class CellTable(Protocol):
-    """The codes of each cell and their names, as a store has them; batch -1 is unknown."""
+    """The codes of each cell and their names, as in a store; batch -1 is unknown."""
 
     @property
     def pert_codes(self) -> Int32: ...
@@ -69,19 +69,19 @@ class CellSets:
         return len(self.pert)
 
     def __getitem__(self, item: slice | Int64) -> CellSets:
-        """Return some of the sets, in order; the counts stay those of the whole epoch."""
+        """Return some of the sets in order; the counts remain those of the whole epoch."""
         names = ("pert", "context", "screen", "pert_rows", "control_rows")
         return replace(self, **{name: getattr(self, name)[item] for name in names})
 
     @property
     def groups(self) -> list[tuple[int, int]]:
-        """The codes of each set's context and target."""
+        """The context and target codes of each set."""
         return list(zip(self.context.tolist(), self.pert.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
 class _Groups:
-    """Rows brought together by their key: group i is ``rows[starts[i] : starts[i] + counts[i]]``; keys ascend."""
+    """Rows grouped by key: group i is ``rows[starts[i] : starts[i] + counts[i]]``; keys ascend."""
 
     rows: Int64
     keys: Int64
@@ -95,7 +95,7 @@ class _Groups:
         return cls(rows[order], distinct, starts.astype(np.int64), counts.astype(np.int64))
 
     def find(self, wanted: Int64) -> Int64:
-        """Return the group of each wanted key, -1 where there is none."""
+        """Return the group of each key, -1 if there is none."""
         place = np.searchsorted(self.keys, wanted)
         found = np.append(self.keys, -1)[place] == wanted
         return np.where(found & (wanted >= 0), place, -1)
@@ -106,7 +106,7 @@ class _Groups:
 
 
 def _ranks(keys: Int64) -> Int64:
-    """Return how many equal keys stand before each place."""
+    """Return the number of equal keys before each position."""
     places = _Groups.of(np.arange(len(keys)), keys)
     ranks = np.empty(len(keys), dtype=np.int64)
     ranks[places.rows] = np.arange(len(keys)) - np.repeat(places.starts, places.counts)
@@ -123,7 +123,7 @@ def training_sets(
     match: Match,
     control_sets: bool,
 ) -> CellSets:
-    """Cut every group of a split into sets of `set_size` cells, each paired with a control; new at each epoch."""
+    """Cut every group of a split into sets of `set_size` cells, each paired with a control, anew in each epoch."""
     num_perts, num_contexts = len(table.perts), len(table.contexts)
     rows = np.flatnonzero((table.split & split) != 0).astype(np.int64)
     file_context = table.file_codes[rows].astype(np.int64) * num_contexts + table.context_codes[rows]
@@ -168,7 +168,7 @@ def training_sets(
 
 
 class _Slots(NamedTuple):
-    """The places that need a control: the group, the turn in it, where the group starts, whether it is of controls."""
+    """The positions that need a control: group, turn, start of the group, and whether it is of controls."""
 
     group: Int64
     turn: Int64
@@ -177,7 +177,7 @@ class _Slots(NamedTuple):
 
 
 def _pool_keys(table: CellTable, rows: Int64, level: int) -> Int64:
-    """Return the pool of each row: at level 0 its batch (-1 if unknown), 1 its file, 2 its screen, 3 its context."""
+    """Return the pool of each row: its batch at level 0 (-1 if unknown), then its file, screen and context."""
     context = table.context_codes[rows].astype(np.int64)
     in_file = table.file_codes[rows].astype(np.int64) * len(table.contexts) + context
     if level == 0:
@@ -223,7 +223,7 @@ def _source(table: CellTable, row: int) -> str:
 
 
 def _start(size: Int64, slots: _Slots) -> Int64:
-    """Return where a group starts in its pool: anywhere, or anywhere but at itself."""
+    """Return where a group starts in its pool: anywhere, but not at itself for control cells."""
     return np.where(slots.own & (size > 1), 1 + slots.offset % np.maximum(size - 1, 1), slots.offset % size)
 
 
@@ -237,7 +237,7 @@ def generation_sets(
     seed: int,
     controls: Int64,
 ) -> Int64:
-    """Draw the control cells that the cells of one target are made from."""
+    """Draw the control cells from which the cells of one target are generated."""
     name = table.contexts[context]
     pool = np.unique(np.asarray(controls, dtype=np.int64))
     if not len(pool):

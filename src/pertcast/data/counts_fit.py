@@ -1,4 +1,4 @@
-"""How the counts of some of a store's cells vary, fitted on as many of them as are needed, block by block."""
+"""Fit the distribution of counts on a sample of a store's cells, and measure batch effects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CELLS_AT_ONCE = 512
 def fit_rows(
     store: Store, rows: NDArray[np.int64], batch: NDArray[np.int64], *, num_batches: int, random: np.random.Generator
 ) -> CountsFit:
-    """Fit the counts of cells of a store, of at most 4,096 of them."""
+    """Fit the counts of at most 4,096 cells of a store."""
     if len(rows) > _MOST_CELLS:
         drawn = np.sort(random.choice(len(rows), _MOST_CELLS, replace=False))
         rows, batch = rows[drawn], batch[drawn]
@@ -33,7 +33,7 @@ _SET_SIZE = 32
 
 
 class BatchEffects(NamedTuple):
-    """Shares of the variance of perturbed minus control cells that the batch explains, within a screen and target."""
+    """Share of the variance of perturbed minus control cells that the batch explains, within a screen and target."""
 
     # Each cell less a control of any batch of its file; and less one of its own batch, where there is one
     before: float
@@ -41,7 +41,7 @@ class BatchEffects(NamedTuple):
     num_cells: int  # Cells that were looked at
 
     def __str__(self) -> str:
-        """Say it in a sentence; an estimate below 0 is 0 and noise."""
+        """Describe it in a sentence; an estimate below 0 is noise and becomes 0."""
         before, after = max(self.before, 0.0), max(self.after, 0.0)
         return (
             f"batch explains {before:.1%} of the variance of perturbed minus control cells where controls are of "

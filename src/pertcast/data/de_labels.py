@@ -1,8 +1,8 @@
-"""DE labels of the training split: which genes each perturbation changes in each context, by the official statistics.
+"""DE labels of the training split: the genes that each perturbation changes, by the official statistics.
 
 A perturbation is tested within each screen (dataset and context) of its context. Several screens are combined by
-Stouffer's method, weighted by cells. Only cells of :attr:`Split.TRAIN` are read, controls too. Labels are kept in the
-store's folder, and computed again when the store or the statistics change.
+Stouffer's method, weighted by cells. Only cells of :attr:`Split.TRAIN` are read, controls too. Labels are cached in the
+store's folder and recomputed when the store or the statistics change.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ _STATISTICS = 2
 
 
 class DeLabels(NamedTuple):
-    """Labels of N pairs of a context and a perturbation, sorted by their codes."""
+    """Labels of N pairs of context and perturbation, sorted by their codes."""
 
     context: NDArray[np.int32]  # (N,) int32 codes of the store
     pert: NDArray[np.int32]
     significant: NDArray[np.bool_]  # (N, genes) whether the gene is DE at FDR 0.05; False where no screen measured it
 
     def find(self, context: NDArray[np.integer], pert: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Return the row of each asked pair, -1 where there is none (the control, what is held out)."""
+        """Return the row of each pair, -1 if there is none (the control, held-out targets)."""
         rows = {pair: row for row, pair in enumerate(zip(self.context.tolist(), self.pert.tolist(), strict=True))}
         asked = zip(np.asarray(context).tolist(), np.asarray(pert).tolist(), strict=True)
         return np.array([rows.get(pair, -1) for pair in asked], dtype=np.int64)
 
 
 def de_labels(store: Store, *, progress: Progress = SILENT) -> DeLabels:
-    """Return the DE labels of a store's training split, from its folder where they are there already."""
+    """Return the DE labels of a store's training split, from its folder if they are cached."""
     kept = store.path / LABELS_FILE
     found = _load(kept, store)
     if found is not None:
@@ -106,7 +106,7 @@ class _Tested(NamedTuple):
 
 
 def _significant(tested: list[_Tested]) -> NDArray[np.bool_]:
-    """Return which genes are DE over all screens, (G,); Benjamini-Hochberg over the genes that any of them measured."""
+    """Return which genes are DE over all screens, (G,), by Benjamini-Hochberg over the measured genes."""
     measured_G = np.any([one.measured_G for one in tested], axis=0)
     p_value_G = tested[0].p_value_G
     if len(tested) > 1:
@@ -128,7 +128,7 @@ def _rows(store: Store, screen: int, pert: int) -> NDArray[np.int64]:
 def _batches(
     store: Store, screen: int, perts: NDArray[np.int64]
 ) -> Iterator[tuple[list[int], sparse.csr_matrix, NDArray[np.int64]]]:
-    """Yield perturbations, their cells and each cell's place among them, some perturbations at a time."""
+    """Yield perturbations in batches, with their cells and each cell's position among them."""
     blocks: list[sparse.csr_matrix] = []
     some: list[int] = []
     for pert in perts.tolist():
@@ -156,7 +156,7 @@ def _made_from(store: Store) -> str:
 
 
 def _load(path: Path, store: Store) -> DeLabels | None:
-    """Return kept labels; ``None`` if there are none, or of another store or other statistics, or damaged ones."""
+    """Return cached labels; ``None`` if there are none, or they are damaged or of another store or statistics."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
             if str(kept["made_from"]) != _made_from(store):

@@ -1,6 +1,6 @@
-"""Reads what an experiment names: the files of its datasets and, from their obs, what every cell is.
+"""Read the files and obs tables that an experiment names.
 
-Invariants: no column, label or context is guessed; nothing of X is read here; every problem of all files is told.
+Invariants: no column, label or context is guessed. X is not read here. All problems of all files are reported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SUFFIXES = (".h5", ".h5ad")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return the patterns that ``{a, b}`` stands for; spaces around an alternative do not count."""
+    """Return the patterns of ``{a, b}``; spaces around an alternative are ignored."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
@@ -51,7 +51,7 @@ def _is_data(path: Path) -> bool:
 
 
 def dataset_files(name: str, pattern: str) -> list[Path]:
-    """Return the files of a dataset, sorted: a folder's .h5 and .h5ad files, one file, or what a pattern matches."""
+    """Return the files of a dataset, sorted: those of a folder, one file, or the matches of a pattern."""
     if Path(pattern).is_file():
         return [Path(pattern)]
     found: set[Path] = set()
@@ -98,7 +98,7 @@ def experiment_files(experiment: Experiment) -> list[tuple[str, Path]]:
 
 @dataclass(frozen=True, eq=False)
 class CellTable:
-    """What every cell of an experiment is; cells are in the order of the files."""
+    """What every cell of an experiment is; cells follow the order of the files."""
 
     files: tuple[tuple[str, Path, int], ...]  # ``(dataset, path, number of cells)`` of each file
     genes_of_file: tuple[tuple[str, ...], ...]  # The genes of each file
@@ -123,7 +123,7 @@ class _FileObs:
 
 
 def _file_names(files: Sequence[tuple[str, Path]]) -> list[str]:
-    """Return a name for each file that no other file has: its own, or as much of its path as it takes."""
+    """Return a unique name for each file: its own, with as much of its path as that needs."""
     names = [path.name for _, path in files]
     return [
         name
@@ -161,7 +161,7 @@ def _read_file(experiment: Experiment, dataset: str, path: Path) -> _FileObs:
 
 
 def _renamed(perts: pd.Categorical, names: Mapping[str, str]) -> pd.Categorical:
-    """Return the labels with some renamed; two that get one name become one."""
+    """Rename labels; two labels with the same new name become one."""
     if all(names.get(label, label) == label for label in perts.categories):
         return perts
     renamed = np.array([*(names.get(label, label) for label in perts.categories), None], dtype=object)
@@ -199,7 +199,7 @@ def _column(reader: H5adReader, column: str, problems: list[Problem], *, require
 
 
 def read_cells(experiment: Experiment) -> CellTable:
-    """Read what every cell is from the obs of all files."""
+    """Read what every cell is from the obs tables of all files."""
     columns = experiment.columns
     problems = [
         Problem(place, "cell_type and context are both given", "keep cell_type where there is a column")
@@ -253,7 +253,7 @@ def read_cells(experiment: Experiment) -> CellTable:
 def _label_problems(
     experiment: Experiment, files: Sequence[tuple[str, Path]], parts: Sequence[_FileObs]
 ) -> list[Problem]:
-    """Return every perturbation label and cell type that is likely a mistake, with what to do about it."""
+    """Return every label that is likely a mistake, with its remedy."""
     problems = []
     renames = [experiment.columns.in_dataset(dataset).rename for dataset, _ in files]
     kept = {label for rename in renames for label, name in rename.items() if label == name}
@@ -281,7 +281,7 @@ def _label_problems(
 
 
 def _rename_problems(experiment: Experiment, parts: Sequence[_FileObs]) -> list[Problem]:
-    """Return the entries of [columns.rename] that no label of any file has."""
+    """Return the entries of [columns.rename] that match no label."""
     problems = []
     found = {label for part in parts for label in part.labels}
     tables = {"[columns.rename]": experiment.columns.rename} | {
@@ -299,7 +299,7 @@ def _rename_problems(experiment: Experiment, parts: Sequence[_FileObs]) -> list[
 def _joined_batches(
     parts: Sequence[pd.Categorical], files: Sequence[tuple[str, Path]]
 ) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
-    """Return the batches of all files, what each is called in its file, and the codes of all cells, int32."""
+    """Return the batches of all files, their labels in their files, and the codes of all cells, int32."""
     datasets = [dataset for dataset, _ in files]
     prefixes = [
         "" if len(files) == 1 else f"{dataset}." if datasets.count(dataset) == 1 else f"{dataset}/{name}."
@@ -319,7 +319,7 @@ def _joined_batches(
 
 
 def _joined(parts: Sequence[pd.Categorical]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the sorted labels that any cell has, and the codes of all cells, int32."""
+    """Return the sorted labels that occur, and the codes of all cells, int32."""
     used = [part.remove_unused_categories() for part in parts]
     labels = sorted({str(label) for part in used for label in part.categories})
     position = {label: code for code, label in enumerate(labels)}

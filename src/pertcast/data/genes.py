@@ -1,6 +1,6 @@
-"""The genes of a store: the list that they follow, and where each of a file's columns goes in it.
+"""The gene list of a store, the mapping of each file's genes to it, and highly variable genes.
 
-Invariants: the order is the list's; a gene that a file lacks is an error, or is asked for by name and noted.
+Invariant: the order is the list's. A gene that a file lacks is an error, or is asked for by name and noted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 class GeneMap:
-    """Takes blocks of a file's genes to the store's genes."""
+    """Map blocks of a file's genes to the store's genes."""
 
     def __init__(self, position: np.ndarray, num_genes: int) -> None:
         self._position = position
@@ -34,7 +34,7 @@ class GeneMap:
         self._ordered = bool((np.diff(kept) > 0).all())
 
     def apply(self, block: sparse.csr_matrix) -> sparse.csr_matrix:
-        """Return the block (n, store's genes) with sorted columns and without explicit zeros."""
+        """Return the block over the store's genes, columns sorted, without explicit zeros."""
         data, indices, indptr = block.data, block.indices, block.indptr.astype(np.int64)
         if not self._same:
             indices = self._position[indices]
@@ -51,7 +51,7 @@ class GeneMap:
 def map_genes(
     path: Path, file_genes: Sequence[str], genes: Sequence[str], *, fill_missing: bool
 ) -> tuple[GeneMap, list[str], Problem | None]:
-    """Return where a file's genes go, notes on what is dropped or filled with zeros, and what is wrong."""
+    """Return where a file's genes go, notes on dropped or zero-filled genes, and problems."""
     place_of = {gene: place for place, gene in enumerate(genes)}
     position = np.array([place_of.get(gene, -1) for gene in file_genes], dtype=np.int32)
     here = set(file_genes)
@@ -77,7 +77,7 @@ _NUM_BINS = 20
 
 
 class Moments:
-    """Mean and variance of each gene over the cells that measured it, gathered from blocks of cells."""
+    """Mean and variance of each gene over the cells that measured it, updated block by block."""
 
     def __init__(self, num_cells: np.ndarray) -> None:
         self._num_cells = num_cells
@@ -125,6 +125,6 @@ def normalised_dispersion(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
 
 
 def choose_hvgs(mean: np.ndarray, variance: np.ndarray, *, num: int) -> np.ndarray:
-    """Return the positions of the `num` most variable genes, int64, ascending; all where there are fewer."""
+    """Return the positions of the `num` most variable genes, ascending; all if there are fewer."""
     ranked = np.argsort(-normalised_dispersion(mean, variance), kind="stable")
     return np.sort(ranked[:num]).astype(np.int64)

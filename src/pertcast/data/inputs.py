@@ -1,4 +1,4 @@
-"""What a control cell is read as: all genes, the highly variable ones, or an embedding of ``obsm``."""
+"""What the network reads of a cell: all genes, the highly variable ones, or an embedding of ``obsm``."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def as_tensor(values: NDArray[np.generic]) -> Tensor:
 
 
 class SparseCells:
-    """Cells on their way to a device: stored values alone travel, and become a dense tensor where they arrive.
+    """Cells that travel to a device as stored values and become a dense tensor there.
 
     >>> SparseCells(sparse.csr_matrix([[0.0, 2.0], [3.0, 0.0]], dtype=np.float32), (2, 1)).to("cpu").tolist()
     [[[0.0, 2.0]], [[3.0, 0.0]]]

@@ -1,6 +1,6 @@
-"""Builds the training store from the files of an experiment, or finds that it is there and current.
+"""Build the training store from the files of an experiment, or reuse a current one.
 
-Invariants: a store appears whole or not at all; all inputs are checked against each other before anything is written.
+Invariants: a store is written atomically. All inputs are checked against each other before anything is written.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _CHECKED_CELLS = 2000
 
 
 def embedding_key(experiment: Experiment) -> str | None:
-    """Return the obsm key that the model reads cells from, or ``None`` where it reads genes."""
+    """Return the obsm key of the model's input, or ``None`` if it reads genes."""
     prefix, colon, key = experiment.model.input.partition(":")
     return key if prefix == "obsm" and colon else None
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """What is fitted on TRAIN cells: the target sum, highly variable genes, and the mean control cell."""
+    """Values fitted on TRAIN cells: the target sum, highly variable genes, and the mean control cell."""
 
     target_sum: float | None
     hvg: np.ndarray
@@ -49,7 +49,7 @@ class Fitted:
 
 
 class StoreWriter:
-    """Writes the arrays of a store into a folder, and fits what is fitted on TRAIN cells; a context manager."""
+    """Write the arrays of a store and fit what is fitted on TRAIN cells."""
 
     def __init__(
         self, experiment: Experiment, cells: CellTable, flags: np.ndarray, genes: tuple[str, ...], folder: Path
@@ -74,7 +74,7 @@ class StoreWriter:
         self._values.close()
 
     def read_values(self, maps: list[GeneMap], advance: Advance) -> None:
-        """Take X of all files into the store, in blocks; gather what each file's values say about their scale."""
+        """Copy X of all files into the store in blocks, and gather evidence on their scale."""
         self._measured_FG = np.stack([gene_map.measured for gene_map in maps])
         np.save(self._folder / "measured.npy", self._measured_FG)
         first = 0
@@ -125,7 +125,7 @@ class StoreWriter:
             del array
 
     def settle_scale(self) -> None:
-        """Decide the scale of all files, and close the values in the type that it needs."""
+        """Decide the scale of all files, and close the values with the type that it needs."""
         self._scale = common_scale(self._evidence, asked=self._experiment.prepare.scale)
         if self._scale == "log1p":
             self._values.widen(np.dtype(np.float32))
@@ -187,12 +187,12 @@ class StoreWriter:
         return fitted
 
     def copy_hvgs(self, fitted: Fitted, advance: Advance) -> None:
-        """Write the highly variable genes of each cell together, too, where they are few."""
+        """Write a second copy of the highly variable genes, if they are few."""
         if worth_a_copy(len(fitted.hvg), len(self._genes)):
             write_hvg_values(self._folder, fitted.hvg, num_genes=len(self._genes), advance=advance)
 
     def _cells_measuring(self, rows: np.ndarray) -> np.ndarray:
-        """Return how many of some cells each gene was measured in, int64 (genes,)."""
+        """Return the number of cells that measured each gene, (genes,)."""
         of_file = np.bincount(self._cells.keys.file_codes[rows], minlength=len(self._measured_FG))
         return np.asarray(of_file @ self._measured_FG)
 
@@ -212,7 +212,7 @@ class StoreWriter:
         return total
 
     def facts(self, fitted: Fitted) -> dict[str, Any]:
-        """Return what a reader of the store wants to know, as JSON values."""
+        """Return what readers of the store need, as JSON values."""
         keys = self._cells.keys
         return {
             "num_cells": len(self._flags),
@@ -238,7 +238,7 @@ class StoreWriter:
 
 
 def scale_evidence(reader: H5adReader) -> ScaleEvidence:
-    """Return what gathers the evidence of a file's scale; its errors point to other matrices of the file."""
+    """Return the collector of a file's scale; its errors mention other matrices of the file."""
     is_x = reader.matrix_name == "X"
     others = ", ".join(map(repr, reader.layers)) if is_x else ""
     hint = f"; or set columns.layer to read another matrix of the file ({others})" if others else ""
@@ -247,7 +247,7 @@ def scale_evidence(reader: H5adReader) -> ScaleEvidence:
 
 
 def natural_log_factor(reader: H5adReader, block: sparse.csr_matrix) -> float:
-    """Return what the values of a file are multiplied by to be natural logarithms; 1 where they are, or are counts."""
+    """Return the factor that turns a file's values into natural logarithms; 1 for counts."""
     evidence = scale_evidence(reader)
     base = reader.log_base() if reader.matrix_name == "X" else None
     if problem := log_problem(block[:_CHECKED_CELLS], evidence.place, base):
@@ -257,7 +257,7 @@ def natural_log_factor(reader: H5adReader, block: sparse.csr_matrix) -> float:
 
 
 def total_of_log1p(totals: np.ndarray, *, asked: float | Literal["median"]) -> tuple[float | None, str | None]:
-    """Return the total that log1p cells were normalised to, ``None`` with a note where they have no common one."""
+    """Return the total that log1p cells were normalised to; ``None`` and a note if there is no common one."""
     filled = totals[totals > 0]
     middle = float(np.median(filled))
     if np.abs(filled - middle).max() > _SAME_TOTAL * middle:
@@ -272,7 +272,7 @@ def total_of_log1p(totals: np.ndarray, *, asked: float | Literal["median"]) -> t
 
 
 def store_identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a resolved experiment a store depends on, by key."""
+    """Return the settings that a store depends on, by key."""
     reads = str(value_at(config, "model.input"))
     return {
         **{key: value_at(config, key) for key in STORE_KEYS},
@@ -281,7 +281,7 @@ def store_identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_same_store(store: CodedCells, experiment: Experiment, made_with: Mapping[str, Any]) -> None:
-    """Refuse a store that was made with other settings than the experiment has now."""
+    """Refuse a store that was made with other settings than the experiment's."""
     before, now = (_by_name(store_identity(config)) for config in (made_with, experiment.as_json()))
     problems = differences(before, now, list(STORE_KEYS), what="the store was made")
     if problems:
@@ -293,7 +293,7 @@ def require_same_store(store: CodedCells, experiment: Experiment, made_with: Map
 
 
 def _by_name(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the identity as a tree, with the names of files in place of their paths."""
+    """Return the settings with file names in place of paths."""
     tree = {key: value for key, value in identity.items() if "." not in key}
     tree["datasets"] = {name: Path(pattern).name for name, pattern in tree["datasets"].items()}
     genes = identity["submission.genes"]
@@ -307,7 +307,7 @@ def _by_name(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare(experiment: Experiment, out: Path, *, progress: Progress = SILENT) -> Path:
-    """Build the training store of an experiment in a folder, or leave it where it is there and current.
+    """Build the training store of an experiment, or leave it if it is current.
 
     Parameters
     ----------
@@ -359,7 +359,7 @@ def _prepare(experiment: Experiment, out: Path, progress: Progress) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class Survey(CodedCells):
-    """All that is known of an experiment's cells before their values are read; as :class:`Store` names it."""
+    """What is known of an experiment's cells before their values are read."""
 
     path: Path
     genes: tuple[str, ...]
@@ -377,7 +377,7 @@ class Survey(CodedCells):
 
 
 def survey(experiment: Experiment, cells: CellTable | None = None) -> Survey:
-    """Read what all cells are, split them and match the genes of all files; no value of X is read."""
+    """Read the obs tables, split the cells and match the genes of all files, without reading X."""
     cells = read_cells(experiment) if cells is None else cells
     problems = Problems()
     with problems.collect():
@@ -441,7 +441,7 @@ def _is_current(experiment: Experiment, out: Path, inputs: Mapping[str, str]) ->
 
 
 def _gene_maps(experiment: Experiment, cells: CellTable) -> tuple[tuple[str, ...], list[GeneMap], list[str]]:
-    """Return the genes of the store, and how each file's columns go to them."""
+    """Return the genes of the store, and the mapping of each file's genes."""
     genes = cells.genes_of_file[0]
     if experiment.submission.genes is not None:
         genes = read_gene_list(experiment.submission.genes, experiment.submission.resolve())
@@ -461,7 +461,7 @@ def _gene_maps(experiment: Experiment, cells: CellTable) -> tuple[tuple[str, ...
 
 
 def _check_embedding(experiment: Experiment, cells: CellTable) -> None:
-    """Refuse files without the embedding that the model reads, or with another width than the first's."""
+    """Refuse files without the model's embedding, or with different widths."""
     key = embedding_key(experiment)
     if key is None:
         return

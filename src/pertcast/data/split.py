@@ -1,7 +1,7 @@
-"""Which cells train, validate and test: cell-load's meaning of the split tables, and held-out controls of its own.
+"""Assign cells to training, validation and test as cell-load does, and hold out control cells.
 
-Invariants: what a cell gets depends on the seed, its dataset, file and name, never on the order of cells or files; no
-control cell is in two splits, nor a perturbed one, but for a label that the file lists for val and for test.
+Invariants: a cell's split depends on the seed, its dataset, file and name, never on the order of cells or files. No
+cell is in two splits, except those of a label that is listed for both val and test.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pertcast.stats.draws import key_hash
 
 
 class Split(enum.IntFlag):
-    """What a cell is for; a perturbed cell of a label held out for both is ``VAL | TEST``, an unused cell is 0."""
+    """The split of a cell; a label held out for both is ``VAL | TEST``, an unused cell is 0."""
 
     TRAIN = 1
     VAL = 2
@@ -34,7 +34,7 @@ class Split(enum.IntFlag):
 
 @dataclass(frozen=True, eq=False)
 class CellKeys:
-    """What the split of each cell depends on."""
+    """What a cell's split depends on."""
 
     datasets: tuple[str, ...]  # Categories; `files` are file names without their folders
     contexts: tuple[str, ...]
@@ -55,7 +55,7 @@ class CellKeys:
             yield self.datasets[code // len(self.contexts)], self.contexts[code % len(self.contexts)], rows
 
     def occurrences(self) -> np.ndarray:
-        """Return for each cell how many cells before it in its file have its name, (num_cells,)."""
+        """Return how many earlier cells of the same file share each cell's name."""
         name_codes, _ = pd.factorize(self.names)
         both = name_codes.astype(np.int64) * len(self.files) + self.file_codes
         order = np.argsort(both, kind="stable")
@@ -81,7 +81,7 @@ class CodedCells:
 
     @property
     def known_scale(self) -> Scale | None:
-        """The scale of the values; ``None`` where it is not known yet."""
+        """The scale of the values, or ``None`` if it is not known yet."""
         return None
 
     @property
@@ -92,7 +92,7 @@ class CodedCells:
     def rows(
         self, *, split: Split, dataset: int | None = None, context: int | None = None, pert: int | None = None
     ) -> np.ndarray:
-        """Return the rows that are in any of the splits and have the given codes, int64, ascending."""
+        """Return the rows in any of the splits that have the given codes, ascending."""
         found = (self.split & int(split)) > 0 if split else self.split == 0
         for codes, wanted in (
             (self.dataset_codes, dataset),
@@ -105,7 +105,7 @@ class CodedCells:
 
 
 class _Drawer:
-    """Orders cells by a keyed hash: the first of them are a random draw that does not depend on how they came."""
+    """Order cells by a keyed hash, so that the first ones are a draw independent of their order."""
 
     def __init__(self, keys: CellKeys, seed: int) -> None:
         self._keys, self._seed = keys, seed
@@ -123,17 +123,17 @@ class _Drawer:
         return hashlib.blake2b(text.encode(), key=self._hash_keys[pair], digest_size=16).digest(), name, occurrence
 
     def order(self, rows: np.ndarray) -> np.ndarray:
-        """Return the rows in their random order."""
+        """Return the rows in random order."""
         return np.asarray(sorted(rows.tolist(), key=self._rank), dtype=np.int64)
 
 
 def _share_of(share: float, number: int) -> int:
-    """Return how many of `number` cells a share is: at least one where there is a share."""
+    """Return the number of cells in a share, at least one."""
     return max(1, round(share * number)) if share > 0 and number else 0
 
 
 class _HeldOut(NamedTuple):
-    """The labels of one dataset and cell type that [fewshot] holds out, after renaming."""
+    """The renamed labels of one dataset and cell type that [fewshot] holds out."""
 
     val: set[str]
     test: set[str]
@@ -146,7 +146,7 @@ def _held_out(experiment: Experiment, key: str) -> _HeldOut:
 
 
 def _held_out_problems(experiment: Experiment, keys: CellKeys) -> list[Problem]:
-    """Return every held-out cell type and label that is in no file."""
+    """Return every held-out cell type and label that no file has."""
     problems = []
     labels = {
         f"{dataset}.{context}": {keys.perts[code] for code in np.unique(keys.pert_codes[rows])}
@@ -190,7 +190,7 @@ def _missing_controls(experiment: Experiment, keys: CellKeys, place: str, rows: 
 
 
 def assign_split(experiment: Experiment, keys: CellKeys) -> np.ndarray:
-    """Return the :class:`Split` flags of every cell, uint8 (num_cells,); 0 where a cell is not used."""
+    """Return the :class:`Split` flags of every cell, uint8; 0 if a cell is not used."""
     prepare = experiment.prepare
     problems = _held_out_problems(experiment, keys)
     drawer = _Drawer(keys, prepare.seed)
@@ -227,7 +227,7 @@ def assign_split(experiment: Experiment, keys: CellKeys) -> np.ndarray:
 
 
 def _label_flags(experiment: Experiment, keys: CellKeys, dataset: str, place: str) -> np.ndarray:
-    """Return the flags that each perturbation has in a dataset and context, uint8 (perts,)."""
+    """Return the flags of each perturbation in a dataset and context, uint8."""
     if place in experiment.zeroshot:
         return np.full(len(keys.perts), Split[experiment.zeroshot[place].upper()], dtype=np.uint8)
     held = _held_out(experiment, place) if place in experiment.fewshot else None
@@ -243,7 +243,7 @@ def _label_flags(experiment: Experiment, keys: CellKeys, dataset: str, place: st
 def _hold_out_cells(
     flags: np.ndarray, perturbed: np.ndarray, pert_codes: np.ndarray, *, share: float, drawer: _Drawer
 ) -> None:
-    """Give a share of each training perturbation's cells to VAL."""
+    """Move a share of each training perturbation's cells to VAL."""
     training = perturbed[flags[perturbed] == Split.TRAIN]
     for code in np.unique(pert_codes[training]):
         rows = training[pert_codes[training] == code]
@@ -259,7 +259,7 @@ def _split_controls(
     drawer: _Drawer,
     place: str,
 ) -> list[Problem]:
-    """Divide control cells among the splits that perturbed cells of this context are in, or share them."""
+    """Divide control cells among the splits of this context's perturbed cells, or share them."""
     prepare = experiment.prepare
     some = np.bitwise_or.reduce(flags[perturbed])
     if prepare.controls == "shared":

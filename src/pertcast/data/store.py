@@ -1,6 +1,7 @@
-"""The training store: a folder of arrays, from which any cells are read at the cost of their own bytes.
+"""The training store: a folder of arrays from which any cells are read.
 
-Invariants: opening reads the manifest and the codes, not the values; what is given out is log1p, float32, on one scale.
+Invariants: opening reads the manifest and the codes, not the values. Cells are returned as log1p, float32, on one
+scale.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class GrowingArray:
 
 
 class ValueArray:
-    """Values of 0 or more on disk, in the narrowest type that holds those seen so far."""
+    """Append values to a file in the narrowest integer or float type that holds them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -71,12 +72,12 @@ class ValueArray:
         return self._array.dtype
 
     def append(self, values: np.ndarray, *, place: str) -> None:
-        """Append values, which come from `place`; what is there is rewritten where they need a wider type."""
+        """Append values from `place`; the file is rewritten if they need a wider type."""
         self.widen(_narrowest(values, place))
         self._array.append(values)
 
     def widen(self, dtype: np.dtype) -> None:
-        """Rewrite what is there where `dtype` is wider."""
+        """Rewrite the file if `dtype` is wider."""
         if _LADDER.index(dtype) <= _LADDER.index(self.dtype):
             return
         self._array.close()
@@ -112,7 +113,7 @@ _MOST_GENES = 0.5
 
 
 class StoredValues:
-    """Values of cells as they are stored, opened for reading."""
+    """Stored values of cells, opened for reading."""
 
     def __init__(self, folder: Path, *, num_genes: int, prefix: str = "") -> None:
         self._num_genes = num_genes
@@ -127,7 +128,7 @@ class StoredValues:
         return len(self._indptr) - 1
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return the values of rows (int64), CSR (len(rows), genes) of the stored type; only their bytes are read."""
+        """Return the stored values of rows, CSR (len(rows), genes)."""
         starts, stops = self._indptr[rows], self._indptr[rows + 1]
         indices = self._indices.gather(starts, stops).astype(np.int32)
         values = self._data.gather(starts, stops)
@@ -136,12 +137,12 @@ class StoredValues:
 
 
 def worth_a_copy(num_hvgs: int, num_genes: int) -> bool:
-    """Return whether the highly variable genes are few enough to lie apart from the others, too."""
+    """Return whether the highly variable genes are few enough for a second copy."""
     return 0 < num_hvgs <= _MOST_GENES * num_genes
 
 
 def write_hvg_values(folder: Path, hvg: np.ndarray, *, num_genes: int, advance: Advance) -> None:
-    """Write the values of some genes of all cells beside those of all genes, in one pass over these."""
+    """Write the values of some genes again, in one pass over all values."""
     indptr = np.load(folder / "indptr.npy")
     columns, values = (np.load(folder / name, mmap_mode="r") for name in ("indices.npy", "data.npy"))
     is_hvg, place = np.zeros(num_genes, dtype=bool), np.zeros(num_genes, dtype=columns.dtype)
@@ -191,7 +192,7 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 
 def _dense(block: sparse.csr_matrix) -> np.ndarray:
-    """Return a block as a dense array that is aligned as torch's own are, so that it need not be copied for torch."""
+    """Return a dense array with torch's alignment, so that torch need not copy it."""
     size = block.shape[0] * block.shape[1]
     room = np.empty(size + ALIGNMENT_BYTES // block.dtype.itemsize, dtype=block.dtype)
     first = (-room.ctypes.data % ALIGNMENT_BYTES) // block.dtype.itemsize
@@ -201,7 +202,7 @@ def _dense(block: sparse.csr_matrix) -> np.ndarray:
 
 
 class Screen(NamedTuple):
-    """The cells of one dataset and context whose files measured the same genes: what controls are compared with."""
+    """The cells of one dataset and context whose files measured the same genes."""
 
     dataset: int  # Codes of the store
     context: int
@@ -332,7 +333,7 @@ class Store(CodedCells):
         return store
 
     def __reduce__(self) -> tuple[object, tuple[Path]]:
-        """Pickle as the path alone, so that worker processes map the same pages."""
+        """Pickle only the path, so that worker processes map the same pages."""
         return Store.open, (self.path,)
 
     @property
@@ -342,7 +343,7 @@ class Store(CodedCells):
 
     @cached_property
     def _screens(self) -> tuple[tuple[Screen, ...], np.ndarray]:
-        """All screens, sorted, and each cell's place among them."""
+        """All screens, sorted, and each cell's screen."""
         dataset_of = np.full(len(self.files), -1)
         dataset_of[self.file_codes] = self.dataset_codes
         first_with: dict[tuple[int, bytes], int] = {}
@@ -366,7 +367,7 @@ class Store(CodedCells):
 
     @property
     def screens(self) -> tuple[Screen, ...]:
-        """The screens: datasets and contexts that have cells, apart where files measured different genes."""
+        """The screens: datasets and contexts with cells, apart if files measured different genes."""
         return self._screens[0]
 
     @property
@@ -376,7 +377,7 @@ class Store(CodedCells):
 
     @cached_property
     def measured_SG(self) -> np.ndarray | None:
-        """Which genes each screen measured, bool (screens, genes); ``None`` where all measured all."""
+        """The genes that each screen measured, bool (screens, genes); ``None`` if all measured all."""
         measured_SG: np.ndarray = self.measured_FG[[screen.panel for screen in self.screens]]
         return None if measured_SG.all() else measured_SG
 
@@ -386,12 +387,12 @@ class Store(CodedCells):
         return f"{self.datasets[screen.dataset]}.{self.contexts[screen.context]}"
 
     def screen_rows(self, screen: int, *, split: Split, pert: int | None = None) -> np.ndarray:
-        """Return the rows of a screen that are in any of the splits, and of a perturbation, int64, ascending."""
+        """Return the rows of a screen in any of the splits, and of a perturbation, ascending."""
         rows = self.rows(split=split, pert=pert)
         return np.asarray(rows[self.screen_codes[rows] == screen])
 
     def _stored(self, rows: np.ndarray, genes: np.ndarray | None = None) -> sparse.csr_matrix:
-        """Return values of rows as they are stored, of all genes or of some."""
+        """Return stored values of rows, of all or some genes."""
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_cells):
             raise IndexError(f"rows from {rows.min()} to {rows.max()} of a store of {self.num_cells} cells")
@@ -410,7 +411,7 @@ class Store(CodedCells):
         return normalise_log1p(block, self.totals[np.asarray(rows)], self.target_sum or 1.0)
 
     def counts(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return whole counts of rows, as asked for, CSR float32 (len(rows), genes); only their bytes are read.
+        """Return whole counts of rows, CSR float32 (len(rows), genes).
 
         Raises
         ------
@@ -423,7 +424,7 @@ class Store(CodedCells):
         return self._stored(rows).astype(np.float32)
 
     def csr(self, rows: np.ndarray, *, genes: np.ndarray | None = None) -> sparse.csr_matrix:
-        """Return log1p values of rows, as asked for, float32 CSR (len(rows), genes); only their bytes are read.
+        """Return log1p values of rows, CSR float32 (len(rows), genes).
 
         `genes` as in :meth:`log1p`.
         """

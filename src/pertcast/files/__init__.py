@@ -1,1 +1,1 @@
-"""What lies on disk: h5ad, the two scales of expression, manifests and atomic writes."""
+"""Files: h5ad, the two scales of expression, manifests and atomic writes."""

@@ -1,7 +1,7 @@
-"""What a stage writes: whole or not at all, and with a manifest that says what it was made from.
+"""Artefacts: manifests, hashes, atomic replacement, locks, provenance and reuse.
 
-Invariants: a final name never bears a half-written file; a manifest lists the hash of every file of its artefact, the
-hashes of its inputs, the resolved configuration and the versions; a folder is replaced as one.
+Invariants: a final name never has a half-written file. A manifest lists the hash of every file of its artefact, the
+hashes of its inputs, the resolved settings and the versions. A folder is replaced as one.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=lambda: {name: package_version(name) for name in _PACKAGES})
 
     def matches(self, *, inputs: Mapping[str, str], config: Mapping[str, Any]) -> bool:
-        """Return whether the artefact was made from just these inputs with just this configuration."""
+        """Return whether the artefact was made from these inputs with these settings."""
         return dict(inputs) == self.inputs and _plain(config) == self.config
 
 
 def package_version(name: str) -> str:
-    """Return the version of an installed package, or "not installed": pertcast may run from its source folder."""
+    """Return the version of a package, or "not installed": pertcast may run from its source folder."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -71,7 +71,7 @@ def _plain(value: Any) -> Any:
 
 
 def timestamp() -> str:
-    """Return the time now, UTC, to the second: ``2026-11-22T20:31:05Z``."""
+    """Return the current time in UTC, to the second: ``2026-11-22T20:31:05Z``."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -85,7 +85,7 @@ def hash_file(path: Path, *, chunk_bytes: int = 1 << 22) -> str:
 
 
 def hash_files(paths: Sequence[Path]) -> Iterator[str]:
-    """Yield the sha256 of each file, in order; as many are read at once as there are processors.
+    """Yield the sha256 of each file, in order, reading several at once.
 
     >>> list(hash_files([]))
     []
@@ -107,7 +107,7 @@ def _partial_name(destination: Path) -> Path:
 
 
 def remove_leftovers(destination: Path) -> list[Path]:
-    """Remove what dead runs left beside a destination under temporary names; return what was removed."""
+    """Remove the temporary files that dead runs left beside a destination, and return them."""
     removed = []
     if destination.parent.is_dir():
         for path in destination.parent.glob(f".{destination.name}{_PARTIAL}*"):
@@ -118,7 +118,7 @@ def remove_leftovers(destination: Path) -> list[Path]:
 
 @contextmanager
 def atomic_file(destination: Path) -> Iterator[Path]:
-    """Give a temporary name beside `destination`; sync and rename at the end, remove it if anything fails.
+    """Give a temporary name beside `destination`; sync and rename at the end, or remove it on failure.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "a.txt"
@@ -140,7 +140,7 @@ def atomic_file(destination: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(destination: Path) -> Iterator[Path]:
-    """Give an empty temporary folder beside `destination`; it takes that name at the end, replacing what was there."""
+    """Give an empty temporary folder beside `destination` that replaces it at the end."""
     if destination.exists() and not (destination / MANIFEST).is_file() and any_content(destination):
         raise DataError(
             f"{destination}: it is there already and no pertcast artefact; give another --out, or remove it first"
@@ -163,7 +163,7 @@ def atomic_dir(destination: Path) -> Iterator[Path]:
 
 
 def require_replaceable(path: Path, *, force: bool, interrupted: bool = False) -> None:
-    """Refuse to replace a file that pertcast did not write, or that somebody has changed since."""
+    """Refuse to replace a file that pertcast did not write, or that has changed since."""
     if path.is_dir():
         raise DataError(f"{path}: expected a file to write, got a folder; give a file name")
     if force or interrupted or not path.exists() or _is_ours(path):
@@ -184,12 +184,12 @@ def _is_ours(path: Path) -> bool:
 
 
 def any_content(path: Path) -> bool:
-    """Return whether a path is a file, or a folder with anything in it."""
+    """Return whether a path is a file, or a folder that is not empty."""
     return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, keys sorted, so that equal values are equal bytes."""
+    """Write JSON atomically with sorted keys, so that equal values give equal bytes."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n", encoding="utf-8")
 
@@ -205,18 +205,18 @@ def read_json(path: Path) -> Any:
 
 
 def manifest_path(artefact: Path) -> Path:
-    """Return where the manifest of an artefact lies: inside a folder, beside a file."""
+    """Return the path of an artefact's manifest: inside a folder, beside a file."""
     return artefact / MANIFEST if artefact.is_dir() else artefact.with_name(f"{artefact.name}.{MANIFEST}")
 
 
 def write_manifest(artefact: Path, manifest: Manifest) -> None:
-    """Write the manifest, with the hashes of all files of the artefact unless it lists them already."""
+    """Write the manifest, with the hashes of all files unless it lists them already."""
     files = manifest.files or _hashes(artefact)
     write_json(manifest_path(artefact), {**asdict(manifest), "files": files})
 
 
 def _hashes(artefact: Path) -> dict[str, str]:
-    """Return the hash of every file of an artefact but its manifest, by its path within it."""
+    """Return the hash of every file of an artefact except its manifest."""
     base = artefact if artefact.is_dir() else artefact.parent
     within = sorted(artefact.rglob("*")) if artefact.is_dir() else [artefact]
     paths = [path for path in within if path.is_file() and path.name != MANIFEST]
@@ -267,7 +267,7 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @contextmanager
 def locked(destination: Path) -> Iterator[None]:
-    """Keep other runs from writing `destination`, a file or a folder.
+    """Keep other processes from writing `destination`, a file or a folder.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -293,13 +293,13 @@ def locked(destination: Path) -> Iterator[None]:
 
 @contextmanager
 def claimed(destination: Path) -> Iterator[bool]:
-    """Lock an output, and remove what dead runs left beside and in it under temporary names; yield if one had."""
+    """Lock an output and remove what dead runs left of it; yield whether there was anything."""
     with locked(destination):
         yield clean(destination)
 
 
 def clean(destination: Path) -> bool:
-    """Remove what dead runs left beside and in an output under temporary names; return whether they left anything."""
+    """Remove what dead runs left beside and in an output; return whether there was anything."""
     removed = [*remove_leftovers(destination), *remove_leftovers(manifest_path(destination))]
     if destination.is_dir():
         for path in {leftover.parent for leftover in destination.rglob(".*.partial-*")}:
@@ -345,7 +345,7 @@ _KEY = "origin"
 
 @dataclass(frozen=True)
 class Provenance:
-    """The checkpoint and the configuration that made some cells."""
+    """The checkpoint and the settings that made some cells."""
 
     weights: str  # sha256 of the checkpoint's weights
     run: str  # The run's folder when the cells were made, absolute
@@ -355,12 +355,12 @@ class Provenance:
     experiment: dict[str, Any] = field(default_factory=dict)
 
     def as_facts(self) -> dict[str, Any]:
-        """Return what goes into the facts of a manifest."""
+        """Return the facts for a manifest."""
         return {_KEY: asdict(self)}
 
     @classmethod
     def of_facts(cls, facts: Mapping[str, Any]) -> Provenance | None:
-        """Return the origin that a manifest's facts tell; ``None`` where they tell none."""
+        """Return the provenance in a manifest's facts, or ``None``."""
         try:
             return cls(**facts[_KEY])
         except (KeyError, TypeError):
@@ -368,7 +368,7 @@ class Provenance:
 
 
 def origin_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what to tell on of the facts of what an artefact was made from; nothing where there is no origin.
+    """Return the provenance to pass on from the facts of an input; empty if there is none.
 
     >>> origin_facts({"cells": 3})
     {}
@@ -378,7 +378,7 @@ def origin_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def manifest_origin(prediction: Path) -> Provenance | None:
-    """Return the origin of a prediction as the manifest beside it tells it; ``None`` where there is none."""
+    """Return the provenance in the manifest beside a prediction, or ``None``."""
     try:
         return Provenance.of_facts(read_manifest(prediction, kind="prediction").facts)
     except CheckpointError:
@@ -386,7 +386,7 @@ def manifest_origin(prediction: Path) -> Provenance | None:
 
 
 def prediction_provenance(prediction: Path, sha256: str) -> dict[str, Any]:
-    """Return what to tell on of a prediction's origin; nothing where no manifest is of this content."""
+    """Return the provenance to pass on from a prediction; empty if no manifest has this content."""
     if not manifest_path(prediction).is_file():
         return {}
     try:
@@ -397,7 +397,7 @@ def prediction_provenance(prediction: Path, sha256: str) -> dict[str, Any]:
 
 
 def is_current(artefact: Path, *, kind: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> bool:
-    """Return whether a file can stay as it is; without a readable manifest it cannot."""
+    """Decide whether a file can be reused: it is complete and was made from the same inputs."""
     if not artefact.is_file():
         return False
     try:

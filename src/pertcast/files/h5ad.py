@@ -1,7 +1,7 @@
-"""Reads and writes AnnData files in bounded memory: row blocks in, row blocks out.
+"""Read AnnData files in bounded memory, in row blocks, and short ranges of .npy files.
 
-Invariants: a block is CSR with sorted column indices and no duplicates, in the file's own number type; a broken file
-is a DataError, never a crash or a wrong value; the same rows appended give the same bytes whatever their blocks.
+Invariants: a block is CSR with sorted column indices and no duplicates, in the file's own number type. A broken file is
+a DataError, never a crash or a wrong value.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pertcast.files.obs import (
 
 
 class Entries(NamedTuple):
-    """Stored entries of consecutive columns: the row, column and value of each, all of one length."""
+    """Stored entries of consecutive columns: row, column and value of each."""
 
     rows: np.ndarray
     columns: np.ndarray
@@ -42,7 +42,7 @@ class Entries(NamedTuple):
 
 
 def row_bands(indptr: np.ndarray, *, max_values: int) -> np.ndarray:
-    """Return bounds of consecutive row bands that hold at most `max_values` entries each, and at least one row.
+    """Return bounds of consecutive row bands with at most `max_values` entries each, and at least one row.
 
     >>> row_bands(np.array([0, 2, 4, 9, 9]), max_values=4).tolist()
     [0, 2, 3, 4]
@@ -61,7 +61,7 @@ def _stable_order(keys: np.ndarray, *, limit: int) -> np.ndarray:
 
 
 class CscRows:
-    """The entries of a column-wise matrix, sorted into row bands in temporary files (in ``$TMPDIR``)."""
+    """Sort the entries of a column-wise matrix into row bands, in temporary files in ``$TMPDIR``."""
 
     def __init__(
         self, read_entries: Callable[[], Iterator[Entries]], *, num_rows: int, dtype: np.dtype, max_values: int
@@ -96,7 +96,7 @@ class CscRows:
                     next_entry[band] += len(part)
 
     def bands(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield ``(first row, indptr, column indices, values)`` of each band, rows and columns in order."""
+        """Yield ``(first row, indptr, column indices, values)`` of each band, in order."""
         for start, stop in zip(self.bounds[:-1], self.bounds[1:], strict=True):
             first, last = int(self.indptr[start]), int(self.indptr[stop])
             with self._path.open("rb") as stream:
@@ -123,14 +123,14 @@ DAMAGED = "the file is damaged; write it again with anndata"
 
 
 def _usable(dtype: np.dtype) -> np.dtype:
-    """Return the nearest number type that SciPy computes with: no truth values, half floats or foreign byte order."""
+    """Return the nearest number type that SciPy supports: no booleans, half floats or foreign byte order."""
     if dtype.kind == "b":
         return np.dtype(np.uint8)
     return np.dtype(np.float32) if dtype == np.float16 else dtype.newbyteorder("=")
 
 
 class Matrix:
-    """X of an open file."""
+    """A matrix of an open file, read in row blocks."""
 
     def __init__(self, path: Path, file: Any, name: str = "X") -> None:
         self.in_order = True
@@ -203,7 +203,7 @@ class Matrix:
         return indptr
 
     def _stored(self, start: int, stop: int, *, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the indices (checked against `limit`) and the values of a range of stored entries."""
+        """Return the checked indices and the values of a range of stored entries."""
         with reading(self._path, f"{self._name}, stored entries from {start}"):
             indices = np.asarray(self._file[f"{self._name}/indices"][start:stop])
             values = np.asarray(self._file[f"{self._name}/data"][start:stop])
@@ -284,7 +284,7 @@ class Matrix:
 
 @contextmanager
 def open_h5ad(path: Path, *, layer: str | None = None) -> Iterator[H5adReader]:
-    """Open a .h5ad or .h5 file in AnnData layout for reading: X, ``layers[layer]``, or raw.X where it is "raw".
+    """Open a .h5ad or .h5 file in AnnData layout: X, ``layers[layer]``, or raw.X for "raw".
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.h5ad"
@@ -319,7 +319,7 @@ def open_h5ad(path: Path, *, layer: str | None = None) -> Iterator[H5adReader]:
 
 
 class H5adReader:
-    """An open AnnData file; made by :func:`open_h5ad`."""
+    """An open AnnData file, made by :func:`open_h5ad`."""
 
     def __init__(self, path: Path, file: Any, layer: str | None = None) -> None:
         self.path = path
@@ -368,7 +368,7 @@ class H5adReader:
 
     @property
     def in_order(self) -> bool:
-        """Whether the rows read so far lay in the file with their column indices sorted."""
+        """Whether the rows read so far had sorted column indices."""
         return self._matrix.in_order
 
     def close(self) -> None:
@@ -379,11 +379,11 @@ class H5adReader:
         raise DataError(problems=[Problem(f"{self.path}, {part}", message, DAMAGED)])
 
     def obs(self, column: str) -> pd.Categorical:
-        """Return an obs column (categorical, string or numeric) as strings; missing values have code -1."""
+        """Return an obs column as strings; missing values have code -1."""
         return read_column(self._file, self.path, column, num_rows=self.num_cells)
 
     def obs_names(self) -> np.ndarray:
-        """Return the names of the cells, (num_cells,) str objects."""
+        """Return the names of the cells as str objects."""
         return read_index(self._file, self.path, "obs")
 
     def log_base(self) -> float | None:

@@ -1,7 +1,7 @@
-"""Writes an AnnData file row block by row block: X as CSR float32, obs, var, nothing else.
+"""Write an AnnData file row block by row block: X as CSR float32, obs, var, nothing else.
 
-Invariants: the bytes depend on the rows alone, not on their blocks, the clock or the file's name; stored entries are in
-column order, without duplicates and without explicit zeros; a file that was not finished is removed.
+Invariants: the bytes depend on the rows alone, not on their blocks, the clock or the file's name. Stored entries are in
+column order, without duplicates or explicit zeros. An unfinished file is removed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STRING = h5py.string_dtype()
 
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn what HDF5 raises where a disk fails into an OSError; it has not always the number of the system's error."""
+    """Turn HDF5's errors on a failing disk into an OSError."""
     try:
         yield
     except RuntimeError as error:
@@ -33,7 +33,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 
 class _Column:
-    """A dataset that grows by whole chunks; a short one is written in one piece, without chunks."""
+    """A dataset that grows by whole chunks; a short one is written in one piece."""
 
     def __init__(self, group: Any, name: str, dtype: type[np.generic]) -> None:
         self._group, self._name = group, name
@@ -76,7 +76,7 @@ class _Column:
 
 
 class CsrWriter:
-    """Streams a minimal AnnData file; a context manager.
+    """Stream a minimal AnnData file; a context manager.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.h5ad"
@@ -120,7 +120,7 @@ class CsrWriter:
             raise RuntimeError("CsrWriter.finish() was not called")
 
     def append(self, block: sparse.csr_matrix) -> None:
-        """Append rows (n, genes); values become float32, explicit zeros are dropped, duplicates are summed."""
+        """Append rows; values become float32, explicit zeros are dropped, duplicates are summed."""
         if block.shape[1] != len(self._genes):
             raise DataError(
                 problems=[
@@ -153,7 +153,7 @@ class CsrWriter:
         self._rows_done += block.shape[0]
 
     def finish(self, obs: pd.DataFrame) -> None:
-        """Write obs (categorical, string and numeric columns; the index as the cells' names) and var."""
+        """Write obs (categorical, string and numeric columns; the index has the cells' names) and var."""
         if len(obs) != self._rows_done:
             raise DataError(
                 problems=[

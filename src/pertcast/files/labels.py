@@ -1,4 +1,4 @@
-"""Rules for perturbation labels and cell types: the same for what `prepare` reads and for what `check` examines."""
+"""Rules for perturbation labels and cell types, used by `prepare` and by `check`."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _SEPARATOR = "+"
 
 
 def plain(label: str) -> str:
-    """Return a label without case and punctuation."""
+    """Return a label in lower case without punctuation."""
     return "".join(letter for letter in label.casefold() if letter.isalnum())
 
 
 def is_control_name(label: str, control: str) -> bool:
-    """Return whether a label is another name for the control: another spelling, a usual name, or a numbered one.
+    """Return whether a label looks like another name of the control.
 
     >>> [is_control_name(label, "non-targeting") for label in ("NTC", "non-targeting_3", "TP53")]
     [True, True, False]
@@ -51,7 +51,7 @@ def is_control_name(label: str, control: str) -> bool:
 
 
 def is_no_label(label: str) -> bool:
-    """Return whether a label says that there is none: empty, "nan", "None" and the like."""
+    """Return whether a label means that there is none: empty, "nan", "None" and the like."""
     return label.strip().casefold() in _NO_LABELS
 
 
@@ -69,7 +69,7 @@ def too_long(label: str) -> str | None:
 
 
 class DubiousLabel(NamedTuple):
-    """A label that is likely a mistake: why, and what it may be meant for ("" if nobody can tell)."""
+    """A label that is likely a mistake: why, and the likely intended label ("" if unknown)."""
 
     label: str
     why: str

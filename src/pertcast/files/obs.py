@@ -1,6 +1,6 @@
-"""Reads the tables of an AnnData file, obs and var, one column at a time, in every form AnnData has written them.
+"""Read columns of obs and var in every form that AnnData has written, with bounds on declared sizes.
 
-Invariants: a column comes back as strings; a missing value is code -1, never a made-up label.
+Invariants: a column is returned as strings. A missing value is code -1, never an invented label.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ALWAYS_BYTES = 1 << 26
 
 
 def require_plausible(node: Any) -> None:
-    """Refuse a dataset whose declared size its file cannot hold, or whose chunks are too large to be read.
+    """Refuse a dataset whose declared size its file cannot hold, or whose chunks are too large.
 
     >>> import io
     >>> with h5py.File(io.BytesIO(), "w") as file:
@@ -50,7 +50,7 @@ _REWRITE = "write it again with a current anndata: anndata.read_h5ad(path).write
 
 @contextmanager
 def reading(path: Path, part: str) -> Iterator[None]:
-    """Turn what h5py raises on a broken part of a file into one DataError that names it."""
+    """Turn h5py's errors on a broken part of a file into one DataError that names it."""
     try:
         yield
     except _BROKEN as error:
@@ -62,7 +62,7 @@ def reading(path: Path, part: str) -> Iterator[None]:
 
 
 def near_misses(name: str, known: Sequence[str], *, num: int = 3) -> list[str]:
-    """Return names that differ from `name` by case, punctuation or a few letters, the nearest first.
+    """Return names that differ from `name` by case, punctuation or a few letters, nearest first.
 
     >>> near_misses("non-targeting", ["TP53", "non_targeting"])
     ['non_targeting']
@@ -112,7 +112,7 @@ def column_names(file: Any, path: Path, name: str) -> tuple[str, ...]:
 
 
 def index_length(file: Any, path: Path, name: str) -> int:
-    """Return how many rows ``obs`` or ``var`` has, without reading their names."""
+    """Return the number of rows of ``obs`` or ``var`` without reading their names."""
     group = table(file, path, name)
     with reading(path, f"{name} index"):
         node = group[_index_name(group, path, name)]
@@ -141,7 +141,7 @@ def read_index(file: Any, path: Path, name: str) -> np.ndarray:
 
 
 def _strings(node: Any) -> np.ndarray | pd.Categorical:
-    """Return a column as str objects (``None`` where missing), or as a Categorical where it is stored as one."""
+    """Return a column as str objects (``None`` if missing), or as a Categorical if stored as one."""
     if isinstance(node, h5py.Group):
         kind = str(node.attrs.get("encoding-type", ""))
         if kind == "categorical":
@@ -218,7 +218,7 @@ _KINDS = (
 
 
 def wrong_kind(path: Path, *, zipped: bool = False) -> str | None:
-    """Return what a file is, and what to do, if its first bytes are those of another kind; ``None`` otherwise."""
+    """Return what a file really is, and the remedy, from its first bytes; ``None`` if nothing is suspicious."""
     try:
         with path.open("rb") as stream:
             head = stream.read(_HEAD_BYTES).lstrip().lower()

@@ -1,4 +1,7 @@
-"""How many processors this process may really use: affinity and the quota of its control group, not the machine's."""
+"""Processors, disk space and read-ahead threads.
+
+The number of processors respects affinity and the quota of the control group, not the machine's total.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ Result = TypeVar("Result")
 
 
 def prefetch(items: Iterable[Item], work: Callable[[Item], Result], *, threads: int = 1) -> Iterator[Result]:
-    """Yield ``work(item)`` for each item, in order; the next one is worked on while the caller has the last.
+    """Yield ``work(item)`` for each item, in order, computing the next ones in threads.
 
     >>> list(prefetch(range(4), lambda number: number**2, threads=3))
     [0, 1, 4, 9]
@@ -64,7 +67,7 @@ _SLACK_BYTES = 1 << 20
 
 
 def size_text(size: float) -> str:
-    """Return a number of bytes for people.
+    """Return a number of bytes as text.
 
     >>> size_text(3_712_000_000), size_text(20_500)
     ('3.7 GB', '20.5 kB')
@@ -84,7 +87,7 @@ def _folder_of(destination: Path) -> Path:
 
 
 def require_space(destination: Path, needed: int, *, what: str) -> None:
-    """Make sure that a disk has room for what is to be written."""
+    """Raise unless a disk has room for the output."""
     free = shutil.disk_usage(_folder_of(destination)).free
     if needed + _SLACK_BYTES > free:
         raise DataError(
@@ -94,7 +97,7 @@ def require_space(destination: Path, needed: int, *, what: str) -> None:
 
 
 def describe_write_error(destination: Path, error: Exception) -> str:
-    """Return what to tell a user whose output could not be written; HDF5 does not always say that the disk is full."""
+    """Return the message for an output that could not be written; HDF5 does not always report a full disk."""
     full = getattr(error, "errno", None) in _FULL or "no space left" in str(error).lower()
     if not full:
         try:
@@ -110,7 +113,7 @@ _OWN_GROUP = Path("/proc/self/cgroup")
 
 
 def available_cpus() -> int:
-    """Return the processors that this process may use, at least 1.
+    """Return the number of processors that this process may use, at least 1.
 
     >>> 1 <= available_cpus() <= (os.cpu_count() or 1)
     True
@@ -120,7 +123,7 @@ def available_cpus() -> int:
 
 
 def _quota() -> float:
-    """Return the processors that the control group and those above it grant, infinity where none sets a quota."""
+    """Return the processors that the control groups grant; infinity without a quota."""
     try:
         lines = [line.split(":", 2) for line in _OWN_GROUP.read_text().splitlines()]
     except OSError:

@@ -1,16 +1,16 @@
-"""The two scales of expression, whole counts and log1p of normalised counts: told apart, converted, never mixed.
+"""The two scales of expression, whole counts and log1p of normalised counts: detect, convert, never mix.
 
 The rules, by cell (a row with any value other than 0) and then by file:
 
 - NaN, infinity and negative values are on no scale.
 - A cell with any fraction is *fractional*; a cell of whole numbers alone is *whole*. A whole cell with fewer than three
-  values may be so by chance, and goes with the others.
-- Whole cells alone are ``counts``. Where no value is above 1 (presence and absence) they are *ambiguous*: only
-  ``prepare.scale`` or the other files of the experiment settle what they are.
+  values may be so by chance, and follows the others.
+- Whole cells alone are ``counts``. If no value is above 1 (presence and absence) they are *ambiguous*:
+  ``prepare.scale`` or the other files of the experiment decide.
 - Fractional cells alone are ``log1p``, unless a value is 15 or more (log1p of three million), or no fraction is above
   0.001: cell-eval takes neither for log1p. Such values were normalised without log1p, corrected for ambient RNA, or
   are counts with rounding errors.
-- Whole and fractional cells in one file are mixed, which is an error that names the rows of the fewer ones.
+- Whole and fractional cells in one file are mixed, which is an error that names the rows of the smaller group.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RECOUNT = "give raw counts, or log1p of normalised counts"
 
 
 class ScaleEvidence:
-    """Gathers, block by block, what a file says about its scale.
+    """Collect evidence on the scale of a file, block by block.
 
     >>> evidence = ScaleEvidence("a.h5ad")
     >>> evidence.add(np.array([[0, 3, 1, 7], [2, 0, 5, 1]]))
@@ -65,7 +65,7 @@ class ScaleEvidence:
         cell_of_value: np.ndarray | None = None,
         gene_of_value: np.ndarray | None = None,
     ) -> None:
-        """Add the values of whole cells: dense rows (n, genes), or entries with the cell that each belongs to."""
+        """Add the values of whole cells: dense rows, or entries with the cell of each."""
         if values.ndim == 2:
             self.add_csr(sparse.csr_matrix(values), first_cell=first_cell)
             return
@@ -77,7 +77,7 @@ class ScaleEvidence:
         self._tally(values[order], indptr, genes[order], first_cell)
 
     def add_csr(self, block: sparse.csr_matrix, *, first_cell: int = 0) -> None:
-        """Add a block of whole cells, (n, genes)."""
+        """Add a block of whole cells."""
         self._tally(block.data, block.indptr, block.indices, first_cell)
 
     def _tally(self, values: np.ndarray, indptr: np.ndarray, genes: np.ndarray, first_cell: int) -> None:
@@ -126,7 +126,7 @@ class ScaleEvidence:
         return not self.num_fractional and self.max_value <= 1
 
     def problem(self, asked: Literal["auto", "counts", "log1p"] = "auto") -> Problem | None:
-        """Return what is wrong with the values alone, or as the scale asked for; ``None`` where nothing is."""
+        """Return what is wrong with the values alone, or as the requested scale; ``None`` if nothing."""
         problem = self._problem(asked)
         return None if problem is None else problem._replace(remedy=problem.remedy + self.hint)
 
@@ -182,7 +182,7 @@ class ScaleEvidence:
 
 
 def fractional_rows(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Return which rows hold a fraction, bool (rows,); each row runs from its start to the next and is not empty."""
+    """Return which rows hold a fraction, bool; rows are given by their starts and are not empty."""
     if values.dtype.kind != "f":
         return np.zeros(len(starts), dtype=bool)
     # the first values of a row mostly tell
@@ -201,7 +201,7 @@ def only_faint(values: np.ndarray) -> bool:
 
 
 def _count(is_so: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Return how many are so from each start to the next, int64."""
+    """Return the number of true values from each start to the next."""
     if is_so.all():
         return np.diff(starts, append=len(is_so))
     return np.add.reduceat(is_so, starts, dtype=np.int64)
@@ -234,7 +234,7 @@ def common_scale(evidence: Sequence[ScaleEvidence], *, asked: Literal["auto", "c
 
 
 def log1p_totals(log1p: sparse.csr_matrix) -> np.ndarray:
-    """Return what the log1p values of each cell undo to in sum, float64 (n,)."""
+    """Return the totals of cells before log1p, float64."""
     return row_sums(np.expm1(log1p.data.astype(np.float64)), log1p.indptr)
 
 

@@ -1,6 +1,6 @@
-"""The season's two lists: which targets with how many cells, and which genes in which order.
+"""Read the season's target list and gene list.
 
-Invariants: a list is read whole or refused with every problem at its line; nothing in it is dropped, sorted or mended.
+Invariant: a list is accepted unchanged or refused with every problem at its line.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TargetList:
         return iter(self.targets)
 
     def requested(self) -> dict[str, int]:
-        """Return target → cells asked for."""
+        """Return target → requested cells."""
         if self.n_cells is None:
             raise DataError(
                 f"target list: it has no column {_CELLS!r}, and the season does not say how many cells a target has; "
@@ -72,7 +72,7 @@ def _read_rows(path: Path, what: str) -> list[tuple[int, list[str]]]:
 
 
 def _limited(problems: Sequence[Problem], path: Path) -> list[Problem]:
-    """Return the first problems, and how many more there are."""
+    """Return the first problems, and the number of further ones."""
     rest = len(problems) - _NUM_SHOWN
     more = [Problem(str(path), f"and {rest} more problems like these")] if rest > 0 else []
     return [*problems[:_NUM_SHOWN], *more]
@@ -167,7 +167,7 @@ def _positive_number(text: str) -> float | None:
 
 
 def read_gene_list(path: Path, season: Season) -> tuple[str, ...]:
-    """Read the genes of a prediction in their order (``gene_names.csv``), one a line.
+    """Read the genes of a prediction in their order (``gene_names.csv``), one on each line.
 
     >>> import tempfile
     >>> from pertcast.seasons import season
@@ -218,13 +218,13 @@ def read_gene_list(path: Path, season: Season) -> tuple[str, ...]:
 
 
 def write_genes(path: Path, genes: Sequence[str]) -> None:
-    """Write genes in their order, one a line; names with commas, quotes or line breaks are quoted as CSV."""
+    """Write genes in their order, one on each line, quoted as CSV if needed."""
     with path.open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream, lineterminator="\n").writerows([gene] for gene in genes)
 
 
 def read_written_genes(path: Path) -> tuple[str, ...]:
-    """Read what :func:`write_genes` wrote, whatever the genes are called."""
+    """Read what :func:`write_genes` wrote."""
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             return tuple(row[0] for row in csv.reader(stream, strict=True))

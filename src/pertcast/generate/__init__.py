@@ -1,8 +1,8 @@
-"""A run and a target list in, one part file a target out: exactly the planned cells, each made from a control cell.
+"""Generate the planned cells of each target from a run: one part file for each target.
 
-Invariants: every set has the length that the model knows, the last one is filled and its surplus dropped; controls are
-of the target's context; a part depends on the seed, its context and its target alone, never on the other targets.
-A part that is there and right is not made again; whatever stops the stage, no half-written part bears its name.
+Invariants: every set has the model's length; the last one is filled and its surplus dropped. Controls are of the
+target's context. A part depends on the seed, its context and its target alone, never on the other targets. A valid part
+is not made again, and no half-written part has its final name.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def generate(
     devices: int = 1,
     progress: Progress = SILENT,
 ) -> Path:
-    """Make the wanted number of cells for each target.
+    """Generate the requested number of cells for each target.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ def generate(
 
 
 def generate_share(job: Mapping[str, Any], progress: Progress) -> None:
-    """Make the share of one of the processes that :func:`generate` started."""
+    """Make the parts of one of the processes that :func:`generate` started."""
     out, experiment = Path(job["out"]), job["experiment"]
     generate(
         Path(job["run"]),
@@ -164,7 +164,7 @@ def _begin(out: Path, plan: Plan, experiment: Experiment) -> None:
 def _make_parts(
     out: Path, parts: Sequence[Part], maker: PartMaker, progress: Progress, *, others: Sequence[Part] = ()
 ) -> None:
-    """Make the parts that are not there yet, and wait for those of other processes."""
+    """Make the missing parts, and wait for those of other processes."""
     todo = [part for part in parts if not maker.is_right(out, part)]
     total = sum(part.num_cells for part in (*parts, *others))
     done = sum(part.num_cells for part in parts) - sum(part.num_cells for part in todo)
@@ -174,7 +174,7 @@ def _make_parts(
 
 
 def _require_same_training(run: Run, experiment: Experiment) -> None:
-    """Refuse an experiment whose data, model or loss are not those that the run was trained with."""
+    """Refuse an experiment whose data, model or loss differ from the run's."""
     keys = [
         "training",
         "zeroshot",
@@ -213,7 +213,7 @@ def _open_store(run: Run, run_path: Path, store_path: Path | None) -> Store:
 
 
 def _features(run: Run, run_path: Path, experiment: Experiment, store: Store, plan: Plan) -> PertFeatures:
-    """Return features of every target: those that the run keeps, or the file's where the run has not seen a target."""
+    """Return features of every target: the run's own, or the file's for targets that the run has not seen."""
     kept = open_features(run_path / "features")
     targets = tuple(dict.fromkeys(part.target for part in plan.parts if part.target != plan.season.control_label))
     if set(targets) <= set(kept.names):
@@ -234,7 +234,7 @@ def _features(run: Run, run_path: Path, experiment: Experiment, store: Store, pl
 
 
 def _with_notes(plan: Plan, experiment: Experiment, features: PertFeatures, run: Run, store: Store) -> Plan:
-    """Return the plan with a note on everything that is not predicted from what the data themselves say."""
+    """Return the plan with a note on everything that the user asked for or should know."""
     notes = list(plan.notes)
     filled = {part.target: features.filled[part.target] for part in plan.parts if part.target in features.filled}
     if filled:
@@ -260,7 +260,7 @@ def _with_notes(plan: Plan, experiment: Experiment, features: PertFeatures, run:
 
 
 def _how_made(generate: GenerateConfig) -> list[str]:
-    """Say where cells come from when they are not the model's own."""
+    """Describe the cells if they are not the model's own."""
     ways = {
         "donors": "real control cells, re-weighted gene by gene to the predicted mean",
         "negative_binomial": "drawn around the predicted mean, with the control cells' dispersion and depth",

@@ -1,7 +1,7 @@
-"""What calibration chose for a run, as a file of it, and a predictor whose effects are scaled so.
+"""The calibration of a run, and the predictor that scales effects by it.
 
-Invariants: a calibration belongs to the weights that it was made with; it is listed in the run's manifest, so a changed
-one is found when the run is opened. Each set is scaled by itself, so cells do not depend on how many are made at once.
+Invariants: a calibration belongs to the weights that it was made with. It is listed in the run's manifest, so a changed
+one is noticed when the run is opened. Each set is scaled by itself, so cells do not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def amplify(
     *,
     ceiling: float = float("inf"),
 ) -> NDArray[np.float32]:
-    """Return predicted cells whose mean effect is `amplitude` times as large, where that is not below 0; zeros stay 0.
+    """Scale the mean effect of predicted cells by `amplitude`, not below 0; zeros stay 0.
 
     >>> amplify(np.array([[0.0, 1.0], [4.0, 1.0]], dtype="f4"), np.array([[1.0, 2.0]] * 2, dtype="f4"), 2.0).tolist()
     [[0.0, 0.0], [6.0, 0.0]]
@@ -66,7 +66,7 @@ _LARGEST_TOTAL = 1e6
 
 @dataclass(frozen=True)
 class Calibration:
-    """How much larger or smaller a run's effects, and the spread of its cells, should be."""
+    """The scaling of a run's effects, and the residual scale of its cells."""
 
     amplitude: float  # Of all effects
     # A target whose predicted effect has the size s has the amplitude ``amplitude * (s / reference) **
@@ -83,7 +83,7 @@ class Calibration:
     notes: tuple[str, ...] = ()  # What was done, in sentences
 
     def of(self, size: float) -> float:
-        """Return the amplitude of a target whose predicted effect has this size."""
+        """Return the amplitude for a target with this effect size."""
         if not self.slope or not size or not self.reference:
             return self.amplitude
         change = (size / self.reference) ** self.slope
@@ -91,19 +91,19 @@ class Calibration:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what changes cells."""
+        """A hash of everything that changes cells."""
         values = [self.amplitude, self.slope, self.reference, self.spread, self.cells, self.weights]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def __str__(self) -> str:
-        """Say what it does to effects."""
+        """Describe the scaling."""
         own = f" x (predicted size / {self.reference:.3g}) ^ {self.slope:+.2f}" if self.slope else ""
         spread = f", spread {self.spread:g}" if self.spread != 1 else ""
         return f"effects x {self.amplitude:.3g}{own}{spread}"
 
 
 def save_calibration(run_path: Path, calibration: Calibration) -> Path:
-    """Write a calibration into a run's folder and its manifest; one that is there is replaced."""
+    """Write a calibration into a run's folder and its manifest, replacing an earlier one."""
     manifest = read_manifest(run_path, kind="run")
     path = run_path / CALIBRATION
     write_json(path, asdict(calibration))
@@ -127,7 +127,7 @@ def open_calibration(run_path: Path) -> Calibration:
 
 
 def calibrated(run: Run, experiment: Experiment) -> tuple[Calibration | None, Experiment]:
-    """Return the run's calibration where ``generate.calibrated`` asks for it, and the experiment with its spread."""
+    """Return the run's calibration if ``generate.calibrated`` asks for it, and the adjusted experiment."""
     generate: GenerateConfig = experiment.generate
     if not generate.calibrated:
         return None, experiment
@@ -143,12 +143,12 @@ def calibrated(run: Run, experiment: Experiment) -> tuple[Calibration | None, Ex
 
 
 def largest_log1p(store: Store) -> float:
-    """Return log1p of the total that a store's cells are normalised to: no gene of a cell can have more."""
+    """Return the largest possible log1p value: that of the total of a cell."""
     return float(np.log1p(store.target_sum or _LARGEST_TOTAL))
 
 
 class CalibratedPredictor:
-    """A predictor with the effects of its targets scaled; control cells are predicted as they were."""
+    """Scale the effects of targets; control cells are unchanged."""
 
     def __init__(
         self, predictor: Predictor, store: Store, calibration: Calibration, *, output_genes: NDArray[np.int64]
@@ -157,7 +157,7 @@ class CalibratedPredictor:
         self._genes = None if len(output_genes) == len(store.genes) else output_genes
 
     def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
-        """Return (B * S, output genes) log1p values; see :class:`pertcast.generate.predict.Predictor`."""
+        """Return (B * S, output genes) log1p values."""
         predicted_CO = self._predictor.predict(rows_BS, target=target, context=context)
         if target == self._store.control:
             return predicted_CO

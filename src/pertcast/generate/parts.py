@@ -1,4 +1,4 @@
-"""Makes one part after another with one model: sets of control cells in, one h5ad of predicted cells out."""
+"""Make one part after another: read sets of control cells, predict, and write one h5ad."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from pertcast.submission.controls import choose_controls
 
 
 class PartMaker:
-    """Makes one part after another with one model."""
+    """Make one part after another with one model."""
 
     def __init__(
         self,
@@ -74,13 +74,13 @@ class PartMaker:
             )
 
     def _shapes(self) -> NDArray[np.float64]:
-        """Return the counts head's 1 / dispersion of all genes, NaN where it predicts none."""
+        """Return the counts head's 1 / dispersion of all genes, NaN for unpredicted ones."""
         shapes_G = np.full(len(self._run.genes), np.nan)
         shapes_G[self._run.output_genes] = shapes_of(self._run)
         return shapes_G
 
     def _settings(self, part: Part) -> dict[str, object]:
-        """Return all that the values of a part depend on beside weights and store."""
+        """Return everything that a part's values depend on besides weights and store."""
         generate, submission = self._experiment.generate, self._experiment.submission
         settings: dict[str, object] = {
             "seed": generate.seed,
@@ -110,11 +110,11 @@ class PartMaker:
         return settings
 
     def _label(self, target: str) -> str:
-        """Return what the store calls a target: the season and the data may have different control labels."""
+        """Return the store's label of a target; the season may name the control differently."""
         return self._store.control if target == self._experiment.submission.resolve().control_label else target
 
     def is_right(self, out: Path, part: Part) -> bool:
-        """Return whether the part is there, whole, and made from what it would be made from now."""
+        """Decide whether a part can be reused."""
         path = out / part.file
         if not path.is_file() or not manifest_path(path).is_file():
             return False
@@ -122,7 +122,7 @@ class PartMaker:
         return same and not verify_artefact(path)
 
     def make(self, out: Path, parts: Sequence[Part], *, done: Callable[[Part], None]) -> None:
-        """Write parts and their manifests, one after the other; `done` is called after each."""
+        """Write parts and their manifests one after the other, calling `done` after each."""
         batches = ((part, sets_BS) for part in parts if not part.copied for sets_BS in self._batches(part))
         with closing(prefetch(batches, lambda item: self._predict(*item))) as predicted:  # type: ignore[type-var]
             for part in parts:
@@ -142,7 +142,7 @@ class PartMaker:
         write_manifest(path, Manifest("part", inputs=self.inputs, config=self._settings(part)))
 
     def _rows(self, part: Part) -> NDArray[np.int64]:
-        """Return the rows of the control cells that the part's cells are copied or made from, in order."""
+        """Return the rows of control cells from which the part's cells are copied or made."""
         pool = control_rows(self._store, self._experiment, part.dataset, part.context)
         seed = self._experiment.generate.seed
         if part.copied:
@@ -175,7 +175,7 @@ class PartMaker:
         return (sets_NS[start : start + size] for start in range(0, len(sets_NS), size))
 
     def _blocks(self, part: Part, predicted: Iterator[NDArray[np.float32]]) -> Iterator[sparse.csr_matrix]:
-        """Return the part's cells as they are written."""
+        """Yield the part's cells as they are written."""
         rows = self._rows(part)[: part.num_cells]
         if part.copied:
             return self._cells.copied(rows)
@@ -183,7 +183,7 @@ class PartMaker:
         return self._cells.made(part, rows, self._predicted(part, predicted), pool=pool)
 
     def _predicted(self, part: Part, predicted: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
-        """Take the part's cells from the stream of all predicted cells; the surplus of the last set is dropped."""
+        """Take the part's cells from the stream of predicted cells, without the surplus of the last set."""
         left = part.num_cells
         while left:
             cells_CG = next(predicted)[:left]
@@ -197,7 +197,7 @@ class PartMaker:
             del cells_CG
 
     def _predict(self, part: Part, sets_BS: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return (B * S, all genes) what is predicted of cells, in the order of their control cells."""
+        """Return the predictions of cells over all genes, in the order of their control cells."""
         rows = sets_BS.reshape(-1)
         output_CO = self._predictor.predict(sets_BS, target=self._label(part.target), context=part.context)
         if np.array_equal(self._run.output_genes, np.arange(len(self._run.genes))):
@@ -217,7 +217,7 @@ _POLL_SECONDS = 0.5
 
 
 def own_share(parts: Sequence[Part], *, rank: int, size: int) -> tuple[Part, ...]:
-    """Return the parts that a process makes, in the plan's order; all processes have about as many cells.
+    """Return the parts of one process; all processes have about as many cells.
 
     >>> parts = [Part(name, "vcc", "H1", name, num) for name, num in (("A", 5), ("B", 9), ("C", 4), ("D", 1))]
     >>> [[part.target for part in own_share(parts, rank=rank, size=2)] for rank in range(2)]
@@ -232,7 +232,7 @@ def own_share(parts: Sequence[Part], *, rank: int, size: int) -> tuple[Part, ...
 
 
 def wait_for_others(out: Path, parts: Sequence[Part], maker: PartMaker, advance: Advance) -> None:
-    """Return when the parts of all other processes are there and right; a launcher ends all if one of them fails."""
+    """Wait until the parts of all other processes are complete."""
     pending = list(parts)
     while pending:
         for part in tuple(pending):

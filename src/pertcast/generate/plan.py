@@ -1,6 +1,6 @@
-"""What will be made, before anything is made: contexts, targets, cells under the cap, control cells.
+"""Plan a generation: contexts, targets, cells under the cap, control cells.
 
-The plan is shown to the user and stored beside the parts; every part is a function of its line in it.
+The plan is shown to the user and stored beside the parts. Every part depends only on its line of the plan.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _USED = Split.TRAIN | Split.VAL | Split.TEST
 
 @dataclass(frozen=True)
 class Part:
-    """One file of the parts: all cells of one target in one context."""
+    """One part file: all cells of one target in one context."""
 
     file: str  # Path relative to the parts' folder
     dataset: str  # The dataset whose control cells it is made from
@@ -40,7 +40,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be made, in the order of the prediction."""
+    """All parts, in the order of the prediction."""
 
     season: Season
     budget: Budget
@@ -50,7 +50,7 @@ class Plan:
 
 
 def prediction_sources(cells: CodedCells, experiment: Experiment, season: Season) -> dict[str, str]:
-    """Return the contexts to predict, by the season's rules, and the dataset whose control cells each is made from."""
+    """Return the contexts to predict, and the dataset whose control cells each uses."""
     there = ", ".join(repr(name) for name in cells.contexts)
     asked = experiment.submission.context
     if season.contexts is not None:
@@ -97,7 +97,7 @@ def _dataset_of(cells: CodedCells, experiment: Experiment, context: str) -> str:
 
 
 def control_rows(cells: CodedCells, experiment: Experiment, dataset: str, context: str) -> NDArray[np.int64]:
-    """Return the rows of the control cells of a dataset and context that cells may be made from."""
+    """Return the rows of control cells of a dataset and context that may be used."""
     codes = {"dataset": cells.datasets.index(dataset), "context": cells.contexts.index(context)}
     rows: NDArray[np.int64] = cells.rows(
         split=Split.TRAIN if experiment.generate.controls_from == "train" else _USED, pert=cells.control_code, **codes
@@ -112,7 +112,7 @@ def control_rows(cells: CodedCells, experiment: Experiment, dataset: str, contex
 
 
 def _num_controls(cells: CodedCells, experiment: Experiment, season: Season, part: Part) -> tuple[int, list[str]]:
-    """Return how many control cells go into the prediction, and what the user should know about the number."""
+    """Return the number of control cells in the prediction, and a note on it."""
     submission = experiment.submission
     if season.controls == "forbidden":
         return 0, []
@@ -140,7 +140,7 @@ def _check_genes(cells: CodedCells, season: Season) -> None:
 
 
 def plan_parts(cells: CodedCells, experiment: Experiment) -> Plan:
-    """Return the plan: which cells of which target in which context, under the season's cap."""
+    """Return the plan: the cells of each target in each context, under the season's cap."""
     submission = experiment.submission
     if submission.targets is None:
         raise ConfigError("[submission] targets: no target list is given; pass --targets pert_counts.csv")

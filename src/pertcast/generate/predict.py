@@ -1,6 +1,7 @@
-"""What every run fulfils that cells can be made from: control cells, a target and a context in, predicted cells out.
+"""Predict the cells of one target from a run: network, baseline or imported run.
 
-How cells of a part are drawn, finished and written is none of a predictor's business.
+A predictor maps (control cells, target, context) to predicted cells. How cells are made and written is decided
+elsewhere.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _SAME_TOTAL = 0.01
 
 
 def is_imported(run: Run) -> bool:
-    """Return whether a run was trained elsewhere, and so has no store of its own."""
+    """Return whether a run was imported, and so has no store of its own."""
     return not run.store_fingerprint
 
 
 def bind(run: Run, store: Store) -> Run:
-    """Return an imported run as if it had been trained on a store: its genes are positions in the store's list."""
+    """Return an imported run with its genes as positions in a store's list."""
     if run.network.output_space == "embedding":
         raise CheckpointError(f"{run.path}: the network gives an embedding and no genes; import one that gives genes")
     problems = [*_gene_problems(run, store), *_input_problems(run, store), *_batch_problems(run, store)]
@@ -52,7 +53,7 @@ def bind(run: Run, store: Store) -> Run:
 
 
 def match_total(run: Run, store: Store) -> tuple[Store, list[str]]:
-    """Return the store normalised to the total of an imported run's cells, and a note on it."""
+    """Return the store normalised to the total of an imported run's cells, with a note."""
     has = "an unknown total" if store.target_sum is None else f"{store.target_sum:,.6g}"
     if run.target_sum is None:
         remedy = "import it again with --target-sum to have it matched"
@@ -68,13 +69,13 @@ def match_total(run: Run, store: Store) -> tuple[Store, list[str]]:
 
 
 def batch_codes(run: Run, store: Store) -> NDArray[np.int64]:
-    """Return the run's batch code of each of the store's batches, -1 where it has none; the last is the unknown one."""
+    """Return the run's code of each batch of the store, -1 if it has none; the last is the unknown batch."""
     known = {name: code for code, name in enumerate(run.batches)}
     return np.array([*(known.get(name, -1) for name in _batch_names(run, store)), -1], dtype=np.int64)
 
 
 def _batch_names(run: Run, store: Store) -> tuple[str, ...]:
-    """Return what the run calls the store's batches: an imported run knows no files, and so their labels alone."""
+    """Return the run's names of the store's batches; an imported run knows only their labels."""
     return store.batch_labels if is_imported(run) else store.batches
 
 
@@ -122,7 +123,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 class Predictor(Protocol):
-    """Predicts cells, each from a control cell of a store."""
+    """The interface of a predictor: (control cells, target, context) → predicted cells."""
 
     def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
         """Return (B * S, output genes) log1p values, in the order of the control cells."""
@@ -160,7 +161,7 @@ class BaselinePredictor:
         self._run, self._store, self._effects = run, store, BaseEffects(run, baseline, store, features)
 
     def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
-        """Return (B * S, output genes) log1p values; see :class:`Predictor`."""
+        """Return (B * S, output genes) log1p values."""
         is_whole = len(self._run.output_genes) == len(self._store.genes)
         control_CO = self._store.log1p(rows_BS.reshape(-1), genes=None if is_whole else self._run.output_genes)
         return control_CO + self._effects.of(target, context)
@@ -190,7 +191,7 @@ class NetworkPredictor:
         self._base = BaseEffects(run, baseline, store, features) if baseline is not None else None
 
     def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
-        """Return (B * S, output genes) log1p values; see :class:`Predictor`."""
+        """Return (B * S, output genes) log1p values."""
         prediction = self.prediction(rows_BS, target=target, context=context)
         return prediction.unclipped_BSG.flatten(0, 1).float().cpu().numpy()
 
@@ -203,7 +204,7 @@ class NetworkPredictor:
 
     @torch.inference_mode()
     def prediction(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> Prediction:
-        """Return all that the network says of sets of rows of control cells."""
+        """Return the network's whole prediction for sets of rows of control cells."""
         inputs_CI = read_inputs(self._store, rows_BS.reshape(-1), source=self._source, genes=self._input_genes)
         batch_C = self._batch_codes[self._store.batch_codes[rows_BS.reshape(-1)]]
         context_code = self._run.contexts.index(context) if context in self._run.contexts else -1
@@ -228,14 +229,14 @@ def _own_device() -> torch.device:
 
 
 class CentredPredictor:
-    """Predicts the control cell plus what the target adds to the prediction of the control condition."""
+    """Add to the control cell only what the target changes in the control condition's prediction."""
 
     def __init__(self, predictor: Predictor, store: Store, *, output_genes: NDArray[np.int64]) -> None:
         self._predictor, self._store = predictor, store
         self._genes = None if len(output_genes) == len(store.genes) else output_genes
 
     def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
-        """Return (B * S, output genes) log1p values; see :class:`pertcast.generate.predict.Predictor`."""
+        """Return (B * S, output genes) log1p values."""
         control_CO: NDArray[np.float32] = self._store.log1p(rows_BS.reshape(-1), genes=self._genes)
         if target != self._store.control:
             control_CO += self._predictor.predict(rows_BS, target=target, context=context)
@@ -255,13 +256,13 @@ def shapes_of(run: Run) -> NDArray[np.float64]:
 
 
 class CountsHeadPredictor:
-    """Says of each cell the logarithms of how its set's rates change; genes that are not predicted stay as they are."""
+    """Return log fold changes of each cell's rates; unpredicted genes do not change."""
 
     def __init__(self, run: Run, store: Store, features: PertFeatures) -> None:
         self._network = NetworkPredictor(run, store, features, counts_head=True)
 
     def predict(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> NDArray[np.float32]:
-        """Return (B * S, output genes); see :class:`pertcast.generate.predict.Predictor`."""
+        """Return (B * S, output genes) log fold changes."""
         counts = self._network.prediction(rows_BS, target=target, context=context).counts
         assert counts is not None
         log_fold_BO = counts.log_fold_BG.float().cpu().numpy()

@@ -1,1 +1,1 @@
-"""What came back: scores of predictions whose truth the user has."""
+"""Scores of predictions whose truth the user has."""

@@ -1,7 +1,7 @@
-"""Compares rungs of the ladder, models and experiments on held-out perturbations, over seeds and folds.
+"""Compare rungs, models and experiments on held-out perturbations, over seeds and folds.
 
-Each candidate is trained, and its cells made and scored, by the stages that a submission takes. All candidates meet the
-same folds, seeds, control cells and truths, so that they are compared pair by pair.
+Each candidate goes through the stages of a submission. All candidates share folds, seeds, control cells and truths, so
+they are compared pair by pair.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pertcast.stats.draws import generator
 
 
 def held_out_folds(experiment: Experiment, *, folds: int, seed: int = 0) -> tuple[list[Experiment], list[str]]:
-    """Return one experiment for each fold, and what the user should know."""
+    """Return one experiment for each fold, and notes for the user."""
     tests = {key: held.test for key, held in experiment.fewshot.items() if held.test}
     if not folds:
         return _as_it_stands(experiment)
@@ -78,7 +78,7 @@ def _all_labels(experiment: Experiment) -> dict[str, Sequence[str]]:
 
 
 class Candidate(NamedTuple):
-    """One of those compared: its name, its experiment file, and what is set on top of it."""
+    """One candidate: its name, its experiment file, and overrides."""
 
     name: str
     path: Path
@@ -98,7 +98,7 @@ class _Fold(NamedTuple):
 
 
 def candidates_of(paths: Sequence[Path], *, rungs: Sequence[str], models: Sequence[str]) -> list[Candidate]:
-    """Return every rung and model of every experiment; with neither, the experiments as they stand."""
+    """Return every rung and model of every experiment; with neither, the experiments themselves."""
     found = []
     for path in paths:
         prefix = f"{path.stem}:" if len(paths) > 1 else ""
@@ -122,7 +122,7 @@ def compare(
     overrides: Sequence[str] = (),
     progress: Progress = SILENT,
 ) -> Comparison:
-    """Train and score every candidate on every fold with every seed, as far as that is not done, and compare them."""
+    """Train and score every candidate on every fold and seed that is not done yet, and compare them."""
     if any_content(out) and not (out / "folds").is_dir():
         raise DataError(f"{out}: it is there already and holds no comparison; give another --out, or remove it first")
     with claimed(out):
@@ -165,7 +165,7 @@ def _what_preflight_reads(experiment: Experiment) -> str:
 def _folds(
     experiment: Experiment, out: Path, *, folds: int, rules: Season, known: dict[_Kind, list[_Fold]], progress: Progress
 ) -> list[_Fold]:
-    """Prepare the store and the truth of each fold of an experiment, once for all that share them."""
+    """Prepare the store and the truth of each fold once, for all candidates that share them."""
     controls = experiment.generate.controls_from
     digest = digest_of(store_identity(experiment.as_json()), controls, folds)
     scale = experiment.generate.scale
@@ -194,7 +194,7 @@ def _folds(
 
 
 def _require_same(divided: list[_Fold], known: Mapping[_Kind, list[_Fold]]) -> None:
-    """Refuse candidates that are scored on different perturbations, or against truths on different scales."""
+    """Refuse candidates with different held-out perturbations or truths on different scales."""
     problems = []
     if len({scale for _, scale in known}) > 1:
         message = "some make counts and some log1p values, which the scorer normalises otherwise"
@@ -238,7 +238,7 @@ def _trials(
 
 
 def _run_all(trials: Sequence[Trial], *, jobs: int, progress: Progress) -> list[Scores]:
-    """Return the scores of all trials; the first seeds of all candidates come first."""
+    """Return the scores of all trials; the first seeds of all candidates run first."""
     order = sorted(range(len(trials)), key=lambda place: (trials[place].seed, trials[place].fold))
     scores: dict[int, Scores] = {}
     if jobs <= 1:
@@ -256,7 +256,7 @@ def _run_all(trials: Sequence[Trial], *, jobs: int, progress: Progress) -> list[
 
 @contextmanager
 def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Give processes that share out processors and accelerators; whatever ends the work cancels what has not begun."""
+    """Give worker processes that share processors and accelerators; on an error, cancel the rest."""
     context = multiprocessing.get_context("spawn")
     turn = context.Value("i", 0)
     threads = max(1, available_cpus() // jobs)
@@ -268,7 +268,7 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _begin_worker(turn: Any, threads: int) -> None:
-    """Take a share of the processors, and the next accelerator; before torch is imported."""
+    """Take a share of the processors and the next accelerator, before torch is imported."""
     with turn.get_lock():
         number = turn.value
         turn.value += 1

@@ -1,9 +1,8 @@
-"""What a comparison says: each candidate's metrics and the differences between them, with paired bootstrap intervals.
+"""The result of a comparison: metrics of each candidate and their differences, with paired bootstrap intervals.
 
-Legend of shapes: S seeds, U units (a held-out target in a context), R resamples.
-The overall is cell-eval's: of means over all units, relative to the training-mean baseline, each metric clipped at 0.
-It is computed anew in each resample, baseline included. The rank of a target (PDS) is taken as given; it is not ranked
-anew among the targets of a resample.
+Legend of shapes: S seeds, U units (a held-out target in a context), R resamples. The overall is cell-eval's: of means
+over all units, relative to the training-mean baseline, each metric clipped at 0. It is recomputed in each resample,
+baseline included. The rank of a target (PDS) is not recomputed among the targets of a resample.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _UNITS_IN_STRATUM = 3
 
 
 class Change(NamedTuple):
-    """How one candidate differs from another in a metric: the difference, and in percent of the other's value."""
+    """The difference between two candidates in a metric, absolute and in percent."""
 
     name: str
     against: str
@@ -64,7 +63,7 @@ class Comparison:
         raise KeyError((name, against, metric))
 
     def as_json(self) -> dict[str, Any]:
-        """Return JSON values; what is not a number is ``None``."""
+        """Return JSON values; NaN becomes ``None``."""
         return {
             "candidates": list(self.candidates),
             "num_seeds": self.num_seeds,
@@ -84,7 +83,7 @@ def collect(
     folders: Mapping[str, str] | None = None,
     num_resamples: int = 4000,
 ) -> Comparison:
-    """Put the scores of all trials together, and compare."""
+    """Combine the scores of all trials and compare the candidates."""
     names = tuple(dict.fromkeys(name for name, _, _, _ in trials))
     num_seeds = 1 + max(seed for _, _, seed, _ in trials)
     first = [(fold, scores) for name, fold, seed, scores in trials if name == names[0] and seed == 0]
@@ -174,7 +173,7 @@ def _changes(name: str, against: str, ours: _Means, theirs: _Means) -> list[Chan
 def _strata(
     values: Mapping[str, Mapping[str, Floats]], units: Sequence[tuple[str, str, int]], num_seeds: int, num: int
 ) -> dict[str, dict[str, dict[str, Interval]]]:
-    """Return the levels of each third of the units, by the size of their real effects; nothing where they are few."""
+    """Return the metrics by thirds of real effect size; empty for few units."""
     if len(units) < _UNITS_IN_STRATUM * len(_STRATA):
         return {}
     order = np.argsort(values["baseline"]["effect_size"][0], kind="stable")
@@ -300,7 +299,7 @@ _BLUE, _GREY = "#0072b2", "#6b6b6b"
 
 
 def draw_chart(comparison: Comparison) -> str:
-    """Return the chart as SVG text; references are grey, and shapes tell them apart without colour."""
+    """Return the chart as SVG. References are grey; shapes distinguish them without colour."""
     names = (*comparison.candidates, *REFERENCES)
     width = _NAMES + len(METRICS) * (_PANEL + _GAP)
     height = _TOP + _ROW * len(names) + _BOTTOM

@@ -1,9 +1,9 @@
-"""The truth of a fold: its held-out cells beside the training control cells, and what is scored against them once.
+"""The truth of a fold: its held-out cells beside the training control cells, and reference scores.
 
-A fold's ranking (PDS) is among all perturbations that any fold holds out in the context, so that the number of folds
-does not change what a rank means; the other metrics are of the fold's own.
-Where cells are made in counts, the truth is of counts too, and each file is normalised by its own median total: so the
-official scorer does. Nothing of a prediction is normalised to what only the truth or the store knows.
+A fold's ranking (PDS) is among all perturbations that any fold holds out in the context, so the number of folds does
+not change what a rank means. The other metrics are of the fold's own targets. If cells are generated as counts, the
+truth is counts too, and each file is normalised by its own median total, as the official scorer does. Nothing of a
+prediction is normalised to what only the truth or the store knows.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class HeldOut:
 
     @property
     def name(self) -> str:
-        """What its scores are kept under."""
+        """The key of its scores."""
         return f"{self.dataset}.{self.context}"
 
 
 def prepare_truth(
     store: Store, experiment: Experiment, folder: Path, *, rules: Season, ranked: Mapping[str, Sequence[str]]
 ) -> list[HeldOut]:
-    """Write the truth of each dataset and context that has held-out perturbations, where it is not there already."""
+    """Write the truth of each dataset and context with held-out perturbations, unless it exists."""
     in_counts = experiment.generate.scale == "counts"
     found = []
     pairs = sorted({(screen.dataset, screen.context) for screen in store.screens})
@@ -122,7 +122,7 @@ def _write_targets(
 
 
 def against_truth(predicted: PseudobulkStats, truth: PseudobulkStats) -> dict[str, dict[str, float]]:
-    """Return the metrics of each predicted target; ranks are among all targets of the truth."""
+    """Return the metrics of each predicted target, ranked among all targets of the truth."""
     scored = compare_sides(predicted, select_perts(truth, predicted.perts))
     position = {gene: number for number, gene in enumerate(truth.genes)}
     own_gene = np.array([position.get(pert, -1) for pert in predicted.perts], dtype=np.int64)
@@ -137,7 +137,7 @@ def against_truth(predicted: PseudobulkStats, truth: PseudobulkStats) -> dict[st
 def reference_scores(
     store: Store, held: Sequence[HeldOut], kept: Path, *, rules: Season, progress: Progress
 ) -> dict[str, Scores]:
-    """Return what the official training-mean baseline and one half of the real cells score; kept in a file."""
+    """Return the scores of the training-mean baseline and of one half of the real cells, cached in a file."""
     if kept.is_file():
         return read_json(kept)
     scores: dict[str, Scores] = {"baseline": {}, "ceiling": {}}
@@ -177,7 +177,7 @@ def _mean(store: Store, rows: NDArray[np.int64], target_sum: float | None) -> ND
 
 
 def _log1p(store: Store, rows: NDArray[np.int64], target_sum: float | None) -> sparse.csr_matrix:
-    """Return log1p values as the scorer makes them of the truth."""
+    """Return log1p values as the scorer computes them for the truth."""
     if target_sum is None:
         return store.csr(rows)
     return normalise_log1p(store.counts(rows), store.totals[rows], target_sum)

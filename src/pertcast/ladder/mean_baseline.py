@@ -1,7 +1,7 @@
 """The official baseline of season 2025: every target's cells are the mean over the training perturbations' means.
 
-It is what `cell-eval baseline` writes (one constant cell, repeated, beside the training file's control cells), scored
-without writing it. Targets of as many cells are alike; constant cells are made a bounded number at a time.
+`cell-eval baseline` writes one constant cell, repeated, beside the training file's control cells. Here it is scored
+without writing it. Targets with equally many cells are alike, and constant cells are made in bounded numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_VALUES = 1 << 27
 
 @dataclass(frozen=True)
 class TrainingMean:
-    """Asks for the training-mean baseline."""
+    """A request for the training-mean baseline."""
 
     cells: Path  # h5ad file of training cells, controls among them
 
@@ -36,7 +36,7 @@ class TrainingMean:
 def training_mean_side(
     training: TrainingMean, truth: PseudobulkStats, rules: Season, *, progress: Progress = SILENT
 ) -> PseudobulkStats:
-    """Return the baseline for the targets of a truth, each with as many cells as the truth has."""
+    """Return the baseline's statistics for the targets of a truth, with as many cells each."""
     read = read_groups(training.cells, rules, progress=progress)
     means = group_means(read.groups)[0].astype(read.groups.values.dtype)
     return _constant_side(
@@ -55,7 +55,7 @@ def constant_side(
     *,
     progress: Progress = SILENT,
 ) -> PseudobulkStats:
-    """Return targets whose cells are all one cell, beside control cells, each with as many cells as the truth has."""
+    """Return the statistics of targets whose cells are all one cell, beside control cells."""
     control = group_cells(controls_log1p, np.zeros(controls_log1p.shape[0], dtype=np.int64))
     mean = group_means(control)[0][0].astype(control.values.dtype)
     beside = dataclasses.replace(truth, control_mean_log1p=mean)
@@ -70,7 +70,7 @@ def _constant_side(
     from_dense: bool,
     progress: Progress,
 ) -> PseudobulkStats:
-    """Return the side of a constant cell; targets, cells, genes and the control's mean are those of `beside`."""
+    """Return the statistics of a constant cell, with the targets and controls of `beside`."""
     sizes, place = np.unique(beside.num_cells, return_inverse=True)
     significant = np.zeros((len(sizes), len(constant)), dtype=bool)
     fold_change = np.zeros((len(sizes), len(constant)), dtype=np.float32)
@@ -89,7 +89,7 @@ def _constant_side(
 
 
 def _batches(sizes: NDArray[np.int64], num_expressed: int) -> Iterator[slice]:
-    """Yield ranges of sizes whose constant cells have a bounded number of values, at least one each."""
+    """Yield ranges of sizes whose constant cells have a bounded number of values."""
     start = 0
     while start < len(sizes):
         stop = start + 1

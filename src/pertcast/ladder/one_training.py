@@ -1,7 +1,7 @@
 """One trial of a comparison: train a candidate with one seed on one fold, generate the held-out cells, score them.
 
-Through the stages that everybody uses, so that what is compared is what would be submitted. A trial that is done and
-still true is not done again; one that was stopped goes on where it stopped.
+Trials run the normal pipeline, so they score what would be submitted. Finished trials are reused, and interrupted ones
+resume.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Trial:
-    """What one trial needs; it travels to worker processes."""
+    """Everything one trial needs; it travels to worker processes."""
 
     name: str  # The candidate, and which of its trials this is
     fold: int
@@ -46,7 +46,7 @@ class Trial:
 
     @property
     def title(self) -> str:
-        """How it is called while it runs."""
+        """Its name in the progress."""
         return f"{self.name}, fold {self.fold}, seed {self.seed}"
 
 
@@ -56,7 +56,7 @@ def digest_of(*parts: Any) -> str:
 
 
 def run_trial(trial: Trial, *, progress: Progress = SILENT) -> Scores:
-    """Do what of a trial is not done yet, and return its scores."""
+    """Run the unfinished parts of a trial, and return its scores."""
     key = _key(trial)
     kept = trial.out / _SCORES
     if kept.is_file():
@@ -93,7 +93,7 @@ def _score(trial: Trial, held: HeldOut, run: Path, progress: Progress) -> dict[s
 
 
 def _asking_for(trial: Trial, held: HeldOut) -> Experiment:
-    """Return the experiment that asks for the fold's targets, beside the same control cells as the truth has."""
+    """Return the experiment that requests the fold's targets beside the truth's control cells."""
     rules = {
         "num_genes": len(Store.open(trial.store).genes),
         "num_targets": len(held.tested),

@@ -1,6 +1,7 @@
-"""Scores predicted cells against held-out real ones with the official metrics of a season.
+"""Score predicted cells against held-out real ones with the season's official metrics.
 
-Season 2025 is computed here, equal to `cell-eval run --profile vcc` and `cell-eval score`; season 2026 by cell-eval2.
+Season 2025 is computed here and equals `cell-eval run --profile vcc` and `cell-eval score`. Season 2026 uses cell-
+eval2.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from pertcast.stats.metrics import (
 def score_by_cell_eval2(
     predicted: Path, real: Path, *, rules: Season, progress: Progress = SILENT
 ) -> tuple[dict[str, float], dict[str, dict[str, float]], list[str]]:
-    """Return metric → mean, target → metric → value, and notes; each context is scored by itself."""
+    """Score each context with cell-eval2; return means, scores by target, and notes."""
     official = _import_cell_eval2(rules)
     for path in (predicted, real):
         if not path.is_file():
@@ -102,7 +103,7 @@ def _import_cell_eval2(rules: Season) -> Any:
 
 
 def _contexts(sides: tuple[Any, Any], places: tuple[Path, Path], column: str | None) -> list[str]:
-    """Return the contexts that both files have; one nameless context where neither says any."""
+    """Return the contexts of both files; one nameless context if neither has any."""
     found = [set(side.obs[column].astype(str)) if column in side.obs else set() for side in sides]
     if found[0] != found[1]:
         ours, theirs = (", ".join(sorted(names)) or "none" for names in found)
@@ -117,7 +118,7 @@ _CELL_EVAL_NAMES = {"mae": "mae", "discrimination_score_l1": "pds", "overlap_at_
 
 @dataclass(frozen=True)
 class Score:
-    """What a prediction scored."""
+    """The score of a prediction."""
 
     season: str  # Whose metrics these are
     # Metric → mean over targets; with a baseline ``overall`` too, which clips each metric at 0
@@ -133,7 +134,7 @@ class Score:
     notes: tuple[str, ...] = ()  # Sentences that a reader of the score should know
 
     def as_json(self) -> dict[str, Any]:
-        """Return the score as JSON values; what is not a number is ``None``."""
+        """Return the score as JSON values; NaN becomes ``None``."""
         return {
             "season": self.season,
             "overall": _plain(self.overall),
@@ -269,7 +270,7 @@ def _ceiling(real: Path, rules: Season, progress: Progress) -> dict[str, float]:
 def _read_baseline(
     given: Path | TrainingMean, truth: PseudobulkStats, real: Path, rules: Season, progress: Progress
 ) -> dict[str, float]:
-    """Return the metrics of a baseline: scored here, or read from where they were written."""
+    """Return the metrics of a baseline, scored here or read from a file."""
     path = given.cells if isinstance(given, TrainingMean) else given
     if isinstance(given, TrainingMean):
         side = training_mean_side(given, truth, rules, progress=progress)

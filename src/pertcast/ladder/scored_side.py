@@ -1,7 +1,7 @@
-"""One side of a score: what the metrics need to know of a file of cells, read in blocks, cached by the file's content.
+"""Pseudobulk statistics of a file of cells for the metrics, read in blocks and cached by content.
 
 The arithmetic is cell-eval's, down to the precision of each step, since it decides ties: counts are divided by their
-cell's total over the median total, then log1p; fold changes are of means rounded as pdex rounds them.
+cell's total over the median total, then log1p. Fold changes are of means rounded as pdex rounds them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FORMAT = "1"
 
 @dataclass(frozen=True, eq=False)
 class PseudobulkStats:
-    """What the metrics need to know of real or predicted cells (P perturbations without the control, G genes)."""
+    """Statistics of real or predicted cells (P perturbations without the control, G genes)."""
 
     perts: tuple[str, ...]  # Names; the perturbations are sorted
     genes: tuple[str, ...]
@@ -53,7 +53,7 @@ class PseudobulkStats:
 
 
 def select_perts(side: PseudobulkStats, perts: Sequence[str]) -> PseudobulkStats:
-    """Return a side with some of its perturbations, in the order given."""
+    """Return the statistics of some perturbations, in the order given."""
     rows = np.array([side.perts.index(pert) for pert in perts], dtype=np.int64)
     return dataclasses.replace(
         side,
@@ -66,7 +66,7 @@ def select_perts(side: PseudobulkStats, perts: Sequence[str]) -> PseudobulkStats
 
 
 class LabelledGroups(NamedTuple):
-    """Cells by label: the groups, their names, and which of them there are enough cells of."""
+    """Groups of cells by label, with their names; labels with too few cells are left out."""
 
     groups: CellGroups
     names: tuple[str, ...]
@@ -77,13 +77,13 @@ class LabelledGroups(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Return where scored truths are kept: ``$PERTCAST_CACHE``, else ``pertcast`` in the user's cache folder."""
+    """Return the folder of cached truths: ``$PERTCAST_CACHE``, else ``pertcast`` in the user's cache folder."""
     named = os.environ.get("PERTCAST_CACHE")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pertcast"
 
 
 def read_side(path: Path, rules: Season, *, cache: Path | None = None, progress: Progress = SILENT) -> PseudobulkStats:
-    """Read cells and return what the metrics need."""
+    """Read the cells of a file and return their statistics."""
     if cache is None:
         (side,) = _sides(read_groups(path, rules, progress=progress), parts=1)
         return side
@@ -104,7 +104,7 @@ def read_side(path: Path, rules: Season, *, cache: Path | None = None, progress:
 def read_halves(
     path: Path, rules: Season, *, seed: int = 0, progress: Progress = SILENT
 ) -> tuple[PseudobulkStats, PseudobulkStats]:
-    """Split the cells of each label at random into two halves of as many cells, and return both sides."""
+    """Split the cells of each label at random into two equal halves, and return both statistics."""
     read = read_groups(path, rules, halves=np.random.default_rng(seed), progress=progress)
     first, second = _sides(read, parts=2)
     return first, second
@@ -138,7 +138,7 @@ def read_groups(
 def make_side(
     groups: CellGroups, control: CellGroups, perts: tuple[str, ...], genes: tuple[str, ...], *, from_dense: bool = False
 ) -> PseudobulkStats:
-    """Return what the metrics need of perturbed and control cells that are sorted into groups, log1p."""
+    """Return the statistics of perturbed and control cells in sorted groups, log1p."""
     dtype = groups.values.dtype
     table = differential_expression(groups, control, from_dense=from_dense, threads=available_cpus())
     return PseudobulkStats(
@@ -183,7 +183,7 @@ def _sorted_labels(path: Path, column: str, labels: pd.Categorical) -> tuple[NDA
 def _halve(
     codes: NDArray[np.int64], labels: pd.Categorical, names: NDArray[np.str_], random: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return codes of the first half, of the second half (plus the number of names) or -1; and the names kept."""
+    """Return codes of the first and the second half (plus the number of names) or -1, and the kept names."""
     halved = np.full(len(codes), -1, dtype=np.int64)
     position = {name: number for number, name in enumerate(names)}
     kept = []
@@ -200,7 +200,7 @@ def _halve(
 def _read_values(
     reader: H5adReader, codes: NDArray[np.int64], num_groups: int, *, max_log1p: float, progress: Progress
 ) -> CellGroups:
-    """Read the file twice: what its scale is and where each value goes, then the values."""
+    """Read the file twice: first its scale and the place of each value, then the values."""
     evidence = ScaleEvidence(str(reader.path), genes=reader.genes, max_log1p=max_log1p)
     counts = np.zeros((num_groups, reader.num_genes), dtype=np.int64)
     totals = np.zeros(reader.num_cells)
@@ -227,7 +227,7 @@ def _read_values(
 
 
 def _factors(totals: NDArray[np.floating], *, from_dense: bool) -> NDArray[np.floating]:
-    """Return what the counts of each cell are divided by: its total over the median one, 1 for an empty cell."""
+    """Return the divisor of each cell's counts: its total over the median total, 1 for an empty cell."""
     counted = totals[totals > 0] if from_dense else totals
     factors = totals / (np.median(counted) if len(counted) and np.median(counted) > 0 else totals.dtype.type(1))
     return np.where(factors == 0, totals.dtype.type(1), factors).astype(totals.dtype)
@@ -257,7 +257,7 @@ def _save(side: PseudobulkStats, path: Path) -> None:
 
 
 def _load(path: Path) -> PseudobulkStats | None:
-    """Return a side that was kept; ``None`` where there is none, or it is damaged and must be made again."""
+    """Return cached statistics; ``None`` if there are none or they are damaged."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
             arrays = {name: kept[name] for name in kept.files}

@@ -1,1 +1,1 @@
-"""What learns: the State Transition network, its losses and its checkpoints."""
+"""Models: the State Transition network, its losses, its run folder, and baselines."""

@@ -1,4 +1,4 @@
-"""Which few parameters learn when a network is adapted to a new cell line; all others stay as they are, to the bit.
+"""Choose the few parameters that train in an adaptation; all others stay exactly as they are.
 
 Shapes: C contexts, N batches, H hidden, R rank, I and O the widths of a matrix.
 """
@@ -24,7 +24,7 @@ _ORIGINAL = ".parametrizations.weight.original"
 
 @dataclass(frozen=True)
 class Learn:
-    """What learns."""
+    """The trainable parts."""
 
     context: bool = False  # The line's own rows of the context embedding, and its batches' rows of the batch embedding
     batch: bool = False
@@ -40,7 +40,7 @@ class Learn:
 
 
 def parse_learn(text: str) -> Learn:
-    """Return what is meant by names with commas between them.
+    """Parse names of trainable parts, separated by commas.
 
     >>> parse_learn("context,lora:4")
     Learn(context=True, batch=False, bias=False, last=False, gain=False, offset=False, rank=4)
@@ -92,7 +92,7 @@ def choose(
     batches: Sequence[int],
     generator: torch.Generator,
 ) -> int:
-    """Let some parameters of a network learn and freeze all others; return how many numbers learn."""
+    """Make some parameters trainable and freeze all others; return how many numbers train."""
     network.requires_grad_(False)
     number = 0
     if learn.gain and not network.spec.shift:
@@ -127,7 +127,7 @@ def choose(
 
 
 def merge(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of an ordinary network: low-rank changes are added to what they change."""
+    """Return the weights of an ordinary network, with low-rank changes added."""
     merged = {}
     for name, value in weights.items():
         if name.endswith(_ORIGINAL):
@@ -155,7 +155,7 @@ def _learn_whole(parameter: Tensor) -> int:
 
 
 def last_layer(network: StateTransition) -> nn.Linear:
-    """Return the layer that gives genes, before the last ReLU."""
+    """Return the layer that predicts genes, before the last ReLU."""
     modules = network.gene_decoder or network.final_down_then_up or network.project_out
     layer = modules[-1]
     assert isinstance(layer, nn.Linear)
@@ -163,7 +163,7 @@ def last_layer(network: StateTransition) -> nn.Linear:
 
 
 class _LowRank(nn.Module):
-    """A matrix plus a change of rank R, which is 0 at first."""
+    """A matrix plus a trainable change of rank R that starts at 0."""
 
     def __init__(self, weight_OI: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()

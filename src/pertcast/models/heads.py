@@ -1,4 +1,4 @@
-"""What stands around the transformer: MLPs, decoders, the last mixing of genes, the confidence token, two heads.
+"""MLPs, decoders, dropout, the confidence token, the DE head and the counts head.
 
 Shapes: B sets, S cells in a set, H hidden, G genes.
 """
@@ -22,7 +22,7 @@ _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
 
 
 class SetDropout(nn.Module):
-    """Dropout over a batch whose first dimension is sets; without keys, as ``nn.Dropout``."""
+    """Dropout with one key for each set; without keys it is ``nn.Dropout``."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class SetDropout(nn.Module):
         return values * (hashed >= round(self.share * 2**32) - 2**31).view(values.shape) * (1 / (1 - self.share))
 
     def extra_repr(self) -> str:
-        """Return the share, as ``print(network)`` shows it."""
+        """Return the share, for ``print(network)``."""
         return f"{self.share}"
 
 
@@ -54,7 +54,7 @@ def dropout_keys(seed: int, keys: Sequence[tuple[str | int, ...]]) -> Tensor:
 
 
 def key_dropout(network: nn.Module, keys_B2: Tensor | None) -> None:
-    """Give every dropout of a network the keys of the sets that come next; ``None`` takes them away."""
+    """Give every dropout of a network the keys of the next sets; ``None`` removes them."""
     layers = [module for module in network.modules() if isinstance(module, SetDropout)]
     for number, layer in enumerate(layers):
         layer.keys_B2 = None if keys_B2 is None else keys_B2 ^ _signed(number * _GOLDEN)
@@ -85,7 +85,7 @@ def mlp(width_in: int, hidden: int, width_out: int, *, layers: int, dropout: flo
 
 
 def normed_mlp(widths: Sequence[int], *, dropout: float) -> nn.Sequential:
-    """Return linear layers through these widths, with LayerNorm, GELU and dropout between them."""
+    """Return linear layers of these widths, with LayerNorm, GELU and dropout between them."""
     modules: list[nn.Module] = []
     for before, after in pairwise(widths):
         modules += [nn.Linear(before, after), nn.LayerNorm(after), nn.GELU(), SetDropout(dropout)]
@@ -93,12 +93,12 @@ def normed_mlp(widths: Sequence[int], *, dropout: float) -> nn.Sequential:
 
 
 def bottleneck(width: int) -> nn.Sequential:
-    """Return two linear layers with a GELU between them, an eighth as wide there."""
+    """Return two linear layers with a GELU between them, through an eighth of the width."""
     return nn.Sequential(nn.Linear(width, width // 8), nn.GELU(), nn.Linear(width // 8, width))
 
 
 class ConfidenceToken(nn.Module):
-    """A learnt token that attends to the cells of a set, and what it says of how well they are predicted."""
+    """A learnt token that attends to the cells of a set, and its estimate of their error."""
 
     def __init__(self, hidden: int, *, dropout: float) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class ConfidenceToken(nn.Module):
         self.confidence_projection = normed_mlp((hidden, hidden // 2, hidden // 4, 1), dropout=dropout)
 
     def forward(self, token_B1H: Tensor) -> Tensor:
-        """Return the confidence of each set, ``(B,)``, at least 0; the token's own output goes in."""
+        """Return the confidence of each set, ``(B,)``, at least 0, from the token's own output."""
         return self.confidence_projection(token_B1H).relu().flatten()
 
 
@@ -121,7 +121,7 @@ class DeHead(nn.Module):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Set the first weights: every logit is the gain of 10 times the size of the effect."""
+        """Set the initial weights: every logit is the gain of 10 times the size of the effect."""
         self.norm.weight.fill_(1)
         self.norm.bias.zero_()
         self.state.weight.zero_()
@@ -134,14 +134,14 @@ class DeHead(nn.Module):
 
 
 class CountsPrediction(NamedTuple):
-    """What the counts head says."""
+    """The output of the counts head."""
 
     log_fold_BG: Tensor  # Logarithm of each gene's rate over that of control cells of the context
     log_shape_G: Tensor  # Logarithm of 1 / dispersion
 
 
 class CountsHead(nn.Module):
-    """Says how counts of perturbed cells are distributed: negative binomial, beside what control cells show."""
+    """Predict the negative binomial counts of perturbed cells, relative to control cells."""
 
     def __init__(self, hidden: int, num_genes: int) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class CountsHead(nn.Module):
 
     @torch.no_grad()
     def start(self, log_shape_G: Tensor) -> None:
-        """Set the first weights: no change of any rate, and these dispersions."""
+        """Set the initial weights: no change of any rate, and these dispersions."""
         self.norm.weight.fill_(1)
         self.norm.bias.zero_()
         self.state.weight.zero_()
@@ -159,5 +159,5 @@ class CountsHead(nn.Module):
         self.log_shape_G.copy_(log_shape_G.clamp(*LOG_SHAPES))
 
     def forward(self, pooled_BH: Tensor) -> CountsPrediction:
-        """Return how rates change, and the dispersions."""
+        """Return the log fold changes of the rates, and the dispersions."""
         return CountsPrediction(self.state(self.norm(pooled_BH)), self.log_shape_G.clamp(*LOG_SHAPES))

@@ -1,4 +1,4 @@
-"""What training minimises, as pure functions of predicted and real cells.
+"""All losses, as pure functions of predicted and real cells.
 
 Shapes: B sets of a step, S cells in a set, T cells in the other set, G genes (or latent dimensions), K other
 perturbations. Every loss is computed in float32 (float64 stays float64), whatever the autocast around it.
@@ -70,7 +70,7 @@ def ranking_loss(
     distance: Literal["l1", "cosine"] = "l1",
     margin: float,
 ) -> Tensor:
-    """Return how much nearer each predicted effect should be to its own real effect than to those of others.
+    """Return how much nearer each predicted effect should be to its own real effect than to the others.
 
     >>> pred, other = torch.zeros(1, 2), torch.ones(1, 1, 2)
     >>> options = {"valid_BK": torch.ones(1, 1, dtype=torch.bool), "own_gene_B": torch.tensor([-1])}
@@ -102,7 +102,7 @@ def _norm(a: Tensor) -> Tensor:
 
 
 def working_dtype(values: Tensor) -> torch.dtype:
-    """Return what a loss of such values is computed in: float64 stays, all else is float32."""
+    """Return the dtype of a loss: float64 stays, everything else is float32."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
@@ -155,7 +155,7 @@ def de_loss(
 
 
 def order_loss(effect_BG: Tensor, direction_BG: Tensor, scale_B: Tensor) -> Tensor:
-    """Return how badly the sizes of a predicted effect tell differentially expressed genes from others.
+    """Return how badly the predicted effect sizes separate differentially expressed genes from others.
 
     >>> effect, direction = torch.tensor([[2.0, -2.0, 0.0, 0.0]]), torch.tensor([[1, -1, 0, 0]])
     >>> [round(order_loss(share * effect, direction, torch.ones(1)).item(), 3) for share in (-1, 0, 1, 2)]
@@ -169,5 +169,5 @@ def order_loss(effect_BG: Tensor, direction_BG: Tensor, scale_B: Tensor) -> Tens
 
 
 def _in_real_direction(effect_BG: Tensor, direction_BG: Tensor) -> Tensor:
-    """Return effects in the genes' real direction, and their size where a gene has none."""
+    """Return effects in the genes' real direction, and absolute sizes for genes without one."""
     return torch.where(direction_BG == 0, effect_BG.abs(), effect_BG * direction_BG)

@@ -1,8 +1,8 @@
-"""A trained run as files: weights in safetensors, all else in JSON; no code runs when one is opened.
+"""A trained run as files: weights in safetensors, everything else in JSON; opening one runs no code.
 
-A run is of a network, which may stand on a baseline in the folder ``base``, or of a baseline alone.
-Invariants: the manifest is written last, so a folder with a manifest is whole; a run that opens has every tensor of its
-network, in the network's shapes, and the bytes that its manifest says.
+A run is a network, perhaps with a baseline in the folder ``base``, or a baseline alone. Invariants: the manifest is
+written last, so a folder with a manifest is complete. A run that opens has every tensor of its network, in the right
+shapes, and the bytes that its manifest lists.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class Run:
-    """A trained network or fitted baseline, and everything that generation needs to know about it."""
+    """A trained network or fitted baseline, with everything that generation needs."""
 
     path: Path  # The folder
     spec: StateSpec | BaselineSpec  # The network, or the baseline
@@ -86,7 +86,7 @@ class Run:
         return self.spec
 
     def model(self, *, counts_head: bool = False) -> StateTransition:
-        """Return the network with its weights, on the CPU, in evaluation mode; with the counts head where asked for."""
+        """Return the network with its weights, on the CPU, in evaluation mode."""
         with torch.device("meta"):
             model = StateTransition(self.network)
             if counts_head:
@@ -95,7 +95,7 @@ class Run:
         return model.eval()
 
     def baseline(self) -> Baseline | None:
-        """Return the baseline that this run is of, or that its network stands on; ``None`` where there is none."""
+        """Return the baseline of this run or of its network; ``None`` if there is none."""
         if isinstance(self.spec, BaselineSpec):
             return open_arrays(self.path / WEIGHTS, self.spec)
         stands_on_one = self.experiment["model"].get("base", "none") != "none"
@@ -103,7 +103,7 @@ class Run:
 
 
 def save_run(run: Run, weights: Mapping[str, Tensor], *, inputs: Mapping[str, str]) -> None:
-    """Write a run into its folder, the manifest last; checkpoints and metrics there are left alone."""
+    """Write a run into its folder, the manifest last; checkpoints and metrics are untouched."""
     folder = run.path
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -132,7 +132,7 @@ def save_run(run: Run, weights: Mapping[str, Tensor], *, inputs: Mapping[str, st
 
 
 def open_run(path: Path) -> Run:
-    """Open a run: its manifest, its files' hashes, its JSON, and the names and shapes of its tensors are checked."""
+    """Open a run and check its manifest, hashes, JSON, and the names and shapes of its tensors."""
     read_manifest(path, kind="run")
     if problems := verify_artefact(path):
         raise CheckpointError(f"{path}: the run is not whole; {_REMEDY}", problems=problems)
@@ -196,7 +196,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Read a network's weights; those of heads that the network does not have are passed over."""
+    """Read a network's weights, ignoring heads that it does not have."""
     tensors = load_tensors(path)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tensors = _without_heads(tensors, but=expected)
@@ -205,7 +205,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
 
 
 def _without_heads(tensors: Mapping[str, _Value], *, but: Collection[str] = ()) -> dict[str, _Value]:
-    """Return the tensors without those of the two heads, unless some of the head's are among `but`."""
+    """Return the tensors without those of the two heads, unless `but` has some of the head's."""
     dropped = tuple(
         prefix for prefix in (DE_HEAD_PREFIX, COUNTS_HEAD_PREFIX) if not any(name.startswith(prefix) for name in but)
     )

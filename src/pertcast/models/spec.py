@@ -1,4 +1,4 @@
-"""What decides a State Transition network: its specification, and the presets that one starts from."""
+"""The specification of a State Transition network, and its presets."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def spec_for(
     num_batches: int,
     num_contexts: int,
 ) -> StateSpec:
-    """Return the network's specification: the preset, what the configuration overrides, and what the data decide."""
+    """Return the network's specification from the preset, the settings and the data."""
     preset = PRESETS[config.preset]
     shape = Preset(*((own if (own := getattr(config, name)) is not None else value) for name, value in _items(preset)))
     if shape.hidden % shape.heads:
@@ -115,7 +115,7 @@ def spec_for(
 
 
 def set_size_of(config: ModelConfig) -> int:
-    """Return how many cells make a set: the preset's number, or the configuration's own."""
+    """Return the cells in a set: the preset's number, or the setting."""
     return PRESETS[config.preset].set_size if config.set_size is None else config.set_size
 
 

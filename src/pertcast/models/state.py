@@ -1,7 +1,7 @@
-"""The State Transition network: a set of control cells and a perturbation in, the perturbed cells out.
+"""The State Transition network: a set of control cells and a perturbation → the perturbed cells.
 
-Modules bear the names that arc-state's weight files use, so that weights convert both ways.
-Shapes: B sets, S cells in a set, I input width, F width of a perturbation feature, H hidden, O output width, G genes.
+Modules have the names of arc-state's weight files, so weights convert both ways. Shapes: B sets, S cells in a set, I
+input width, F width of a perturbation feature, H hidden, O output width, G genes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _GENE_DECODER_LAYERS = 3
 
 
 class Prediction(NamedTuple):
-    """What the network gives: the head's output and, in latent space, the decoded genes."""
+    """The network's output: the head's and, in latent space, the decoded genes."""
 
     # The head's output: log1p expression in gene space (`genes_BSG` is ``None``), an embedding in latent
     # space
@@ -42,7 +42,7 @@ class Prediction(NamedTuple):
 
     @property
     def unclipped_BSG(self) -> Tensor:
-        """The same, on a baseline with all of its effect in the mean over cells: values may be below 0."""
+        """The same with all of the baseline's effect in the mean over cells; values may be below 0."""
         return self.log1p_BSG if self.clipped_effect_BG is None else self.log1p_BSG + self.clipped_effect_BG[:, None]
 
 
@@ -95,7 +95,7 @@ class StateTransition(nn.Module):
 
     @torch.no_grad()
     def _draw_weights(self, generator: torch.Generator) -> None:
-        """Draw the backbone, embeddings and tokens from N(0, 0.02), as Llama does, all else as ``nn.Linear`` does."""
+        """Draw the backbone, embeddings and tokens from N(0, 0.02), as Llama does, the rest as ``nn.Linear`` does."""
         for name, module in self.named_modules():
             if isinstance(module, nn.RMSNorm | nn.LayerNorm):
                 module.weight.fill_(1)
@@ -123,25 +123,25 @@ class StateTransition(nn.Module):
                 value.zero_()
 
     def add_de_head(self) -> None:
-        """Add the DE head, which serves training alone."""
+        """Add the DE head, which only training uses."""
         self.de_head = DeHead(self.spec.hidden, self.spec.num_genes)
         self.de_head.start()
 
     def add_counts_head(self, log_shape_G: Tensor | None = None) -> None:
-        """Add the counts head, at these dispersions; without them its weights are yet to be read."""
+        """Add the counts head with these dispersions; without them, its weights are loaded later."""
         self.counts_head = CountsHead(self.spec.hidden, self.spec.num_genes)
         if log_shape_G is not None:
             self.counts_head.start(log_shape_G)
 
     @torch.no_grad()
     def set_control_feature(self, feature_F: Tensor) -> None:
-        """Say which perturbation feature is the control condition's; a shift is exactly 0 for it."""
+        """Set the feature of the control condition, for which a shift is exactly 0."""
         if self.spec.shift:
             self.control_feature.copy_(feature_F)
 
     @torch.no_grad()
     def start_at_mean(self, mean_log1p_G: Tensor) -> None:
-        """Set the bias of the last layer that gives genes to a mean expression, usually of training control cells."""
+        """Set the last bias to a mean expression, usually of training control cells."""
         if self.spec.shift:
             raise ValueError("a network that predicts a shift starts at the control cells, not at a mean")
         last = (self.gene_decoder if self.gene_decoder is not None else self.project_out)[-1]
@@ -190,7 +190,7 @@ class StateTransition(nn.Module):
     def attend(
         self, basal_BSH: Tensor, pert_BF: Tensor, batch_BS: Tensor | None, context_B: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the backbone's output of encoded control cells, ``(B, S, H)``, and the sets' confidence."""
+        """Return the backbone's output for encoded control cells, ``(B, S, H)``, and the sets' confidence."""
         hidden_BSH = basal_BSH + self.pert_encoder(pert_BF)[:, None]
         if self.batch_encoder is not None:
             if batch_BS is None:
@@ -212,7 +212,7 @@ class StateTransition(nn.Module):
         return shift_BSO + base_BG[:, None]
 
     def _attend(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Let the cells attend to one another and to the tokens; return them, and the sets' confidence."""
+        """Run the backbone on cells and tokens; return the cells, and the sets' confidence."""
         num_before, size = 0, hidden_BSH.shape[1]
         if self.batch_token is not None:
             num_before = 1
@@ -226,7 +226,7 @@ class StateTransition(nn.Module):
 
 
 def clipped_effect(control_BSG: Tensor, effect_BG: Tensor) -> Tensor:
-    """Return what sets of control cells that are moved by an effect, and cut off at 0, lose of it in the mean, (B, G).
+    """Return the part of an effect that sets of control cells lose when they are clipped at 0, (B, G).
 
     >>> clipped_effect(torch.tensor([[[0.0], [2.0]]]), torch.tensor([[-1.0]]))
     tensor([[-0.5000]])
@@ -235,7 +235,7 @@ def clipped_effect(control_BSG: Tensor, effect_BG: Tensor) -> Tensor:
 
 
 def _gene_decoder(spec: StateSpec) -> nn.Sequential:
-    """Return what turns an embedding into log1p expression, but for the last ReLU."""
+    """Return the decoder from an embedding to log1p expression, without the last ReLU."""
     if spec.decoder_widths:
         return normed_mlp((spec.output_dim, *spec.decoder_widths, spec.num_genes), dropout=spec.dropout)
     return mlp(spec.output_dim, spec.hidden, spec.num_genes, layers=_GENE_DECODER_LAYERS, dropout=spec.dropout)

@@ -1,4 +1,4 @@
-"""The transformer over the cells of a set: no mask and no positions, so it treats them as exchangeable.
+"""The transformer over the cells of a set. It has no mask and no positions, so cells are exchangeable.
 
 Shapes: B sets, S cells in a set, H hidden, N heads, D width of a head, F feedforward.
 """
@@ -79,7 +79,7 @@ class Backbone(nn.Module):
 
 
 class _Gpt2Attention(nn.Module):
-    """A cell attends to itself and to those before it; queries, keys and values come from one layer."""
+    """Causal attention: a cell sees itself and those before it; one layer gives queries, keys and values."""
 
     def __init__(self, hidden: int, *, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class _Gpt2Layer(nn.Module):
 
 
 class Gpt2Backbone(nn.Module):
-    """GPT-2's layers without positions: attention and a GELU MLP, each on a LayerNorm, and a last LayerNorm."""
+    """GPT-2's layers without positions: attention and a GELU MLP, each after a LayerNorm, and a last LayerNorm."""
 
     def __init__(self, hidden: int, layers: int, *, heads: int, head_dim: int, feedforward: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Several processes of one command: which of them this one is, and how a command starts them by itself."""
+"""Several processes of one command: start them, and read the rank of this one."""
 
 from pertcast.processes.launch import LostProcessError, Ranks, launched, run_processes
 

@@ -1,7 +1,7 @@
-"""Starts the processes of a command on this machine, shows what the first one tells, and ends them all together.
+"""Start, watch and stop the local processes of a command.
 
-Invariants: one error ends all and is raised once; Ctrl-C and SIGTERM reach each process once, and what they then do
-(finish a step, write a checkpoint) is waited for; when this process dies, the others end by themselves.
+Invariants: one error ends all processes and is raised once. Ctrl-C and SIGTERM reach each process once, and their
+reaction (finish a step, write a checkpoint) is waited for. When this process dies, the others end by themselves.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _POLL_SECONDS = 0.2
 
 
 def run_processes(work: str, job: Mapping[str, Any], *, num: int, progress: Progress) -> None:
-    """Run a function in several new processes at once, and return when all have ended well."""
+    """Run a function in several new processes, and return when all have finished."""
     port, processes = _free_port(), []
     try:
         for rank in range(num):
@@ -91,7 +91,7 @@ def _free_port() -> int:
 
 @contextmanager
 def _forwarded(processes: list[subprocess.Popen[str]]) -> Iterator[list[int]]:
-    """Hand SIGINT and SIGTERM on to the processes; yields the list of those that came."""
+    """Forward SIGINT and SIGTERM to the processes; yield the list of received signals."""
     received: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -112,7 +112,7 @@ def _forwarded(processes: list[subprocess.Popen[str]]) -> Iterator[list[int]]:
 
 
 class _Watch:
-    """Shows the events of some processes until all have ended; when one fails, ends the others."""
+    """Show the events of the processes until all have ended; when one fails, end the others."""
 
     def __init__(self, processes: list[subprocess.Popen[str]], progress: Progress) -> None:
         self._processes, self._progress = processes, progress
@@ -131,7 +131,7 @@ class _Watch:
         self._events.put((rank, None))
 
     def until_the_end(self) -> PertcastError | OSError | None:
-        """Return the error of the process that failed first, if one did."""
+        """Return the error of the process that failed first, or ``None``."""
         running, deadline = set(range(len(self._processes))), float("inf")
         with ExitStack() as tasks:
             while running:
@@ -172,7 +172,7 @@ class _Watch:
             self._progress.table(*values)
 
     def _failure(self) -> PertcastError | OSError | None:
-        """Return the first error that says why; one that only lost contact knows nothing."""
+        """Return the first error that is a cause; one that only lost contact is none."""
         if not self._failed:
             return None
         told = [self._told[rank] for rank in self._failed if rank in self._told and self._told[rank].get("kind") != ""]
@@ -192,7 +192,7 @@ class _Watch:
 
 
 class Ranks(NamedTuple):
-    """One process among those of a command."""
+    """The rank of this process among those of a command."""
 
     rank: int = 0  # Its number, and how many there are on all machines
     size: int = 1
@@ -207,7 +207,7 @@ class Ranks(NamedTuple):
 
 
 class LostProcessError(PertcastError):
-    """Another process has ended; its own error says why."""
+    """Another process has ended, and its own error says why."""
 
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -217,7 +217,7 @@ _SRUN_STEP = "SLURM_STEP_ID"
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Ranks | None:
-    """Return which process this is, or ``None`` where no launcher has started several.
+    """Return this process's ranks, or ``None`` if no launcher has started several.
 
     >>> launched({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
     Ranks(rank=3, size=4, local_rank=1, local_size=2, num_nodes=2, launcher='torchrun')
@@ -251,7 +251,7 @@ def _numbers(environment: Mapping[str, str], names: tuple[str, ...]) -> list[int
 
 
 class _Events:
-    """A :class:`pertcast.progress.Progress` that sends everything to the process that shows it."""
+    """A :class:`pertcast.progress.Progress` that sends everything to the parent process."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._opened = stream, 0
@@ -281,7 +281,7 @@ class _Events:
 
 
 def main() -> int:
-    """Do the job that stdin names; return the exit code."""
+    """Do the job on stdin and return the exit code."""
     stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)

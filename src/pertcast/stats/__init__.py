@@ -1,1 +1,1 @@
-"""Pure array functions: no file, no configuration, no global state."""
+"""Pure array functions, without files, settings or global state."""

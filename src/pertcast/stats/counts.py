@@ -1,4 +1,4 @@
-"""How counts of control cells vary: each gene's share of a cell's counts, by batch, its dispersion, its extra zeros.
+"""Fit how the counts of control cells vary, and compute quantiles of count distributions.
 
 Legend of shapes: n cells, B batches, G genes. A count of gene g in a cell of batch b with L counts in all is negative
 binomial with mean ``L * share[b, g]`` and variance ``mean + mean**2 / shape[g]``; with chance ``inflation[g]`` it is 0.
@@ -27,7 +27,7 @@ _HALVINGS = 16
 
 
 class CountsFit(NamedTuple):
-    """What control cells of one context say about counts."""
+    """The fitted counts of one context's control cells."""
 
     # (B, G) share of each gene in the counts of a cell, pulled towards that of all batches by ten cells'
     # worth of it; above 0 everywhere: a gene that no cell shows gets half a count among all cells
@@ -87,7 +87,7 @@ def _shares(first: Float, sizes: Float, batch: NDArray[np.int64]) -> Float:
 
 
 def _shapes(sums: list[Float], share: Float, sizes: Float, batch: NDArray[np.int64]) -> Float:
-    """Return 1 / dispersion by moments, each gene's pulled to that of all as far as its own is uncertain."""
+    """Return 1 / dispersion by moments, each gene's shrunk to the common value by its uncertainty."""
     first, second, sized = sums
     in_batch = np.bincount(batch, weights=sizes, minlength=len(first))[:, None]
     squares = np.bincount(batch, weights=sizes**2, minlength=len(first))[:, None]
@@ -104,7 +104,7 @@ def _shapes(sums: list[Float], share: Float, sizes: Float, batch: NDArray[np.int
 
 
 def _with_inflation(share: Float, shape: Float, zeros: Float, sizes: Float) -> CountsFit:
-    """Give genes extra zeros where they show two points and four standard errors more than the distribution has."""
+    """Add extra zeros for genes with two points and four standard errors more than the distribution has."""
     picked = np.sort(sizes)[np.linspace(0, len(sizes) - 1, min(_MAX_SIZES, len(sizes))).astype(np.int64)]
     overall = share.mean(axis=0)
     expected = _zeros(overall, shape, picked)
@@ -127,7 +127,7 @@ def _with_inflation(share: Float, shape: Float, zeros: Float, sizes: Float) -> C
 
 
 def _zeros(share: Float, shape: Float, sizes: Float) -> Float:
-    """Return the chance of a zero of each gene, (G,), over cells of these sizes."""
+    """Return each gene's chance of a zero over cells of these sizes."""
     total = np.zeros(len(share))
     for size in sizes.tolist():
         total += np.exp(-shape * np.log1p(share * size / shape))
@@ -167,7 +167,7 @@ def normal_quantile(u: float) -> float:
 
 @compiled
 def binomial_quantile(u: float, trials: int, chance: float) -> int:
-    """Return how many of `trials` succeed, each with probability `chance`, for a uniform `u`."""
+    """Return the number of successes among `trials` with probability `chance`, for a uniform `u`."""
     if trials <= 0 or chance <= 0.0:
         return 0
     if chance >= 1.0:
@@ -181,7 +181,7 @@ def binomial_quantile(u: float, trials: int, chance: float) -> int:
 
 @compiled
 def is_exact_binomial(trials: int) -> bool:
-    """Return whether binomial quantiles of so many trials are exact, whatever the chance."""
+    """Return whether binomial quantiles of so many trials are exact."""
     return trials <= 2.0 * _LARGE_BINOMIAL
 
 
@@ -207,7 +207,7 @@ def _few(u: float, trials: int, chance: float) -> int:
 
 @compiled
 def _power(base: float, exponent: int) -> float:
-    """Return a whole power; of the few trials that most cells have, faster than by logarithms."""
+    """Return a whole power, faster than by logarithms for few trials."""
     if exponent > 32:
         return math.exp(exponent * math.log(base))
     power = 1.0

@@ -1,7 +1,7 @@
-"""Which genes are differentially expressed: the rank-sum statistics that the official scorers compute with pdex.
+"""Differential expression: the rank-sum statistics that the official scorers compute with pdex.
 
-Legend of shapes: P groups (perturbations), G genes. Values are not negative; all zeros of a gene are one block of ties.
-Every function is deterministic, whatever the number of threads.
+Legend of shapes: P groups (perturbations), G genes. Values are not negative, and all zeros of a gene are one block of
+ties. Every function is deterministic for any number of threads.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _two_sided(above: float, size: float, num_control: float, ties: float) -> fl
 
 @compiled
 def _sort(bits: Any, tags: Any, length: int, spare_bits: Any, spare_tags: Any, counts: Any) -> bool:
-    """Sort by bits, equal ones staying in order (radix sort); return whether the result lies in the spare arrays."""
+    """Sort by bits, stably (radix sort); return whether the result is in the spare arrays."""
     in_spare = False
     for digit in range(counts.shape[0]):
         counts[digit, :] = 0
@@ -84,7 +84,7 @@ def _sort(bits: Any, tags: Any, length: int, spare_bits: Any, spare_tags: Any, c
 
 @compiled
 def _tally(bits: Any, tags: Any, length: int, zeros_control: float, above: Any, ties: Any) -> None:
-    """Add up the pairs that each group wins and its ties with the control, over sorted values other than 0."""
+    """Add up the pairs that each group wins and its ties with the control, over sorted nonzero values."""
     below, ties_control = zeros_control, 0.0
     start = 0
     while start < length:
@@ -184,7 +184,7 @@ def rank_sum(
 
 
 def adjust_fdr(p_value: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the p-values of each row, (P, G), adjusted after Benjamini and Hochberg.
+    """Adjust the p-values of each row by Benjamini and Hochberg, (P, G).
 
     >>> adjust_fdr(np.array([[0.01, 0.04, 0.03]])).round(6).tolist()
     [[0.03, 0.04, 0.04]]
@@ -214,7 +214,7 @@ def log2_fold_changes(
 def differential_expression(
     groups: CellGroups, control: CellGroups, *, from_dense: bool = False, threads: int = 1
 ) -> DeTable:
-    """Return what pdex says of each group against the control (mode ``ref``, log1p values, epsilon 0)."""
+    """Return pdex's statistics of each group against the control (mode ``ref``, log1p values, epsilon 0)."""
     p_value, _ = rank_sum(groups, control, threads=threads)
     _, means = group_means(groups, from_dense=from_dense)
     _, control_mean = group_means(control, from_dense=from_dense)

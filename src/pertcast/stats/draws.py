@@ -1,6 +1,6 @@
-"""Counter-based random draws: a generator is a pure function of a seed and a key, never of what was drawn before.
+"""Counter-based random draws: a generator depends only on a seed and a key.
 
-So a cell does not depend on batch size, worker count, device count, or which targets were asked for beside it.
+So a cell does not depend on batch size, number of workers or devices, or the other requested targets.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _UNIT = 1.0 / (1 << 53)
 
 
 def uniform_key(seed: int, *key: str | int) -> np.uint64:
-    """Return the key of a stream of uniform numbers, as :func:`uniform` takes it.
+    """Return the key of a stream of uniform numbers for :func:`uniform`.
 
     >>> int(uniform_key(0, "cells", "H1")) == int(uniform_key(0, "cells", "H1"))
     True
@@ -55,7 +55,7 @@ def uniform_key(seed: int, *key: str | int) -> np.uint64:
 
 @compiled
 def uniform(key: Any, counter: Any) -> float:
-    """Return number `counter` of a stream, in (0, 1); for use in compiled functions."""
+    """Return number `counter` of a stream, in (0, 1), in compiled functions."""
     state = key + (counter + _ONE) * _STEP
     state = (state ^ (state >> _30)) * _FIRST
     state = (state ^ (state >> _27)) * _SECOND

@@ -1,6 +1,6 @@
-"""Cells sorted by group and gene, so that statistics read the values of a group and gene where they lie together.
+"""Cells sorted by group and gene, so that statistics read contiguous values.
 
-Legend of shapes: P groups (perturbations), G genes. A value that is not stored is 0; none is negative.
+Legend of shapes: P groups (perturbations), G genes. A value that is not stored is 0, and none is negative.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _keep_cache_somewhere() -> None:
-    """Let numba cache in a temporary folder where neither the package nor the home folder can be written."""
+    """Let numba cache in a temporary folder if the package and the home folder are read-only."""
     package = Path(__file__).parent
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     existing = next(folder for folder in (home, *home.parents) if folder.exists())
@@ -36,7 +36,7 @@ _keep_cache_somewhere()
 
 
 def compiled(function: _Function) -> _Function:
-    """Compile a function over arrays to machine code, at its first call; other threads run beside it."""
+    """Compile a function over arrays at its first call; it releases the interpreter."""
     return cast(_Function, numba.njit(nogil=True, cache=True)(function))
 
 
@@ -100,7 +100,7 @@ def _means(values: Any, starts: Any, sizes: Any, scales: Any, exact: Any, rounde
 
 
 def parallel_over_genes(work: Callable[[int, int], None], num_genes: int, threads: int, bands_per_thread: int) -> None:
-    """Call `work` on ranges ``[first, last)`` of genes, several at a time."""
+    """Call `work` on ranges ``[first, last)`` of genes in threads."""
     num_bands = max(1, min(num_genes, threads * bands_per_thread if threads > 1 else 1))
     bounds = np.linspace(0, num_genes, num_bands + 1).astype(np.int64).tolist()
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
@@ -131,7 +131,7 @@ def group_cells(
 
 
 def entry_starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return where the entries of each group and gene start, (P, G + 1), from their numbers, (P, G)."""
+    """Return the start of each group's and gene's entries, (P, G + 1), from their numbers, (P, G)."""
     stops = np.cumsum(counts.ravel()).reshape(counts.shape)
     starts = np.empty((counts.shape[0], counts.shape[1] + 1), dtype=np.int64)
     starts[:, 1:] = stops
@@ -140,7 +140,7 @@ def entry_starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def count_entries(block: sparse.csr_matrix, codes: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-    """Add to `counts` (P, G) how many values other than 0 a block's cells have in each group and gene."""
+    """Add the number of nonzero values of each group and gene in a block to `counts`."""
     _count(block.indptr, block.indices, block.data, codes, counts)
 
 
@@ -152,13 +152,13 @@ def place_entries(
     values: NDArray[np.floating],
     threads: int = 1,
 ) -> None:
-    """Copy a block's values into place; blocks follow each other in the order of cells."""
+    """Copy a block's values to their places; blocks follow each other in the order of cells."""
     arrays = block.indptr, block.indices, block.data, codes, cursor, values
     parallel_over_genes(lambda first, last: _place(*arrays, first, last), block.shape[1], threads, 1)
 
 
 def group_means(groups: CellGroups, *, from_dense: bool = False) -> tuple[NDArray[np.float64], NDArray[np.floating]]:
-    """Return the mean of each group and gene: exact, and as pdex rounds it."""
+    """Return the mean of each group and gene, exact and as pdex rounds it."""
     shape = groups.starts.shape[0], groups.starts.shape[1] - 1
     exact, rounded = np.zeros(shape), np.zeros(shape, dtype=groups.values.dtype)
     sizes = np.maximum(groups.sizes, 1)

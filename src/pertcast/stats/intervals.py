@@ -1,9 +1,9 @@
-"""Paired bootstrap intervals over targets and seeds, and what follows from them: changes, and how sure they are.
+"""Paired bootstrap intervals over targets and seeds.
 
-Legend of shapes: S seeds, U units (a target in a context), R resamples.
-A resample draws targets with replacement and, independently of them, seeds (a hierarchical bootstrap with crossed
-levels: Owen, "The pigeonhole bootstrap", 2007). Units of one target are drawn together. All candidates of a comparison
-are resampled by the same draws, so that what a hard target or a lucky seed does to both of two cancels.
+Legend of shapes: S seeds, U units (a target in a context), R resamples. A resample draws targets with replacement and,
+independently, seeds (a hierarchical bootstrap with crossed levels: Owen, "The pigeonhole bootstrap", 2007). Units of
+one target are drawn together. All candidates share the draws, so the effect of a hard target or a lucky seed cancels in
+a difference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """A value and its percentile interval; all NaN where there is no number."""
+    """A value and its percentile interval; all NaN if there is no number."""
 
     value: float
     low: float
@@ -28,7 +28,7 @@ class Interval(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -56,7 +56,7 @@ def _counts(size: int, num: int, random: np.random.Generator) -> Floats:
 
 
 def resampled_means(values_SU: Floats, resamples: Resamples) -> Floats:
-    """Return the mean of each resample, (R,); NaN values are left out, in each with its weight."""
+    """Return the weighted mean of each resample, (R,), without NaN values."""
     values_SU = np.broadcast_to(values_SU, (resamples.seeds_RS.shape[1], values_SU.shape[1]))
     there_SU = ~np.isnan(values_SU)
     sums_R = ((resamples.seeds_RS @ np.where(there_SU, values_SU, 0.0)) * resamples.units_RU).sum(axis=1)

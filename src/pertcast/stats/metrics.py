@@ -1,6 +1,6 @@
-"""The metrics of season 2025, equal to cell-eval's profile ``vcc`` and `cell-eval score`: MAE, PDS, DES, overall.
+"""The metrics of season 2025 (MAE, PDS, DES, overall), equal to cell-eval's profile ``vcc``, and effects of groups.
 
-Legend of shapes: P perturbations, G genes. Means are of log1p values; an effect is a mean minus the control's.
+Legend of shapes: P perturbations, G genes. Means are of log1p values, and an effect is a mean minus the control's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BEST: Mapping[str, float] = {"mae": 0.0, "pds": 1.0, "des": 1.0}
 
 
 class Overlap(NamedTuple):
-    """How well predicted DE genes find the real ones."""
+    """How well predicted DE genes match the real ones."""
 
     score: NDArray[np.float64]  # (P,) DES: shared genes over real ones, 0 where there is no real one
     # (P,) DE genes of each side; shared ones among as many predicted ones as there are real ones
@@ -34,7 +34,7 @@ class Overlap(NamedTuple):
 
 
 def is_significant(fdr: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Return where an adjusted p-value, rounded to single precision as cell-eval does, is below 0.05."""
+    """Return whether an adjusted p-value, rounded to single precision as in cell-eval, is below 0.05."""
     return fdr.astype(np.float32) < np.float32(FDR)
 
 
@@ -96,7 +96,7 @@ def mean_absolute_error(real_means: NDArray[np.floating], predicted_means: NDArr
 def effect_correlation(
     real_effects: NDArray[np.floating], predicted_effects: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """Return Pearson's correlation of effects over genes (cell-eval: ``pearson_delta``), (P,); NaN for a constant one.
+    """Return Pearson's correlation of effects over genes (cell-eval: ``pearson_delta``), (P,); NaN if constant.
 
     >>> effect_correlation(np.array([[1.0, 2.0, 3.0]]), np.array([[2.0, 4.0, 6.0]])).round(9).tolist()
     [1.0]
@@ -132,7 +132,7 @@ def overall(values: Mapping[str, float], baseline: Mapping[str, float]) -> float
 
 
 def spearman_brown(score: float) -> float:
-    """Return what a score of one half of the cells against the other means at full depth; NaN at 0 and below.
+    """Return the full-depth score from the score of one half against the other; NaN at 0 and below.
 
     >>> spearman_brown(0.5)
     0.6666666666666666
@@ -162,7 +162,7 @@ def compare_effects(predicted_G: NDArray[np.floating], measured_G: NDArray[np.fl
 
 
 def knockdown(perturbed_log1p: float, control_log1p: float) -> float:
-    """Return the share of a gene's expression that is left, from mean log1p values: expm1 over expm1.
+    """Return the remaining share of a gene's expression, from mean log1p values.
 
     >>> round(knockdown(np.log1p(1.0), np.log1p(10.0)), 3)
     0.1
@@ -171,7 +171,7 @@ def knockdown(perturbed_log1p: float, control_log1p: float) -> float:
 
 
 class Profile(NamedTuple):
-    """Perturbations beside one set of control cells, (P, G) each."""
+    """Perturbations compared with one set of control cells, (P, G) each."""
 
     means: NDArray[np.float64]  # Mean log1p, and that minus the control's
     effects: NDArray[np.float64]
@@ -198,7 +198,7 @@ def profile_of(
 def constant_profile(
     cell_log1p: NDArray[np.floating], sizes: NDArray[np.int64], controls_log1p: sparse.csr_matrix, *, threads: int = 1
 ) -> Profile:
-    """Return the profile of perturbations whose cells are all one and the same; they have `sizes` (P,) cells."""
+    """Return the profile of perturbations whose cells are all the same; they have `sizes` (P,) cells."""
     distinct, place = np.unique(sizes, return_inverse=True)
     codes = np.repeat(np.arange(len(distinct)), distinct)
     copies = np.broadcast_to(cell_log1p.astype(controls_log1p.dtype), (len(codes), len(cell_log1p)))

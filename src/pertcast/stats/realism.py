@@ -1,7 +1,7 @@
-"""How like real cells are cells that were made: DE calls, variance, zeros and gene-gene correlation beside real ones.
+"""Compare generated cells with real ones: DE calls, variance, zeros and gene-gene correlation.
 
-Made cells and real ones are each compared with a *reference*, other real cells: what real cells give against the
-reference is what made ones should give. Legend of shapes: n, m cells, G genes; values are log1p, none is negative.
+Generated and real cells are each compared with a *reference*, other real cells. The real cells show which values to
+expect. Legend of shapes: n, m cells, G genes; values are log1p and not negative.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TOP_GENES = 100
 
 
 class Likeness(NamedTuple):
-    """What cells are like beside reference cells."""
+    """The comparison of some cells with reference cells."""
 
     num_cells: int  # Cells compared
     de_calls: int  # Genes called DE against the reference (two-sided Wilcoxon, FDR 0.05)
@@ -54,7 +54,7 @@ def gene_correlation(cells: sparse.csr_matrix, genes: NDArray[np.int64]) -> NDAr
 
 
 class Reference:
-    """Real cells that others are compared with; what is needed of them is worked out once."""
+    """Real reference cells, with their precomputed statistics."""
 
     def __init__(self, cells: sparse.csr_matrix) -> None:
         _refuse_few(cells)
@@ -102,7 +102,7 @@ def compare_cells(cells: sparse.csr_matrix, reference: Reference) -> Likeness:
 def explained_share(
     values_NG: NDArray[np.floating], labels_N: NDArray[np.integer], within_N: NDArray[np.integer]
 ) -> float:
-    """Return the share of the variance within groups that a label explains, over all genes together.
+    """Return the share of variance within groups that a label explains, over all genes together.
 
     >>> values = np.array([[1.0], [1.0], [3.0], [3.0]])
     >>> explained_share(values, np.array([0, 0, 1, 1]), np.zeros(4, dtype=int))

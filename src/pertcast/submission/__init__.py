@@ -1,1 +1,1 @@
-"""What goes out: budget, controls, assembly, check and pack."""
+"""The submission: budget, controls, assembly, check and pack."""

@@ -1,7 +1,8 @@
-"""The season's archive, byte by byte: an uncompressed tar of a zstd-compressed h5ad and a watermark.
+"""Write and read the season's archive: an uncompressed tar of a zstd-compressed h5ad and a watermark.
 
-Invariants: nothing is believed that is read: names, kinds and sizes of members are checked before a byte of them is
-written. Memory does not grow with size. It is written by :mod:`pertcast.submission.archive`.
+Invariants: names, kinds and sizes of members are checked before a byte of them is written. Equal h5ad files give equal
+archives (no clock, user or thread count in the bytes). Memory does not grow with size. A written archive is read back
+and compared.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def extract_archive(archive: Path, out: Path, *, progress: Progress) -> None:
 
 
 def _unfolded_bytes(archive: Path) -> int | None:
-    """Return how large the h5ad says it is, where it says so; nothing else relies on it."""
+    """Return the declared size of the h5ad, if any; only the disk check uses it."""
     if not archive.is_file():
         return None
     try:
@@ -77,14 +78,14 @@ def _season_of(archive: Path, names: list[str]) -> Season:
 
 
 def _max_bytes(season: Season) -> int:
-    """Return more than any valid h5ad of the season has."""
+    """Return a bound on the size of any valid h5ad of the season."""
     values = season.max_stored_values or season.max_cells * season.num_genes
     return values * _BYTES_PER_VALUE + _SLACK_BYTES
 
 
 @contextmanager
 def _reading(archive: Path) -> Iterator[None]:
-    """Turn what a damaged archive makes tarfile and zstandard raise into one error."""
+    """Turn the errors of tarfile and zstandard on a damaged archive into one error."""
     try:
         yield
     except zstandard.ZstdError as error:
@@ -94,7 +95,7 @@ def _reading(archive: Path) -> Iterator[None]:
 
 
 def read_archive(archive: Path, advance: Advance, *, max_bytes: int | None = None) -> Iterator[bytes]:
-    """Check all members, then yield the bytes of the h5ad in bounded pieces; `advance` is told what was read."""
+    """Check all members, then yield the bytes of the h5ad in bounded pieces."""
     if not archive.is_file():
         what = "a folder, not a file" if archive.is_dir() else "no such file"
         raise SubmissionError(f"{archive}: {what}; give the path of a .vcc file")
@@ -122,7 +123,7 @@ def read_archive(archive: Path, advance: Advance, *, max_bytes: int | None = Non
 
 
 def _decompressed(archive: Path, stream: IO[bytes], advance: Advance, *, limit: int) -> Iterator[bytes]:
-    """Yield the bytes of all zstd frames of a stream; a frame that ends early, or too many bytes, are errors."""
+    """Yield the bytes of all zstd frames; a truncated frame or too many bytes are errors."""
     whole, done, frame = False, 0, zstandard.ZstdDecompressor().decompressobj()
     left = b""
     while feed := left or stream.read(_FEED_BYTES):
@@ -231,7 +232,7 @@ def _content(season: Season, name: str, meta: bytes | None) -> bytes:
 
 
 def estimate_packed(source: Path, *, level: int) -> int:
-    """Return about how many bytes the archive of a file will have: samples from all over it are compressed."""
+    """Estimate the size of the archive of a file, from compressed samples."""
     total = source.stat().st_size
     compressor = zstandard.ZstdCompressor(level=level)
     read = packed = 0

@@ -1,7 +1,7 @@
-"""Parts in, one prediction out: a CSR float32 h5ad with just the genes of the list and just the labels of the plan.
+"""Join parts into one prediction: CSR float32, the genes of the list, the labels of the plan.
 
-Invariants: parts are joined in the order of ``plan.json``, whatever the order of the folder, so equal parts give equal
-bytes; every part is compared with the plan before a byte is written; memory holds a block of one part at a time.
+Invariants: parts are joined in the order of ``plan.json``, so equal parts give equal bytes. Every part is compared with
+the plan before anything is written. Memory holds a block of one part at a time.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _read_plan(path: Path) -> _Plan:
 
 
 def _changed(parts: Path, inputs: Mapping[str, str]) -> list[Problem]:
-    """Return the files that are not what the folder's manifest says; a folder without one has not been finished."""
+    """Return the files that differ from the folder's manifest; a folder without one is unfinished."""
     try:
         manifest = read_manifest(parts, kind="parts")
     except CheckpointError as error:
@@ -184,7 +184,7 @@ def _changed(parts: Path, inputs: Mapping[str, str]) -> list[Problem]:
 
 
 def _examine(parts: Path, part: _Part, plan: _Plan, genes: Sequence[str]) -> list[Problem]:
-    """Return what in a part is not as planned; its values are read later."""
+    """Return how a part differs from the plan; its values are read later."""
     path = parts / part.file
     wanted = {plan.pert_column: part.target} | ({plan.context_column: part.context} if plan.context_column else {})
     problems = []
@@ -221,7 +221,7 @@ def _join(parts: Path, plan: _Plan, genes: Sequence[str], temporary: Path, progr
 
 
 def _obs(plan: _Plan, batches: Sequence[pd.Categorical]) -> pd.DataFrame:
-    """Return the labels of all cells; batches too, where every part has them."""
+    """Return the labels of all cells, and batches if every part has them."""
     sizes = [part.num_cells for part in plan.parts]
     columns = {plan.pert_column: pd.Categorical(np.repeat([part.target for part in plan.parts], sizes))}
     if plan.context_column:

@@ -1,7 +1,7 @@
-"""How many cells each target gets: all that is asked for, or the same share of it where the season's cap is lower.
+"""The cells of each target: the requested number, or the same share of it under the season's cap.
 
 Exact integer arithmetic: with alpha = min(1, (cap - controls) / sum(asked)), a target gets floor(alpha * asked) cells.
-So the total never exceeds the cap, and no target is favoured. Pure: numbers in, numbers out.
+So the total never exceeds the cap, and no target is favoured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NUM_NAMED = 10
 
 
 class BudgetRow(NamedTuple):
-    """One line of the table: a target, the cells asked for, and the cells it gets."""
+    """One line of the table: a target, its requested cells, and its cells."""
 
     target: str
     asked: int
@@ -48,12 +48,12 @@ class Budget:
 
     @property
     def total(self) -> int:
-        """All cells, controls included; never more than the cap."""
+        """All cells, controls included, at most the cap."""
         return self.num_controls + sum(row.gets for row in self.rows)
 
 
 def room_for_controls(cap: int, *, num_controls: int | None = None, share: float = 0.05) -> int:
-    """Return how many control cells to keep room for: a given number, or a share of the cap rounded down.
+    """Return the room for control cells: a given number, or a share of the cap rounded down.
 
     >>> room_for_controls(100_000)
     5000
@@ -67,7 +67,7 @@ def room_for_controls(cap: int, *, num_controls: int | None = None, share: float
 
 
 def plan_budget(requested: Mapping[str, int], *, cap: int, num_controls: int) -> Budget:
-    """Share the cap among targets.
+    """Divide the cap among targets.
 
     >>> plan_budget({"TP53": 60, "MYC": 41}, cap=80, num_controls=30).cells
     {'TP53': 29, 'MYC': 20}

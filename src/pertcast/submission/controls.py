@@ -1,7 +1,4 @@
-"""Which control cells are copied into a prediction: batches in proportion, no cell twice, the same for the same seed.
-
-Pure: rows and batch codes in, rows out.
-"""
+"""Choose the control cells that are copied into a prediction, in proportion to batches and without repetition."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from pertcast.stats.draws import generator
 
 
 def proportional_counts(sizes: NDArray[np.int64], *, num: int) -> NDArray[np.int64]:
-    """Return how many to take of each group, in proportion to the groups' sizes, by largest remainders.
+    """Return the number to take of each group, in proportion to its size, by largest remainders.
 
     >>> proportional_counts(np.array([6, 3, 1]), num=5).tolist()
     [3, 2, 0]
@@ -27,7 +24,7 @@ def proportional_counts(sizes: NDArray[np.int64], *, num: int) -> NDArray[np.int
 def choose_controls(
     rows: NDArray[np.integer], batch_codes: NDArray[np.integer], *, num: int, seed: int
 ) -> NDArray[np.int64]:
-    """Choose control cells without replacement, stratified by batch in the batches' proportions.
+    """Choose control cells without replacement, stratified by batch.
 
     >>> choose_controls(np.arange(10), np.repeat([0, 1], 5), num=10, seed=0).tolist()
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]

@@ -1,7 +1,7 @@
-"""Has the season's official packer pack the same prediction, and compares what both packed, value for value.
+"""Pack the prediction with the official packer, too, and compare both archives value by value.
 
-Invariants: the official tool is only run, as a program; memory does not grow with the prediction (what the tool itself
-takes is its own affair); nothing is left behind.
+Invariants: the official tool only runs as a program. Our memory does not grow with the prediction. Nothing is left
+behind.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _EXTRAS = {"cell-eval": "score", "vcc": "official"}
 
 
 class CrossCheck(NamedTuple):
-    """What the comparison found."""
+    """The result of the comparison."""
 
     packer: str  # The official packer, as it is called
     num_cells: int  # The shape that both packed
@@ -62,7 +62,7 @@ def cross_check(
     targets: Path | None = None,
     progress: Progress = SILENT,
 ) -> CrossCheck:
-    """Pack a prediction with the official packer too, and compare with an archive of ours."""
+    """Pack a prediction with the official packer, too, and compare it with our archive."""
     program = find_packer(season)
     with tempfile.TemporaryDirectory(prefix=".cross-check-", dir=archive.parent) as folder:
         official = Path(folder) / "official.vcc"
@@ -133,7 +133,7 @@ def _compare(ours: H5adReader, theirs: H5adReader, season: Season, archive: Path
 
 
 def _side_by_side(ours: H5adReader, theirs: H5adReader) -> Iterator[tuple[int, sparse.csr_matrix, sparse.csr_matrix]]:
-    """Yield the same rows of both, whatever blocks they come in: stored zeros may make these differ."""
+    """Yield the same rows of both, whatever their blocks, which stored zeros may change."""
     streams = [(block for _, block in reader.chunks(max_values=1 << 22)) for reader in (ours, theirs)]
     held: list[sparse.csr_matrix | None] = [None, None]
     first = 0

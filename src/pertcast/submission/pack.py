@@ -1,8 +1,7 @@
-"""A valid prediction to the season's archive and back: what ``check`` refuses is not packed.
+"""Check a prediction, rewrite it to the packed form if needed, and write the season's archive; unpack one.
 
-Invariants: what is packed is what the official packer packs: X as CSR float32, obs with the season's labels alone and
-cells named "0", "1", ..., var with gene names alone; the archive is read back before it takes its name; a prediction
-that is refused, or a disk that is full, leaves nothing behind.
+Invariants: the content is what the official packer packs: X as CSR float32, obs with the season's labels alone and
+cells named "0", "1", ..., var with gene names alone. A refused prediction or a full disk leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ _ENCODINGS = ("csr_matrix", b"csr_matrix")
 
 
 def is_canonical(reader: H5adReader, season: Season, genes: Sequence[str]) -> bool:
-    """Return whether an open file is just what is to be packed; the order of column indices is not looked at."""
+    """Return whether an open file already has the packed form, apart from the order of column indices."""
     plain = reader.layout == "csr" and reader.dtype == np.float32 and reader.obs_columns == _columns(season)
     if not plain or reader.genes != tuple(genes):
         return False
@@ -84,7 +83,7 @@ def _columns(season: Season) -> tuple[str, ...]:
 def rewrite_canonical(
     path: Path, out: Path, *, season: Season, genes: Sequence[str], normalise: bool, progress: Progress
 ) -> int:
-    """Write the cells with nothing but what is packed."""
+    """Write the cells in the packed form."""
     stored = 0
     with open_h5ad(path) as reader, CsrWriter(out, genes) as writer:
         totals = _totals(reader) if normalise else None
@@ -123,7 +122,7 @@ def _totals(reader: H5adReader) -> NDArray[np.float32]:
 
 
 def _normalised(block: sparse.csr_matrix, totals: NDArray[np.float32], median: np.floating) -> sparse.csr_matrix:
-    """Return log1p(counts / (total / median)), in float32 at every step, so that it equals the official packer's."""
+    """Return log1p(counts / (total / median)), in float32 at every step like the official packer."""
     factors = (totals / median).astype(np.float32)
     factors[factors == 0] = 1
     data = np.log1p(block.data.astype(np.float32) / np.repeat(factors, np.diff(block.indptr)))
@@ -204,7 +203,7 @@ def pack(
 
 
 class _Job:
-    """One prediction to be packed."""
+    """One prediction to pack."""
 
     def __init__(
         self, path: Path, out: Path, season: Season, genes: Path, targets: Path | None, level: int, progress: Progress
@@ -222,7 +221,7 @@ class _Job:
         return {"prediction": prediction} | {name: hash_file(path) for name, path in lists.items()}
 
     def is_done(self) -> bool:
-        """Return whether the archive is there, whole, and made from just this; tell its notes again then."""
+        """Return whether the archive can be reused; repeat its notes then."""
         sources = [path for path in (self._path, self._genes, self._targets) if path is not None]
         if not (self._out.is_file() and manifest_path(self._out).is_file() and all(map(Path.is_file, sources))):
             return False
@@ -278,7 +277,7 @@ class _Job:
         )
 
     def _finish(self, packed: Packed, report: CheckReport, prediction: str, facts: Mapping[str, Any]) -> None:
-        """Write the manifest; the archive takes its name right after."""
+        """Write the manifest, just before the archive takes its name."""
         notes = list(report.notes)
         if self._normalises(report):
             notes.append(_NORMALISED)

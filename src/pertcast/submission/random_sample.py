@@ -1,7 +1,7 @@
-"""A valid submission of random cells, to try the way to the scorer with: right in every rule, and no prediction.
+"""A valid submission of random cells, to test the upload. It follows every rule and predicts nothing.
 
-Invariants: the cells of a target depend on the seed, the context and the target alone; they take the way of every other
-prediction, through the check and the packing; memory holds one target's cells at a time.
+Invariants: the cells of a target depend on the seed, the context and the target alone. They go through the normal check
+and packing. Memory holds one target's cells at a time.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _write(
 def _draw(
     group: _Group, season: Season, cumulative: NDArray[np.float64], *, seed: int, counts_per_cell: int
 ) -> sparse.csr_matrix:
-    """Return the cells of a group, CSR float32 (cells, genes): each count goes to a gene by the genes' rates."""
+    """Draw the cells of a group, CSR float32: each count goes to a gene by the genes' rates."""
     draws = generator(seed, "sample", group.context, group.label)
     totals = np.maximum(draws.poisson(counts_per_cell, size=group.num_cells), 1)
     if season.max_cell_sum is not None:

@@ -1,4 +1,4 @@
-"""The manifest of the bundle of control cells that a season's lists come in: which contexts, and which panel."""
+"""The manifest of a season's bundle of lists and control cells (contexts, panel), and ``meta.json``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_BYTES = 256 * 1024
 
 @dataclass(frozen=True)
 class Bundle:
-    """What the manifest of a bundle says."""
+    """The content of a bundle's manifest."""
 
     path: Path  # The manifest
     contexts: tuple[str, ...]  # Contexts of the phase that the bundle is for
@@ -68,7 +68,7 @@ def _are_names(value: object) -> bool:
 
 
 def contexts_in_force(season: Season, *lists: Path | None) -> tuple[Season, tuple[str, ...]]:
-    """Return the season with the contexts of the bundle that its lists come in, and a note if there is one."""
+    """Return the season with the contexts of its lists' bundle, and a note if there is one."""
     bundle = read_bundle(*lists) if season.contexts is not None and "contexts" not in season.overridden else None
     if bundle is None:
         return season, ()
@@ -106,7 +106,7 @@ def meta_json(season: Season, *, facts: Mapping[str, Any], targets: Path | None)
 
 
 def fingerprint(targets: Iterable[str]) -> str:
-    """Return the sha256 of a target list: of its names, each once, sorted by code points, one a line, in UTF-8.
+    """Return the sha256 of a target list: unique names, sorted by code points, one per line, in UTF-8.
 
     >>> fingerprint(["MYC", "ACLY"]) == fingerprint(["ACLY", "MYC"])
     True

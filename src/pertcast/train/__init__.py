@@ -1,6 +1,6 @@
-"""A store and an experiment in, a run out: a plain loop that can be stopped at any moment and goes on exactly.
+"""Train a model on a store: a plain loop that can be interrupted at any moment and resumes exactly.
 
-The loop and all that it needs are loaded when `train` is first asked for: an import of a run needs none of it.
+The loop is imported when `train` is first used.
 """
 
 from __future__ import annotations

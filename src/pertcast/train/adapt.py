@@ -1,8 +1,8 @@
-"""Few-shot adaptation: a trained run and some cells of a new line in, an ordinary run out; few parameters learn.
+"""Adapt a trained run to a new cell line from a few of its cells, by training a few parameters.
 
-A baseline that the network stands on is refitted with the line's training effects, unless an offset is learnt.
-Invariants: what does not learn is the trained run's, to the bit; where no step is better on the held-out cells of the
-line than the weights before the first, these come out; a run that was stopped goes on to the same end.
+The run's baseline is refitted with the line's training effects, unless an offset is trained. Invariants: frozen
+parameters stay exactly as they were. If no step is better on held-out cells, the initial weights are kept. An
+interrupted adaptation resumes to the same end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pertcast.train.training_effects import training_effects
 
 
 class _Fitted(NamedTuple):
-    """What was found without steps: the gain, and the share of the targets' common error; ``None`` if not asked for."""
+    """Values found without steps: the gain, and the share of the targets' common error; ``None`` if not asked for."""
 
     gain: float | None
     offset_share: float | None
@@ -142,7 +142,7 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
 
 
 def _network(run: Run, experiment: Experiment, line: AlignedStore, reader: SetReader) -> tuple[StateTransition, int]:
-    """Return the run's network with rows for the new line, what learns chosen; and how many numbers learn."""
+    """Return the run's network with rows for the new line, and the number of trainable parameters."""
     spec, weights = grow(
         run.network,
         load_tensors(run.path / WEIGHTS),
@@ -177,7 +177,7 @@ def _network(run: Run, experiment: Experiment, line: AlignedStore, reader: SetRe
 
 
 def _identity(run_path: Path, experiment: Experiment, store: Store) -> dict[str, Any]:
-    """Return what an adaptation must keep to go on."""
+    """Return the settings that a resumed adaptation must share."""
     return {
         "adapts": hash_file(run_path / WEIGHTS),
         "trainable": experiment.adapt.trainable,
@@ -208,7 +208,7 @@ def _notes(line: AlignedStore, num_learning: int, loop: Loop, fitted: _Fitted) -
 
 
 def _takes_steps(network: torch.nn.Module) -> bool:
-    """Return whether anything learns by steps; a gain or an offset alone is found without any."""
+    """Return whether anything trains by steps; a gain or an offset alone is fitted in closed form."""
     return any(parameter.requires_grad for parameter in network.parameters())
 
 

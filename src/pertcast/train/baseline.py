@@ -1,8 +1,8 @@
-"""Fits a baseline on the training split: as a run of its own, or as what a network adds its shift to.
+"""Fit a baseline on the training split, as a run or as the base of a network.
 
-Invariant: held-out cells are never read, and in training a perturbation's base is what the baseline predicts when this
-perturbation (in its context) is left out. On its own fitted effect a network would find nothing left to learn.
-Shapes: B sets, N training perturbations (each in its context), G predicted genes.
+Invariant: held-out cells are never read. In training, a perturbation's base is the baseline's prediction with this
+perturbation (in its context) left out; otherwise the network would find nothing left to learn. Shapes: B sets, N
+training perturbations (each in its context), G predicted genes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pertcast.train.training_effects import TrainingEffects, training_effects
 
 
 class TrainingBase(NamedTuple):
-    """A baseline, and what a network in training is to add its shift to."""
+    """A baseline, and the effects to which a network in training adds its own."""
 
     baseline: Baseline  # Fitted on all training effects: what generation uses
     # The row of `left_out_NG` of each context and perturbation of the store, -1 where it is no example
@@ -61,7 +61,7 @@ class TrainingBase(NamedTuple):
         return base_BG
 
     def fitted(self, sets: CellSets) -> NDArray[np.float32]:
-        """Return the base effect of each set of a perturbation as generation will have it, nothing left out, (B, G)."""
+        """Return the base effect of each set's perturbation as generation will have it, nothing left out."""
         return np.stack([self._fitted(*codes) for codes in sets.groups])
 
     def _fitted(self, context: int, pert: int) -> NDArray[np.float32]:
@@ -102,7 +102,7 @@ def refit_base(
     with_line: bool,
     progress: Progress,
 ) -> TrainingBase:
-    """Fit a baseline anew on what it was fitted on and, if asked, on the effects of a new line's training cells."""
+    """Refit a baseline on its examples and, if asked, on the effects of a new line's training cells."""
     feature_PF = features.of(store.perts)
     used = np.flatnonzero((np.bincount(effects.contexts)[effects.contexts] > 1) & with_line)
     contexts, perts = effects.contexts[used], effects.perts[used]
@@ -128,7 +128,7 @@ def refit_base(
 
 
 def _sentence(baseline: Baseline, effects_NG: NDArray[np.float32]) -> str:
-    """Return what leave-one-out chose and how well it did, in words."""
+    """Describe the choice of leave-one-out and its error."""
     spec, choice = baseline.spec, baseline.spec.choice
     chosen = {
         "control": {},

@@ -1,4 +1,4 @@
-"""What the loop is fed: an endless stream of cell sets with a position, read ahead by threads.
+"""Batches for the loop: an endless stream of cell sets with a position, read ahead by threads.
 
 Shapes: B sets, S cells in a set, I input width, F width of a perturbation feature, O output width, G predicted genes.
 """
@@ -31,7 +31,7 @@ _MOST_THREADS = 4
 
 
 class StreamState(NamedTuple):
-    """How far a stream of sets has come: `offset` sets of `epoch` are done."""
+    """The position in a stream of sets: `offset` sets of `epoch` are done."""
 
     epoch: int
     offset: int
@@ -53,12 +53,12 @@ class Batch(NamedTuple):
     measured_BG: Tensor | None = None
 
     def for_network(self) -> tuple[Tensor | None, ...]:
-        """Return what the network reads, in the order of its arguments."""
+        """Return the network's arguments in order."""
         return self.control_BSI, self.pert_BF, self.batch_BS, self.context_B, self.base_BG
 
 
 class SetStream:
-    """Sets of one epoch after the other; a batch may span two epochs, so that no cell is left out."""
+    """Sets of one epoch after another; a batch may span two epochs, so no cell is left out."""
 
     def __init__(self, epoch_sets: Callable[[int], CellSets], place: StreamState) -> None:
         self._epoch_sets = epoch_sets
@@ -66,7 +66,7 @@ class SetStream:
         self._sets: CellSets | None = None
 
     def take(self, num: int) -> tuple[CellSets, StreamState]:
-        """Return the next sets, and where the stream stands after them."""
+        """Return the next sets, and the position after them."""
         pieces: list[CellSets] = []
         while num:
             if self._sets is None:
@@ -95,7 +95,7 @@ def _concatenate(pieces: list[CellSets]) -> CellSets:
 
 
 class SetReader:
-    """Turns sets of row numbers into tensors, as an experiment's network wants them."""
+    """Turn sets of row numbers into tensors for an experiment's network."""
 
     def __init__(self, store: Store, experiment: Experiment, features: PertFeatures, *, sparse: bool = False) -> None:
         self._store, self._experiment, self._is_sparse = store, experiment, sparse
@@ -129,12 +129,12 @@ class SetReader:
 
     @property
     def threads(self) -> int:
-        """How many batches are worth reading at once: a GPU is faster than one thread."""
+        """The number of batches to read at once: more for a GPU, which is faster than one thread."""
         return min(_MOST_THREADS, available_cpus()) if self._is_sparse else 1
 
     @property
     def reads_what_it_predicts(self) -> bool:
-        """Whether the network reads the genes that it predicts, so that an effect stands beside its own controls."""
+        """Whether the network reads the genes that it predicts, so that an effect has its own controls."""
         return self._experiment.model.input == self._experiment.model.output
 
     @cached_property
@@ -151,12 +151,12 @@ class SetReader:
         return self._store.control_code
 
     def training(self, epoch: int, *, control_sets: bool | None = None) -> CellSets:
-        """Return the training sets of an epoch; whether control cells have sets, the experiment says or the caller."""
+        """Return the training sets of an epoch; the experiment or the caller decides on control sets."""
         asked = self._experiment.train.control_sets if control_sets is None else control_sets
         return self._sets(epoch, Split.TRAIN, control_sets=asked)
 
     def validation(self) -> CellSets:
-        """Return the sets that validate, always the same; those of perturbations alone."""
+        """Return the validation sets, always the same, of perturbations alone."""
         config = self._experiment.train
         return self._sets(0, Split.VAL, control_sets=False)[: config.max_val_sets]
 
@@ -198,7 +198,7 @@ class SetReader:
         )
 
     def measured(self, sets: CellSets) -> Tensor | None:
-        """Return which predicted genes the screen of each set measured, (B, G); ``None`` if all screens have all."""
+        """Return which predicted genes each set's screen measured, (B, G); ``None`` if all were measured."""
         return None if self._measured_SG is None else _pinned(self._measured_SG[torch.from_numpy(sets.screen).long()])
 
     def _inputs(self, rows: NDArray[np.int64], shape: tuple[int, ...]) -> Tensor:
@@ -222,19 +222,19 @@ class SetReader:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """Return a tensor in memory that a GPU copies from by itself: of any other, the processor waits for the copy."""
+    """Return a tensor in pinned memory, from which a GPU copies asynchronously."""
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def read_ahead(
     stream: Iterator[tuple[CellSets, StreamState]], read: Callable[[CellSets], Batch], *, threads: int = 1
 ) -> Iterator[tuple[Batch, StreamState]]:
-    """Yield what `read` makes of each piece of the stream; the next ones are read while the caller computes."""
+    """Yield ``read(piece)`` for each piece of the stream, reading the next ones in threads."""
     return prefetch(stream, lambda piece: (read(piece[0]), piece[1]), threads=threads)
 
 
 def augment(batch: Batch, reader: SetReader, config: TrainConfig, keys: Sequence[tuple[str | int, ...]]) -> Batch:
-    """Return a batch as training shows it."""
+    """Return a training batch with batch dropout and feature noise."""
     if config.batch_dropout and reader.spec.unknown_batch:
         draws = [generator(config.seed, "no batch", *key).random() for key in keys]
         batch = forget_batches(batch, [draw < config.batch_dropout for draw in draws])
@@ -247,11 +247,11 @@ def augment(batch: Batch, reader: SetReader, config: TrainConfig, keys: Sequence
 
 
 def forget_batches(batch: Batch, forgotten: Sequence[bool]) -> Batch:
-    """Return a batch of which some sets are of no known batch (code -1)."""
+    """Return a batch in which some sets have no known batch (code -1)."""
     return batch._replace(batch_BS=torch.where(torch.tensor(forgotten)[:, None], -1, batch.batch_BS))
 
 
 def blur_features(batch: Batch, noise_BF: Tensor, *, control_code: int) -> Batch:
-    """Return a batch whose sets are shown with noise on their perturbation features; control sets have none."""
+    """Return a batch with noise on perturbation features, except of control sets."""
     is_perturbed_B1 = (batch.pert_B != control_code)[:, None]
     return batch._replace(pert_BF=batch.pert_BF + noise_BF.to(batch.pert_BF.dtype) * is_perturbed_B1)

@@ -1,7 +1,7 @@
 """Training on disk: checkpoints, the identity of a run, and the log of metrics.
 
-Invariants: a checkpoint is whole or absent; the log has one line for each step up to where training stands and none
-beyond; a folder goes on only with what it was begun with.
+Invariants: a checkpoint is complete or absent. The log has one line for each finished step and none beyond. A folder
+resumes only with the settings that it started with.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _folders(out: Path) -> list[Path]:
 
 
 def load_newest(out: Path) -> tuple[SavedState | None, list[str]]:
-    """Return the newest whole checkpoint, if there is one, and a sentence on each newer one that is damaged."""
+    """Return the newest complete checkpoint, if any, and a sentence on each damaged newer one."""
     for partial in (out / CHECKPOINTS).glob(".step_*"):
         shutil.rmtree(partial)
     notes: list[str] = []
@@ -122,7 +122,7 @@ def load_newest(out: Path) -> tuple[SavedState | None, list[str]]:
 
 
 def restore(saved: SavedState, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor] | None:
-    """Put a checkpoint's weights and optimiser state in place; return the best weights, if there are any."""
+    """Restore weights and optimiser state from a checkpoint; return the best weights, if any."""
     tensors = load_tensors(saved.folder / WEIGHTS)
     _copy_weights(model, saved.folder / WEIGHTS, tensors)
     optimizer_state = load_tensors(saved.folder / _OPTIMIZER)
@@ -152,7 +152,7 @@ def _copy_weights(model: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return an optimiser's state by the name of its kind and of its parameter."""
+    """Return an optimiser's state, keyed by its kind and parameter."""
     return {
         f"{kind}/{name}": value
         for name, parameter in model.named_parameters()
@@ -161,7 +161,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def identity_of(experiment: Experiment, store_fingerprint: str) -> dict[str, Any]:
-    """Return what a run must keep to go on: store, features, model, loss, and all of training but its length."""
+    """Return the settings that a resumed run must share: store, features, model, loss, and training except its length."""
     config = experiment.as_json()
     features = {key: value for key, value in config["features"].items() if key != "path"}
     if experiment.features.path is not None:
@@ -175,7 +175,7 @@ def identity_of(experiment: Experiment, store_fingerprint: str) -> dict[str, Any
 
 
 def training_identity(experiment: Experiment) -> dict[str, Any]:
-    """Return what of [loss] and [train] decides the weights after a step."""
+    """Return the settings of [loss] and [train] that decide the weights after a step."""
     config = experiment.as_json()
     train = {key: value for key, value in config["train"].items() if key not in _FREE_KEYS}
     batch_dropout = train["batch_dropout"] if experiment.model.batch_embedding else 0.0
@@ -183,7 +183,7 @@ def training_identity(experiment: Experiment) -> dict[str, Any]:
 
 
 def identity_problems(begun: Mapping[str, Any], asked: Mapping[str, Any], *, place: str = "") -> list[Problem]:
-    """Return every key whose value is not what the run was begun with."""
+    """Return every key whose value differs from the one that the run was started with."""
     problems = []
     free = _FREE_KEYS if place == "train" else frozenset()
     for key in sorted((begun.keys() | asked.keys()) - free):

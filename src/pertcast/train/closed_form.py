@@ -1,8 +1,7 @@
-"""What a network gets wrong of a new line as a whole, found by least squares, and put into its last bias.
+"""Correct a network's average error on a new cell line in its last bias, and scale its shift, both in closed form.
 
-Invariants: only the line's training cells are read, of the network that bias alone changes, nothing is drawn: the same
-cells give the same bias.
-Shapes: K training targets, B sets, S cells in a set, N cells in all, O predicted genes.
+Invariants: only the line's training cells are read, only that bias changes, and nothing is random. Shapes: K training
+targets, B sets, S cells in a set, N cells in all, O predicted genes.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _HALVINGS = 40
 
 
 def common_share(errors_KO: Tensor) -> float:
-    """Return how much of the mean of some targets' errors holds for other targets, too, 0 to 1.
+    """Return the share of the targets' mean error that also holds for other targets, 0 to 1.
 
     >>> common_share(torch.tensor([[3.0, 1.0], [1.0, 1.0]]))
     0.8
@@ -41,7 +40,7 @@ def common_share(errors_KO: Tensor) -> float:
 
 
 def offset_of(cells_NO: Tensor, weight_N: Tensor, wanted_O: Tensor) -> Tensor:
-    """Return what to add to each gene so that the mean over cells, cut off at 0, is the wanted one, (O,).
+    """Return the value to add to each gene so that the mean over cells, clipped at 0, is the wanted one.
 
     >>> offset_of(torch.tensor([[0.0], [4.0]]), torch.full((2,), 0.5), torch.tensor([1.0])).round(decimals=4)
     tensor([-2.])
@@ -55,7 +54,7 @@ def offset_of(cells_NO: Tensor, weight_N: Tensor, wanted_O: Tensor) -> Tensor:
 
 
 class _Errors(NamedTuple):
-    """What has to be added to the mean of each group (context, perturbation), and cells of which that is said."""
+    """The missing mean of each group (context, perturbation), and cells of its prediction."""
 
     errors: dict[tuple[int, int], Tensor]  # (context, perturbation) → (O,)
     cells_NO: Tensor  # Predicted cells before values below 0 are cut off, and their weights: each group has the same
@@ -64,7 +63,7 @@ class _Errors(NamedTuple):
 
 @torch.no_grad()
 def fit_offset(network: StateTransition, reader: SetReader, effects: TrainingEffects) -> float | None:
-    """Move the last bias by what the network gets wrong of the line as a whole; return :func:`common_share`."""
+    """Move the last bias by the network's average error on the line; return :func:`common_share`."""
     found = _measure(network, reader, effects)
     if found is None:
         return None
@@ -145,7 +144,7 @@ def _in_turn(sets: CellSets, most: int) -> CellSets:
 def predict_sets(
     network: StateTransition, reader: SetReader, sets: CellSets
 ) -> Iterator[tuple[CellSets, Tensor, Tensor]]:
-    """Yield some of the sets at a time, their control cells, and what the last layer that gives genes says of them."""
+    """Yield some sets at a time, their control cells, and the output of the last layer before its ReLU."""
     outputs: list[Tensor] = []
     # a copy, since the network may cut off values below 0 in place
     hook = last_layer(network).register_forward_hook(
@@ -165,7 +164,7 @@ def predict_sets(
 
 
 def least_squares_gain(shift_PO: Tensor, asked_PO: Tensor) -> float:
-    """Return what the shifts should be multiplied by to be nearest to those asked for, 0 to 1.
+    """Return the factor, 0 to 1, by which the shifts are nearest to the wanted ones.
 
     >>> least_squares_gain(torch.tensor([[2.0], [4.0]]), torch.tensor([[7.0], [8.0]]))
     0.5
@@ -179,7 +178,7 @@ def least_squares_gain(shift_PO: Tensor, asked_PO: Tensor) -> float:
 
 @torch.no_grad()
 def fit_shift(network: StateTransition, reader: SetReader, effects: TrainingEffects) -> float | None:
-    """Fit what a network adds to control cells to the line's training targets; return the gain."""
+    """Fit the scale of the network's shift to the line's training targets; return the gain."""
     size = reader.spec.set_size
     sets = reader.training(0)
     sets = sets[np.flatnonzero(sets.pert != reader.control_code)][: max(1, _MOST_CELLS // size)]

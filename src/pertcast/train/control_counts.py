@@ -1,7 +1,6 @@
-"""What the counts head starts from: the rates and dispersions of the training split's control cells.
+"""Initial values of the counts head: rates and dispersions of the training split's control cells.
 
-Invariant: cells that are held out, and control cells of other splits, are never read.
-Shapes: S screens, G predicted genes.
+Invariant: held-out cells, and control cells of other splits, are never read. Shapes: S screens, G predicted genes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pertcast.stats.draws import generator
 
 
 class ControlRates(NamedTuple):
-    """Counts of control cells, as :func:`pertcast.stats.counts.fit_counts` describes them."""
+    """Rates and dispersions of control cells; see :func:`pertcast.stats.counts.fit_counts`."""
 
     # float32, logarithm of the mean count in a cell of the total that the store normalises to; a screen
     # without training control cells has the mean of the others
@@ -28,7 +27,7 @@ class ControlRates(NamedTuple):
 
 
 def control_rates(store: Store, output_genes: NDArray[np.int64]) -> ControlRates:
-    """Fit the counts of each screen's training control cells, of at most 4,096 of them."""
+    """Fit the counts of at most 4,096 training control cells of each screen."""
     if store.scale != "counts" or store.target_sum is None:
         raise ConfigError(
             f"[loss] nb: the counts head learns from whole counts, and {store.path} was made of log1p values; "

@@ -1,4 +1,4 @@
-"""Devices, machines and precision of a training, through Lightning Fabric: one process a device.
+"""Devices, machines, precision, loggers and sharding, through Lightning Fabric: one process for each device.
 
 Invariant: the sets of a step are the same on any number of devices; each has an equal share of them.
 """
@@ -42,7 +42,7 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def make_loggers(names: Sequence[str], out: Path) -> list[Logger]:
-    """Return Fabric's loggers by name; they write into the run's folder. Only the first process has any."""
+    """Return Fabric's loggers by name; they write into the run's folder, on the first process alone."""
     problems = [
         Problem(f"[train] loggers {name!r}", f"the package {package} is not installed", f"pip install {package}")
         for name, package in _PACKAGES.items()
@@ -64,7 +64,7 @@ def make_loggers(names: Sequence[str], out: Path) -> list[Logger]:
 
 
 class _WandbLogger(Logger):
-    """The few calls of Fabric's logger that the loop makes, on wandb; a resumed run goes on under its own id."""
+    """The part of Fabric's logger that the loop uses, on wandb; a resumed run keeps its id."""
 
     def __init__(self, out: Path) -> None:
         identifier = hashlib.blake2b(str(out.absolute()).encode(), digest_size=8).hexdigest()
@@ -87,7 +87,7 @@ class _WandbLogger(Logger):
         self._run.log(dict(metrics), step=step)
 
     def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace, *_: Any, **__: Any) -> None:
-        """Keep the configuration."""
+        """Log the settings."""
         self._run.config.update(params if isinstance(params, dict) else vars(params))
 
     def finalize(self, status: str) -> None:
@@ -99,19 +99,19 @@ _MESH = "data_parallel"
 
 
 def sharding_strategy(num_devices: int, *, bf16: bool, **options: Any) -> ModelParallelStrategy:
-    """Return Fabric's strategy that hands the network to :func:`shard`; it runs on CPUs, too."""
+    """Return Fabric's strategy that passes the network to :func:`shard`; it also runs on CPUs."""
     return ModelParallelStrategy(
         partial(shard, bf16=bf16), data_parallel_size=num_devices, tensor_parallel_size=1, **options
     )
 
 
 def is_sharded(fabric: Fabric) -> bool:
-    """Return whether this training shards its network: all processes must then meet in each of its calls."""
+    """Return whether the network is sharded; then all processes must join each of its calls."""
     return isinstance(fabric.strategy, ModelParallelStrategy)
 
 
 def shard(network: StateTransition, mesh: DeviceMesh, *, bf16: bool) -> StateTransition:
-    """Share a network's parameters out over the devices of a mesh, in place."""
+    """Shard a network's parameters over the devices of a mesh, in place."""
     devices = mesh[_MESH]
     lowered = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in _blocks(network):
@@ -126,7 +126,7 @@ def shard(network: StateTransition, mesh: DeviceMesh, *, bf16: bool) -> StateTra
 
 
 def _blocks(network: StateTransition) -> Iterator[list[nn.Module]]:
-    """Yield what comes together at once: modules that run one after the other."""
+    """Yield the modules that are gathered together, in the order of the forward pass."""
     (layers,) = (part for part in network.transformer_backbone.children() if isinstance(part, nn.ModuleList))
     for layer in layers:
         yield [part for part in layer.children() if not isinstance(part, nn.LayerNorm | nn.RMSNorm)]
@@ -144,18 +144,18 @@ def _blocks(network: StateTransition) -> Iterator[list[nn.Module]]:
 
 
 def _own_output(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-    """Copy an output that is a view: changed in place, it would lose the hook that gathers weights for its gradient."""
+    """Copy an output that is a view: changed in place, it would lose the hook that gathers weights."""
     return output.clone() if output._is_view() else output
 
 
 def whole(value: Tensor) -> Tensor:
-    """Return a tensor without a gradient, gathered on the CPU if it was a shard; all processes call it together."""
+    """Return a tensor without gradient, gathered on the CPU if it is a shard; all processes must call it."""
     value = value.detach()
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool, copy: bool = False) -> dict[str, Tensor]:
-    """Return tensors whole, gathered one after the other; a process that does not keep them only takes part."""
+    """Return gathered tensors, one after the other; a process that does not keep them only takes part."""
     found = {}
     for name, value in tensors.items():
         gathered = whole(value)
@@ -165,7 +165,7 @@ def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool, copy: bool = Fal
 
 
 def sharded_like(value: Tensor, other: Tensor) -> Tensor:
-    """Return a whole tensor on another one's device, and this device's part of it if that is a shard."""
+    """Return a tensor on another one's device, or this device's shard of it."""
     value = value.to(other.device)
     if not isinstance(other, DTensor):
         return value
@@ -178,13 +178,13 @@ _TIMEOUT = timedelta(hours=6)
 
 
 def is_first_process() -> bool:
-    """Return whether no launcher says that this is another than the first process."""
+    """Return whether this is the first process, or the only one."""
     ranks = launched()
     return ranks is None or ranks.rank == 0
 
 
 def num_processes(config: TrainConfig) -> int:
-    """Return how many processes train together: those that a launcher has started, else as many as `devices`."""
+    """Return the number of training processes: those of a launcher, else `devices`."""
     ranks, problems = launched(), []
     size = config.devices if ranks is None else ranks.size
     if ranks is None and config.num_nodes > 1:
@@ -234,10 +234,9 @@ def open_fabric(config: TrainConfig, out: Path, *, some_unused: bool = False) ->
 
 
 class _Autocast(MixedPrecision):
-    """Autocast that leaves what goes in as it is: products round it, and sums with control cells keep their digits."""
+    """Autocast that leaves inputs in float32: products round them, and sums with control cells stay exact."""
 
     def convert_input(self, data: Any) -> Any:
-        """Return the same."""
         return data
 
 
@@ -258,7 +257,7 @@ def _environment(ranks: Ranks | None) -> ClusterEnvironment:
 
 @contextmanager
 def products(config: TrainConfig) -> Iterator[None]:
-    """Let float32 products be as short as the precision says, and put torch's own setting back at the end."""
+    """Set torch's precision of float32 products, and restore it at the end."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     try:
@@ -269,7 +268,7 @@ def products(config: TrainConfig) -> Iterator[None]:
 
 @contextmanager
 def one_process_for_all(size: int) -> Iterator[None]:
-    """Turn the loss of contact that follows when another process dies into an error that says so."""
+    """Turn the lost contact that follows another process's death into an error that says so."""
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""The loop: take a batch, predict, measure, update; validate and keep the best; write checkpoints.
+"""The training loop: batch, prediction, loss, update; validation, checkpoints and interrupts.
 
-Invariant: what a step does depends on the seed, the step's number and the weights alone, so a run that was stopped
-after any step, and one that never was, end with the same bits (on the same devices and number of threads). Every draw
-is keyed by the number of a set in its step, so other numbers of devices differ by rounding alone.
+Invariant: a step depends only on the seed, its number and the weights. So an interrupted and resumed run ends with the
+same bits as an uninterrupted one (on the same devices and number of threads). Every draw is keyed by the number of a
+set in its step, so other numbers of devices differ by rounding alone.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from pertcast.train.validation import OfficialMetrics, criterion
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], int]]:
-    """Let Ctrl-C and SIGTERM wait for the end of the step; a second one does not wait."""
+    """Finish the current step on Ctrl-C or SIGTERM; a second signal does not wait."""
     received: list[int] = []
 
     def remember(number: int, _frame: FrameType | None) -> None:
@@ -77,7 +77,7 @@ _LOWEST_SHARE = 0.01
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Return Adam or AdamW, fused where torch has it."""
+    """Return Adam or AdamW, fused if torch supports it."""
     make = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     fused = device.type in ("cpu", "cuda")
     return make(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
@@ -130,7 +130,7 @@ class Loop:
         self._rates: dict[str, float] = {}
 
     def _training_targets(self, progress: Progress) -> TrainingTargets:
-        """Collect what the auxiliary terms compare with; the first process computes DE labels, the others read them."""
+        """Collect effects and labels; the first process computes DE labels, and the others read them."""
         store, genes = self.plan.store, self.reader.output_genes
         if self.loss.de and self.fabric.is_global_zero:
             de_labels(store, progress=progress)
@@ -140,7 +140,7 @@ class Loop:
         return targets.to(self.fabric.device)
 
     def take_steps(self, task: str, progress: Progress) -> None:
-        """Run to the last step, if anything learns, with progress; say how to resume after Ctrl-C."""
+        """Run to the last step with progress, if anything trains; tell how to resume after Ctrl-C."""
         try:
             if any(parameter.requires_grad for parameter in self.network.parameters()):
                 with progress.task(task, self.train.steps, "steps", done=self.state.step) as advance:
@@ -198,12 +198,12 @@ class Loop:
         self._saved_step = self.state.step
 
     def _weights(self, *, copy: bool = False) -> dict[str, Tensor]:
-        """Return the weights, whole; of a sharded network on the first process alone, and all call it."""
+        """Return the gathered weights; of a sharded network on the first process alone, but all must call it."""
         keep = self.fabric.is_global_zero or not is_sharded(self.fabric)
         return whole_tensors(self.network.state_dict(), keep=keep, copy=copy)
 
     def kept_weights(self) -> dict[str, Tensor]:
-        """Return the weights of the best validated step, or else the last, as :meth:`_weights` does."""
+        """Return the weights of the best validated step, or else the last ones."""
         return self.best if self.best is not None else self._weights()
 
     def _pieces(self, stream: SetStream) -> Iterator[tuple[CellSets, StreamState]]:
@@ -216,12 +216,12 @@ class Loop:
         return sets[self.fabric.global_rank :: self.fabric.world_size]
 
     def _places(self, first: int, num: int) -> list[int]:
-        """Return the places in their step of this process's sets, the first of all processes being `first`."""
+        """Return the positions in their step of this process's sets."""
         size = self.fabric.world_size
         return [first + self.fabric.global_rank + size * number for number in range(num)]
 
     def _agreed(self, signal_number: int) -> int:
-        """Return the signal that any process has received, or 0: all stop after the same step."""
+        """Return the signal that any process has received, or 0, so that all stop after the same step."""
         if self.fabric.world_size == 1:
             return signal_number
         return int(self._gather(torch.tensor([signal_number], device=self.fabric.device)).max())
@@ -259,7 +259,7 @@ class Loop:
         advance(1, detail=f"loss {loss_now:.4g} · {rate_now:.3g} sets/s")
 
     def _terms(self, batch: Batch, keys: Sequence[tuple[str | int, ...]]) -> dict[str, Tensor]:
-        """Predict a batch and measure each set; its key decides which other perturbations it is compared with."""
+        """Predict a batch and compute the loss terms of each set; its key draws the perturbations to rank against."""
         if self.targets is None:
             batch = self.fabric.to_device(batch)
             return loss_terms(self.model(*batch.for_network()), batch, self.loss)
@@ -289,7 +289,7 @@ class Loop:
         )
 
     def _gather(self, rows: Tensor) -> Tensor:
-        """Return the rows of every process, one after the other; no gradient goes through."""
+        """Return the rows of every process, without gradient."""
         if self.fabric.world_size == 1:
             return rows
         gathered = self.fabric.all_gather(rows.detach().contiguous())
@@ -297,7 +297,7 @@ class Loop:
         return gathered.flatten(0, 1)
 
     def _set_learning_rate(self, step: int) -> float:
-        """Set and return the learning rate of a step: a linear rise, and a linear fall where asked."""
+        """Set and return the learning rate of a step: a linear warm-up and an optional linear decay."""
         share = min(1.0, (step + 1) / self.train.warmup_steps) if self.train.warmup_steps else 1.0
         if self.train.decay_steps:
             share *= max(_LOWEST_SHARE, 1 - step / self.train.decay_steps)
@@ -320,7 +320,7 @@ class Loop:
             )
 
     def _validate(self, advance: Advance) -> None:
-        """Measure the validation sets without dropout; keep the weights if they are the best so far."""
+        """Measure the validation sets without dropout, and keep the weights if they are the best so far."""
         sums: dict[str, Tensor] = {}
         self.model.eval()
         with closing(read_ahead(self._val_pieces(), self.reader.read)) as batches, torch.no_grad():  # type: ignore[type-var]

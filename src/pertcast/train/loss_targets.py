@@ -1,7 +1,7 @@
-"""What the auxiliary loss terms compare a prediction with: effects and DE labels of the training split.
+"""Effects and DE labels of the training split, with which the auxiliary loss terms compare a prediction.
 
-Invariant: held-out cells and control cells of other splits are never read.
-Shapes: N training perturbations (each in its context), S screens, P perturbations, G predicted genes, B sets.
+Invariant: held-out cells and control cells of other splits are never read. Shapes: N training perturbations (each in
+its context), S screens, P perturbations, G predicted genes, B sets.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CELLS_AT_ONCE = 512
 def call_thresholds(
     store: Store, codes: NDArray[np.int64], num_significant: NDArray[np.int64], genes: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Return the effects, in log1p units, from which on the test calls a gene, ``(N, G)``."""
+    """Return the smallest effect, in log1p units, that the test calls, for each perturbation and gene, ``(N, G)``."""
     row_of = {pair: row for row, pair in enumerate(map(tuple, codes.tolist()))}
     trained = store.rows(split=Split.TRAIN)
     sources = store.screen_codes[trained].astype(np.int64) * len(store.perts) + store.pert_codes[trained]
@@ -73,7 +73,7 @@ _LARGEST_WEIGHT = 100.0
 
 
 class BatchTargets(NamedTuple):
-    """What is known of the sets of a batch, on its device."""
+    """Effects and labels of the sets of a batch, on its device."""
 
     control_mean_BG: Tensor  # Mean log1p expression of the training control cells of each set's screen
     # What a predicted pseudobulk is an effect beside: the same, or the mean of the set's own control cells
@@ -126,7 +126,7 @@ class TrainingTargets:
         self.positive_weight = float(np.clip((1 - share) / share, 1, _LARGEST_WEIGHT)) if share else 1.0
 
     def to(self, device: torch.device) -> TrainingTargets:
-        """Put everything on a device; returns itself."""
+        """Move everything to a device; return itself."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(device))
@@ -135,7 +135,7 @@ class TrainingTargets:
     def of(
         self, context_B: Tensor, pert_B: Tensor, screen_B: Tensor, measured_BG: Tensor | None = None
     ) -> BatchTargets:
-        """Return what is known of some sets, by their codes and the genes that their screens measured."""
+        """Return the targets of some sets, by their codes and the genes that their screens measured."""
         row_B = self._row_CP[context_B, pert_B]
         has_effect_B = row_B >= 0
         found_B = row_B.clamp_min(0)
@@ -164,7 +164,7 @@ class TrainingTargets:
     def draw_others(
         self, context_B: Tensor, pert_B: Tensor, *, num: int, seed: int, keys: Sequence[tuple[str | int, ...]]
     ) -> Tensor:
-        """Return rows of `effects_NG` of other perturbations of each set's context, (B, num), -1 if too few."""
+        """Draw rows of `effects_NG` of other perturbations of each set's context, (B, num), -1 if too few."""
         rows_BK = np.full((len(context_B), num), -1, dtype=np.int64)
         for place, (context, pert, key) in enumerate(zip(context_B.tolist(), pert_B.tolist(), keys, strict=True)):
             others = np.flatnonzero((self._contexts == context) & (self._perts != pert))
@@ -182,7 +182,7 @@ def training_targets(
     rates: ControlRates | None = None,
     progress: Progress,
 ) -> TrainingTargets:
-    """Read the TRAIN cells once, group by group, and return their effects, with DE labels where wanted."""
+    """Read the TRAIN cells once, group by group, and return their effects, with DE labels if `labels`."""
     effects = training_effects(store, output_genes, progress=progress)
     codes = np.stack([effects.contexts, effects.perts], axis=1)
     labels_NG, threshold_NG = None, None

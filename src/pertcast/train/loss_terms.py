@@ -1,4 +1,4 @@
-"""The terms of the loss for a batch, and what each weighs at a step.
+"""The loss terms of a batch, and their weights at a step.
 
 Shapes: B sets of this device, G predicted genes, K other perturbations.
 """
@@ -32,7 +32,7 @@ _AUXILIARY = ("mae", "de", "rank", "nb")
 
 
 class Others(NamedTuple):
-    """Effects of other training perturbations that each set is ranked among, and which of them there are."""
+    """Effects of other training perturbations to rank against, and which of them exist."""
 
     effects_BKG: Tensor
     exist_BK: Tensor
@@ -53,7 +53,7 @@ def loss_terms(
     positive_weight: float = 1.0,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> dict[str, Tensor]:
-    """Return the terms of the loss that are switched on, ``(B,)`` each, without weights."""
+    """Return the loss terms that are on, ``(B,)`` each, without weights."""
     terms = {}
     if batch.measured_BG is not None:
         # cells show 0 of genes that were not measured; what is predicted of these must not count
@@ -90,14 +90,14 @@ def loss_terms(
 
 
 def _needed(targets: BatchTargets | None, term: str) -> BatchTargets:
-    """Return what is known of the sets, which a term that was asked for cannot do without."""
+    """Return the targets, which a requested term cannot do without."""
     if targets is None:
         raise ValueError(f"the term {term} needs what the training split says of the sets")
     return targets
 
 
 def _without(prediction: Prediction, measured_BG: Tensor) -> Prediction:
-    """Return the prediction with 0 for genes that were not measured."""
+    """Return the prediction with 0 for unmeasured genes."""
     clipped_effect_BG = None if prediction.clipped_effect_BG is None else prediction.clipped_effect_BG * measured_BG
     if prediction.genes_BSG is None:
         return prediction._replace(
@@ -109,7 +109,7 @@ def _without(prediction: Prediction, measured_BG: Tensor) -> Prediction:
 
 
 def _counts_loss(found: CountsPrediction, real_BSG: Tensor, batch: Batch, log_rate_BG: Tensor) -> Tensor:
-    """Return the counts head's loss; counts come back out of log1p values, exactly, since they are whole."""
+    """Return the counts head's loss; log1p values convert back to the exact whole counts."""
     assert batch.depth_BS is not None
     counts_BSG = (real_BSG.float().expm1() * batch.depth_BS[..., None]).round_()
     log_mean_BG = log_rate_BG + found.log_fold_BG.float()
@@ -119,13 +119,13 @@ def _counts_loss(found: CountsPrediction, real_BSG: Tensor, batch: Batch, log_ra
 
 
 def _effects(prediction: Prediction, targets: BatchTargets) -> Tensor:
-    """Return the effect that each set predicts, (B, G); 0 for genes that were not measured."""
+    """Return the predicted effect of each set, (B, G); 0 for unmeasured genes."""
     effect_BG = prediction.unclipped_BSG.float().mean(1) - targets.reference_mean_BG
     return effect_BG if targets.measured_BG is None else effect_BG * targets.measured_BG
 
 
 def _de_term(prediction: Prediction, targets: BatchTargets, config: LossConfig, positive_weight: float) -> Tensor:
-    """Return the DE head's loss; a set without a training effect has no labels, and 0."""
+    """Return the DE loss; a set without a training effect has no labels, and loss 0."""
     if targets.labels_BG is None or targets.valid_BG is None or targets.threshold_BG is None:
         raise ValueError("the term de needs DE labels")
     direction_BG = targets.effect_BG.sign() * targets.labels_BG

@@ -1,6 +1,7 @@
-"""A new cell line's experiment and store in the words of a trained run: what is the run's, and where its rows lie.
+"""Align a new cell line's experiment and store with a trained run.
 
-Invariant: what does not fit the run (genes, control label, scale, model, features) is refused, all problems at once.
+Invariant: everything that does not fit the run (genes, control label, scale, model, features) is refused, all problems
+at once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _ALONE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 
 
 def adapted_experiment(run_path: Path, experiment: Experiment) -> Experiment:
-    """Return the experiment of an adaptation: cells as it says itself, model and features as the run was trained.
+    """Return the experiment of an adaptation: its own cells, with the run's model and features.
 
     The loss and ``[train]`` are the run's, too, where the experiment says nothing of them; cells are normalised to the
     run's total. Weights do not decay, and auxiliary terms of the loss do not rise slowly: the network is trained
@@ -70,7 +71,7 @@ def adapted_experiment(run_path: Path, experiment: Experiment) -> Experiment:
 
 
 def _require_same_model(run_path: Path, experiment: Experiment, trained: Experiment) -> None:
-    """Refuse a model that is asked for and not the run's; what the file leaves out is the run's."""
+    """Refuse model settings that differ from the run's."""
     if "model" not in experiment.model_fields_set:
         return
     problems = []
@@ -87,7 +88,7 @@ def _require_same_model(run_path: Path, experiment: Experiment, trained: Experim
 
 @dataclass(frozen=True)
 class AlignedStore:
-    """A store in the words of a run: its codes are the rows of the run's embeddings, new ones after the known."""
+    """A store whose codes are the rows of the run's embeddings, new ones after the known."""
 
     store: Store  # The view
     num_new_contexts: int  # Rows that the run lacks
@@ -97,7 +98,7 @@ class AlignedStore:
 
 
 def bring_into_run(run: Run, store: Store) -> AlignedStore:
-    """Return a store in the words of a run."""
+    """Align a store with a run."""
     contexts = (*run.contexts, *(name for name in store.contexts if name not in run.contexts))
     batches = (*run.batches, *(name for name in store.batches if name not in run.batches))
     context_rows = np.array([contexts.index(name) for name in store.contexts], dtype=np.int32)
@@ -122,7 +123,7 @@ def bring_into_run(run: Run, store: Store) -> AlignedStore:
 
 
 def require_fitting(run: Run, store: Store) -> None:
-    """Refuse a store whose genes, control label or scale are not the run's."""
+    """Refuse a store with other genes, control label or scale than the run's."""
     problems = []
     if store.genes != run.genes:
         differs = next((n for n, (a, b) in enumerate(zip(run.genes, store.genes, strict=False)) if a != b), None)

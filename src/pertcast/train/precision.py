@@ -1,7 +1,7 @@
-"""Which precision a training computes in, where it is left to the device, and that a run keeps it.
+"""Choose the precision of a training if the device decides, and keep it for the run.
 
-In bf16 the network's products are of bfloat16 with float32 sums; weights, their gradients and the optimiser, the
-residual stream, normalisation and losses stay float32.
+In bf16 the network's products are of bfloat16 with float32 sums. Weights, gradients, optimiser, residual stream,
+normalisation and losses stay float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pertcast.train.checkpoints import IDENTITY
 
 
 def resolve_precision(experiment: Experiment, out: Path) -> tuple[Experiment, tuple[str, ...]]:
-    """Return the experiment with a precision of its own in place of "auto", and a sentence on where it is from."""
+    """Replace "auto" by a precision, and return a sentence on the choice."""
     if experiment.train.precision != "auto":
         return experiment, ()
     begun = _begun(out)
@@ -29,7 +29,7 @@ def resolve_precision(experiment: Experiment, out: Path) -> tuple[Experiment, tu
 
 
 def native_precision(accelerator: str) -> str:
-    """Return "bf16" where the device that Fabric would take multiplies bfloat16 natively, else "fp32"."""
+    """Return "bf16" if the chosen device multiplies bfloat16 natively, else "fp32"."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available()):
@@ -38,7 +38,7 @@ def native_precision(accelerator: str) -> str:
 
 
 def require_one_precision(fabric: Fabric, precision: str) -> None:
-    """Require that all processes compute in the first one's precision."""
+    """Require that all processes compute in the same precision."""
     first = fabric.broadcast(precision)
     if first != precision:
         raise ConfigError(
@@ -48,7 +48,7 @@ def require_one_precision(fabric: Fabric, precision: str) -> None:
 
 
 def _begun(out: Path) -> str | None:
-    """Return the precision that a folder's run was begun with, if there is one that says so."""
+    """Return the precision that a folder's run started with, if any."""
     if not (out / IDENTITY).is_file():
         return None
     train = read_json(out / IDENTITY).get("train")
@@ -57,7 +57,7 @@ def _begun(out: Path) -> str | None:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """Return whether oneDNN is at hand, and the processor has products of bfloat16 (AVX-512 BF16; all with AMX do)."""
+    """Return whether oneDNN and the processor support bfloat16 products (AVX-512 BF16 or AMX)."""
     return (
         bool(torch.backends.mkldnn.enabled)
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What generation needs to know of a training: the run, beside what its store says of genes, labels and scale."""
+"""The record of a run, and its features."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pertcast.train.checkpoints import FEATURES
 
 
 def needs_features(experiment: Experiment) -> bool:
-    """Return whether what learns looks at features; a control copy and the mean effect do not."""
+    """Return whether the model reads features; a control copy and the mean effect do not."""
     return experiment.model.kind not in ("control", "mean")
 
 
 def run_features(experiment: Experiment, store: Store, out: Path) -> PertFeatures:
-    """Return a run's features: those that it was begun with, else as the experiment says, for its targets too."""
+    """Return a run's features: those it started with, else the experiment's, for its targets too."""
     if (out / FEATURES / "features.json").is_file():
         return open_features(out / FEATURES)
     targets = _targets(experiment)
@@ -36,7 +36,7 @@ def run_features(experiment: Experiment, store: Store, out: Path) -> PertFeature
 
 
 def show_coverage(features: PertFeatures, store: Store, experiment: Experiment, progress: Progress) -> None:
-    """Show how many training perturbations, held-out ones and targets have a feature of their own."""
+    """Show how many training perturbations, held-out ones and targets have their own feature."""
     if not needs_features(experiment):
         return
     rows = coverage(features, store, _targets(experiment))

@@ -200,7 +200,7 @@ def _write_run(
     notes: tuple[str, ...],
     batches: dict[str, Any] | None,
 ) -> None:
-    """Write the trained run: weights, and everything that generation needs to know."""
+    """Write the trained run: weights, and everything that generation needs."""
     reader, state, has_best = plan.reader, loop.state, loop.best is not None
     if reader.spec.unknown_batch:
         rows = weights["batch_encoder.weight"].clone()
@@ -220,7 +220,7 @@ def _write_run(
 
 
 def require_losses(experiment: Experiment) -> None:
-    """Refuse a loss without terms; that of the counts head says nothing of the output."""
+    """Raise if every term that trains the output is off. ``loss.nb`` does not count."""
     loss, is_latent = experiment.loss, experiment.model.input.startswith("obsm:")
     if not (loss.energy or loss.mae or loss.de or loss.rank or (is_latent and loss.decoder)):
         raise ConfigError("[loss]: every term is switched off; give loss.energy a weight above 0")

@@ -1,7 +1,7 @@
-"""The effects of the training split: mean log1p of perturbed cells minus that of the control cells of their screen.
+"""Effects of the training split: mean log1p of perturbed cells minus that of their screen's control cells.
 
-Invariant: held-out cells and control cells of other splits are never read.
-Shapes: N training perturbations (each in its context), S screens, G predicted genes.
+Invariant: held-out cells and control cells of other splits are never read. Shapes: N training perturbations (each in
+its context), S screens, G predicted genes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CELLS_AT_ONCE = 512
 
 
 class TrainingEffects(NamedTuple):
-    """Effects by context and perturbation; a perturbation without control cells in any of its screens has none."""
+    """Effects by context and perturbation; a perturbation without controls in its screens has none."""
 
     contexts: NDArray[np.int64]  # (N,) int64 codes of the store, in their order
     perts: NDArray[np.int64]
@@ -66,7 +66,7 @@ def training_effects(store: Store, output_genes: NDArray[np.int64], *, progress:
 
 
 def mean_effect(effects_NG: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the mean effect on each gene over those that measured it; 0 where none did."""
+    """Return the mean effect on each gene over the perturbations that measured it, else 0."""
     measured_NG = ~np.isnan(effects_NG)
     if measured_NG.all():
         return effects_NG.mean(axis=0)
@@ -75,7 +75,7 @@ def mean_effect(effects_NG: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _combined(parts: list[tuple[int, NDArray[np.float32]]]) -> NDArray[np.float32]:
-    """Return the mean of effects, weighted by cells; each gene over the screens that measured it."""
+    """Return the mean of effects weighted by cells, each gene over the screens that measured it."""
     if len(parts) == 1:
         return parts[0][1]
     effect_KG = np.stack([effect for _, effect in parts])

@@ -1,9 +1,8 @@
-"""Which validated step is best: by the loss, or by the official metrics of the perturbations that validate.
+"""Choose the best validated step, by the loss or by the official metrics.
 
-The truth side (real cells, their DE genes, the training-mean baseline) is computed once, when training starts. Cells
-are predicted from TRAIN control cells, by the same draws at every validation, without dropout; metrics are of the
-predicted genes. Each screen with validation perturbations and training controls is scored alone; means are over all
-of them.
+Real cells, their DE genes and the training-mean baseline are measured once, before training. Cells are predicted from
+TRAIN control cells with the same draws at every validation, without dropout. Metrics are of the predicted genes. Each
+screen with validation perturbations and training controls is scored alone, and the means are over all of them.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _PREFIX = "held_out_"
 
 
 def criterion(values: Mapping[str, float], select_by: str) -> float:
-    """Return what of a validation's values the best step has the least of.
+    """Return the value of a validation that the best step minimises.
 
     >>> criterion({"loss": 2.0, "held_out_pds": 0.75}, "pds")
     -0.75
@@ -47,7 +46,7 @@ def criterion(values: Mapping[str, float], select_by: str) -> float:
 
 
 class _Truth(NamedTuple):
-    """The validation perturbations of one screen, P of them."""
+    """The P validation perturbations of one screen."""
 
     sets: CellSets
     pert_of_cell: NDArray[np.int64]
@@ -58,7 +57,7 @@ class _Truth(NamedTuple):
 
 
 class OfficialMetrics:
-    """Measures a network in training on the validation perturbations."""
+    """Measure a network on the validation perturbations with the official metrics."""
 
     def __init__(self, store: Store, reader: SetReader, train: TrainConfig, *, progress: Progress) -> None:
         self._reader, self._size = reader, train.sets_per_step
@@ -87,7 +86,7 @@ class OfficialMetrics:
             )
 
     def measure(self, model: Callable[..., Prediction], fabric: Fabric) -> dict[str, float]:
-        """Return ``held_out_`` and each of mae, pds, des, overall; the same values on all devices."""
+        """Return ``held_out_`` mae, pds, des and overall, the same on all devices."""
         values = self._measure(model, fabric) if fabric.is_global_zero else {}
         if is_sharded(fabric) and not fabric.is_global_zero:
             self._take_part(model, fabric)
@@ -107,7 +106,7 @@ class OfficialMetrics:
 
     @torch.no_grad()
     def _take_part(self, model: Callable[..., Prediction], fabric: Fabric) -> None:
-        """Make the first process's calls with it, as a sharded network needs."""
+        """Join the first process's calls, as a sharded network needs."""
         for truth in self._screens:
             for _cells in self._predict(truth, model, fabric):
                 pass
@@ -124,7 +123,7 @@ class OfficialMetrics:
 
 
 def _profile(cells: NDArray[np.float32], codes: NDArray[np.int64], controls: sparse.csr_matrix) -> Profile:
-    """Return the profile of cells, cut off at 0; the mean is that of what was predicted, as cells are made for it."""
+    """Return the profile of cells clipped at 0, with the mean of the unclipped prediction."""
     found = profile_of(np.maximum(cells, np.float32(0)), codes, controls, threads=available_cpus())
     means = np.stack([cells[codes == pert].mean(axis=0, dtype=np.float64) for pert in range(len(found.means))])
     means = np.maximum(means, 0)
@@ -140,7 +139,7 @@ def _truth(
     mean_G: NDArray[np.float32],
     seed: int,
 ) -> _Truth:
-    """Return the truth of one screen; of its validation cells, `rows`, some are drawn where there are many."""
+    """Return the truth of one screen, from a sample of its validation cells if there are many."""
     context, screen = int(store.context_codes[rows[0]]), int(store.screen_codes[rows[0]])
     size = reader.spec.set_size
     perts_P = np.unique(store.pert_codes[rows]).astype(np.int64)

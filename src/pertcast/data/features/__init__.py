@@ -1,4 +1,4 @@
-"""Perturbation features: read, or fitted on the training controls; what has none is never filled in silence."""
+"""Perturbation features, read from a file or fitted on training controls; missing ones are never filled silently."""
 
 from pertcast.data.features.coexpression import FeatureStore
 from pertcast.data.features.load import load_features

@@ -1,7 +1,7 @@
 """Co-expression of genes in training control cells: loadings and correlations, within each screen.
 
-Screens differ in their means by technique; cells are centred on the mean of their own screen, so that these differences
-do not count as co-expression.
+Cells are centred on the mean of their own screen, so technical differences between screens do not count as co-
+expression.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CHUNK = 512
 
 
 class FeatureStore(Protocol):
-    """What features need of a store; see ``pertcast.data.store.Store`` for the meaning of each."""
+    """The parts of a store that features need; see ``pertcast.data.store.Store``."""
 
     @property
     def genes(self) -> Sequence[str]: ...
@@ -42,7 +42,7 @@ class FeatureStore(Protocol):
 
 
 def train_controls(store: FeatureStore) -> tuple[NDArray[np.int64], int]:
-    """Return rows of training control cells, ascending, at most `MAX_CELLS` drawn by key, and how many there are."""
+    """Return rows of training control cells, at most `MAX_CELLS` of them, and their total number."""
     rows = np.flatnonzero(((store.split & Split.TRAIN) != 0) & (store.pert_codes == store.control_code)).astype(
         np.int64
     )
@@ -55,7 +55,7 @@ def train_controls(store: FeatureStore) -> tuple[NDArray[np.int64], int]:
 def coexpression_loadings(
     store: FeatureStore, rows: NDArray[np.int64], *, num_loadings: int
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return each gene's loadings on the leading components of control cells, and which genes vary at all."""
+    """Return each gene's loadings on the leading components of control cells, and which genes vary."""
     num_genes = len(store.genes)
     most = max(min(len(rows) - 1, num_genes), 0)
     if num_loadings > most:
@@ -89,7 +89,7 @@ def coexpression_loadings(
 def gene_correlations(
     store: FeatureStore, rows: NDArray[np.int64], *, genes: NDArray[np.int64], others: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Return (genes, others) Pearson correlations of log1p values in some cells; NaN where a gene does not vary."""
+    """Return Pearson correlations of log1p values, (genes, others); NaN if a gene does not vary."""
     both = np.concatenate([genes, others])
     covariance = np.zeros((len(both), len(both)))
     for screen in np.unique(store.screen_codes[rows]):

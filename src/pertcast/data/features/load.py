@@ -1,4 +1,4 @@
-"""Makes the features of an experiment: reads or fits them, and fills in what is missing only as asked by name."""
+"""Make the features of an experiment: read or fit them, and fill in missing ones only as the settings ask."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def genes_of(label: str, separator: str, *, control: str = "", known: Container[
 def label_indicators(
     labels: Sequence[str], trained: Sequence[str], *, separator: str, control: str = ""
 ) -> dict[str, Vector]:
-    """Return which genes each label names, among those that training labels name; none for a label that names none.
+    """Return which genes each label names, among those that training labels name.
 
     >>> found = label_indicators(["A", "A+X", "X"], ["A", "B+C"], separator="+")
     >>> {label: vector.tolist() for label, vector in found.items()}
@@ -60,7 +60,7 @@ def combine_genes(
     separator: str,
     control: str = "",
 ) -> dict[str, Vector]:
-    """Return the vectors of labels that have none of their own, from those of their genes.
+    """Return vectors of multi-gene labels, combined from those of their genes.
 
     >>> vectors = {"A": np.array([1.0]), "B": np.array([3.0])}
     >>> found = combine_genes(vectors, ["A+B", "A+X", "A+ctrl"], how="mean", separator="+", control="ctrl")
@@ -82,7 +82,7 @@ Vectors = dict[str, NDArray[np.float32]]
 
 
 def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Sequence[str] = ()) -> PertFeatures:
-    """Return features of the control, of the store's perturbations, and of `targets`."""
+    """Return features of the control, the store's perturbations and `targets`."""
     trained = [store.perts[code] for code in np.unique(store.pert_codes[(store.split & Split.TRAIN) != 0])]
     wanted = tuple(dict.fromkeys((store.control, *store.perts, *targets)))
     how: Any = {"how": config.combine, "separator": config.separator, "control": store.control}
@@ -135,7 +135,7 @@ def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Seque
 def _without_features(
     config: FeaturesConfig, missing: Sequence[str], *, zero: set[str], names: Mapping[str, object]
 ) -> DataError:
-    """Return the error that names every label without a feature in the file, with its near misses there."""
+    """Return the error that lists every label without a feature, with similar names in the file."""
     problems = []
     for label in missing:
         near = near_misses(label, list(names), num=1)
@@ -164,7 +164,7 @@ def _coexpression(store: FeatureStore, num_loadings: int) -> tuple[Vectors, str]
 def _fill(
     config: FeaturesConfig, store: FeatureStore, *, own: Vectors, known: Sequence[str], missing: Sequence[str]
 ) -> tuple[Vectors, dict[str, str]]:
-    """Return the features with the missing ones filled in, and label → how."""
+    """Return the features with missing ones filled in, and how each was filled."""
     if config.missing == "error":
         remedy = {
             "onehot": 'use features.kind = "coexpression" or "file"',
@@ -192,7 +192,7 @@ def _fill(
 
 
 def _nearest(store: FeatureStore, *, known: Sequence[str], missing: Sequence[str]) -> dict[str, tuple[str, float]]:
-    """Return, for each missing target, the covered one whose gene correlates most with its own, and how much."""
+    """Return, for each missing target, the covered one whose gene correlates most with its own."""
     position = {gene: place for place, gene in enumerate(store.genes)}
     candidates = [name for name in known if name in position]
     asked = [name for name in missing if name in position]

@@ -1,6 +1,6 @@
-"""Reads feature files: a ``.pt`` dict, ``.npz``, ``.parquet`` or ``.csv``, as name → vector; nothing runs on opening.
+"""Read feature files (``.pt`` dict, ``.npz``, ``.parquet``, ``.csv``) as name → vector, without running code.
 
-Every name and vector of the file is checked, and every problem is said at once.
+Every name and vector is checked, and all problems are reported at once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _READ_ERRORS = (
 
 
 def read_vectors(path: Path) -> dict[str, Vector]:
-    """Return name → vector of numbers, all of one width, as they stand in the file."""
+    """Return name → vector, all of one width, as they are in the file."""
     readers: dict[str, Callable[[Path], Iterable[tuple[Any, Any]]]] = {
         ".pt": _read_torch,
         ".npz": _read_npz,
@@ -97,7 +97,7 @@ def _read_torch(path: Path) -> Iterable[tuple[Any, Any]]:
 
 
 def _as_array(tensor: Tensor) -> Any:
-    """Return a tensor as an array; as it is, which is no vector of numbers, where it has no values to give."""
+    """Return a tensor as an array; a tensor without values is returned unchanged, to be refused later."""
     import torch
 
     try:
@@ -162,7 +162,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _as_vector(value: Any) -> Vector | None:
-    """Return a vector of numbers, or nothing where it is none."""
+    """Return a vector of numbers, or ``None``."""
     try:
         vector = np.asarray(value)
     except ValueError:

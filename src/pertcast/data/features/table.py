@@ -1,7 +1,6 @@
-"""The table of perturbation features: one float32 vector for each label; saved with a run, so nothing is refitted.
+"""The table of perturbation features: one float32 vector for each label, saved with the run.
 
-Invariants: labels are unique, vectors finite; a label without a feature is an error that names it; what was filled in
-is listed with how.
+Invariants: labels are unique, vectors finite. A label without a feature is an error. Filled-in features are listed.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def _near(label: str, names: Sequence[str]) -> str:
 
 
 class CoverageRow(NamedTuple):
-    """How many labels of a group have a feature of their own, have one that was filled in, and are there."""
+    """How many labels of a group have their own feature, have one filled in, and exist."""
 
     group: str
     covered: int

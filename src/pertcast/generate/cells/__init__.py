@@ -1,4 +1,4 @@
-"""How cells are made of a prediction and of real control cells, in log1p and in whole counts."""
+"""Make cells from a prediction and real control cells, in log1p or whole counts."""
 
 from pertcast.generate.cells.counts_head import draw_counts
 from pertcast.generate.cells.make import CellMaker, Wanted, cap_totals, dense_to_csr, round_to_counts

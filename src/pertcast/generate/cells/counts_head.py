@@ -1,4 +1,4 @@
-"""Counts drawn from what a counts head says of them: control cells' rates times its folds, at its dispersions.
+"""Draw counts from the counts head: control rates times predicted folds, with its dispersions.
 
 Legend of shapes: n cells, B batches, G genes.
 """

@@ -1,4 +1,4 @@
-"""The counts of one gene over cells: how they are drawn at a factor, and what their normalised sum is."""
+"""The counts of one gene over cells: draws at a factor, and their normalised sum."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ALWAYS_ZERO = -1.0
 
 
 class Law(NamedTuple):
-    """How a gene's counts are distributed."""
+    """The distribution of a gene's counts."""
 
     shape: float  # The fit's
     inflation: float
@@ -24,7 +24,7 @@ class Law(NamedTuple):
 
 
 class Gene(NamedTuple):
-    """One gene: its donors' counts, and what is known of every cell."""
+    """One gene: its donors' counts, and the known values of every cell."""
 
     rows: Any  # Cells whose donor has some, ascending
     count: Any  # (n,) int64, what the donor of each cell has
@@ -35,13 +35,13 @@ class Gene(NamedTuple):
 
 @compiled
 def more(law: Law, count: int, mean: float, factor: float) -> float:
-    """Return the mean of what is added to a donor's count at a factor above 1."""
+    """Return the mean of the counts that are added to a donor's at a factor above 1."""
     return (factor - 1.0) * (law.shape + count) * mean / (law.shape + mean)
 
 
 @compiled
 def drawn(law: Law, factor: float, u: float, count: int, mean: float) -> Any:
-    """Return a cell's new count at a factor; the same uniform number `u` at every factor."""
+    """Return a cell's new count at a factor, from the same uniform number `u` at every factor."""
     if not law.real:
         if u == ALWAYS_ZERO:
             return 0
@@ -55,7 +55,7 @@ def drawn(law: Law, factor: float, u: float, count: int, mean: float) -> Any:
 
 @compiled
 def is_steady(law: Law, factor: float, count: int, mean: float) -> bool:
-    """Return whether a cell's count never falls where the factor rises up to this one."""
+    """Return whether a cell's count never falls while the factor rises to this one."""
     if not law.real:
         return factor * mean / (1.0 - law.inflation) <= LARGE_NB
     if factor <= 1.0:
@@ -65,7 +65,7 @@ def is_steady(law: Law, factor: float, count: int, mean: float) -> bool:
 
 @compiled
 def aim_at(band: Any, number: int, num_cells: int, unit: float) -> float:
-    """Return the sum to meet; what is less than a count of one cell is rounded at random."""
+    """Return the sum to reach; less than one count of one cell is rounded at random."""
     draw = band.first_gene + np.uint64(number) + band.all_genes * band.first_cell
     dither = uniform(band.key ^ _DITHER, draw)
     aim: float = band.wanted[number] * num_cells + (dither - 0.5) * (1.0 - _UNCHANGED) * unit
@@ -83,7 +83,7 @@ def sum_of(rows: Any, counts: Any, norm: Any) -> float:
 
 @compiled
 def mean_unit(norm: Any) -> float:
-    """Return what one count of a cell adds to the sum, in the mean."""
+    """Return the mean of what one count of a cell adds to the sum."""
     total = 0.0
     for cell in range(len(norm)):
         total += math.log1p(norm[cell])

@@ -1,7 +1,7 @@
-"""Cells of a part, made of what the model predicts and of real control cells, in the way and on the scale asked for.
+"""Make the cells of a part from the prediction and real control cells, on the requested scale.
 
-Only `model` keeps the predicted cells; all others need their mean alone, so a part is predicted first and then made,
-block by block. Draws are keyed by the seed, context, target and a cell's number, whatever else is made.
+Only `model` keeps the predicted cells. All other ways need only their mean, so a part is predicted first and then made
+block by block. Draws are keyed by the seed, context, target and cell number.
 
 Legend of shapes: C cells of a block, G genes.
 """
@@ -39,7 +39,7 @@ def _round(indptr: Any, genes: Any, values: Any, factors: Any, num_genes: int, k
 def round_to_counts(
     log1p: sparse.csr_matrix, totals: NDArray[np.floating], *, key: np.uint64, first_cell: int = 0
 ) -> sparse.csr_matrix:
-    """Return whole counts (n, G) float32 with these expected totals, each rounded up with the chance of its fraction.
+    """Return whole counts with these expected totals; each value is rounded up with the chance of its fraction.
 
     >>> from pertcast.stats.draws import uniform_key
     >>> cells = sparse.csr_matrix(np.log1p([[1.0, 3.0, 0.0]]))
@@ -55,7 +55,7 @@ def round_to_counts(
 
 
 def cap_totals(counts: sparse.csr_matrix, cap: int | None) -> sparse.csr_matrix:
-    """Return whole counts with no cell's total above the cap: those of a cell above it are scaled and rounded down."""
+    """Scale down the counts of cells whose total is above the cap."""
     totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
     if cap is None or not (totals > cap).any():
         return counts
@@ -72,7 +72,7 @@ _MOST_BATCHES = 64
 
 
 class Wanted(Protocol):
-    """Which cells are wanted: a part of the plan."""
+    """The requested cells: a part of the plan."""
 
     @property
     def dataset(self) -> str: ...
@@ -87,7 +87,7 @@ class Wanted(Protocol):
 
 
 class CellMaker:
-    """Makes the cells of one part after another."""
+    """Make the cells of one part after another."""
 
     def __init__(
         self,
@@ -103,11 +103,11 @@ class CellMaker:
 
     @property
     def have_a_depth(self) -> bool:
-        """Whether cells come of whole counts, so that their depth can be asked for."""
+        """Whether cells come from whole counts, so that their depth can be requested."""
         return self._config.reads_counts
 
     def copied(self, rows: NDArray[np.int64]) -> Iterator[sparse.csr_matrix]:
-        """Yield control cells as they are, on the scale asked for."""
+        """Yield control cells unchanged, on the requested scale."""
         read = self._store.counts if self._config.scale == "counts" else self._store.csr
         for first in range(0, len(rows), _BLOCK_CELLS):
             block = read(rows[first : first + _BLOCK_CELLS])
@@ -160,14 +160,14 @@ class CellMaker:
     def _on_scale(
         self, part: Wanted, rows: NDArray[np.int64], log1p: sparse.csr_matrix, first: int
     ) -> sparse.csr_matrix:
-        """Return log1p cells as they are, or rounded to counts with their control cells' totals."""
+        """Return log1p cells unchanged, or rounded to counts with their control cells' totals."""
         if self._config.scale == "log1p":
             return log1p
         mine = self._totals(part, rows)[first : first + log1p.shape[0]]
         return cap_totals(round_to_counts(log1p, mine, key=self._key(part), first_cell=first), self._cap)
 
     def _totals(self, part: Wanted, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the counts that each cell of a part should have: its control cell's, about the median asked for."""
+        """Return the total of each cell: its control cell's, scaled to the requested median."""
         totals = self._store.totals[rows].astype(np.float64)
         return totals if part.median_umi is None else totals * (part.median_umi / max(float(np.median(totals)), 1.0))
 
@@ -193,7 +193,7 @@ class CellMaker:
         return self._scaled(counts)
 
     def _scaled(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
-        """Return counts on the scale asked for."""
+        """Return counts on the requested scale."""
         if self._config.scale == "counts":
             return cap_totals(counts, self._cap)
         totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
@@ -215,7 +215,7 @@ class CellMaker:
         return self._scaled(counts)
 
     def _batches(self, pool: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the place of each row's batch among those of the pool; one for all where there are very many."""
+        """Return the index of each row's batch in the pool; one index for all if there are very many batches."""
         names = np.unique(self._store.batch_codes[pool])
         if len(names) > _MOST_BATCHES:
             return np.zeros(len(rows), dtype=np.int64)
@@ -239,7 +239,7 @@ def _mean(predicted: Iterator[NDArray[np.float32]], store: Store, *, of_rates: b
 
 
 def dense_to_csr(cells_CG: NDArray[np.float32]) -> sparse.csr_matrix:
-    """Return the same cells as CSR; several times as fast as scipy's own way over coordinates."""
+    """Convert cells to CSR, faster than SciPy's way over coordinates."""
     stored_CG = cells_CG != 0
     indptr = np.concatenate([[0], np.cumsum(np.count_nonzero(stored_CG, axis=1))])
     columns_CG = np.broadcast_to(np.arange(cells_CG.shape[1], dtype=np.int32), cells_CG.shape)

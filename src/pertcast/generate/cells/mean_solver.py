@@ -1,7 +1,8 @@
-"""What a gene's pseudobulk is expected to be at a factor, without a draw: in closed form over its donors' counts.
+"""Find the factor at which a gene's counts have a wanted pseudobulk.
 
-One cell stands for all, and one rate for batches of like rates; a wide distribution of counts is taken for a gamma
-variable's of the same mean and variance. So what is found is a little off; the search among draws begins there.
+`expected_sum` gives the expected mean of log1p(normalised) at a factor in closed form. It uses one typical cell and one
+rate for batches of like rates, and approximates a wide distribution by a gamma of the same mean and variance. `solve`
+starts from that factor and searches among actual draws.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _LONGEST_STEP = 3.0
 
 
 class Typical(NamedTuple):
-    """A cell that stands for all of them."""
+    """One cell that represents all of them."""
 
     logs: NDArray[np.float64]  # log1p(normalised) of each small count
     norm: float  # What a count is multiplied by before log1p
@@ -43,7 +44,7 @@ class Tally(NamedTuple):
 
 
 def typical_cell(sizes: NDArray[np.float64], target_sum: float, *, real: bool) -> Typical:
-    """Return the cell that stands for cells of these sizes, (n,)."""
+    """Return the cell that represents cells of these sizes."""
     there = sizes[sizes > 0] if (sizes > 0).any() else np.full(1, target_sum)
     norms = target_sum / there
     if real:
@@ -57,7 +58,7 @@ def typical_cell(sizes: NDArray[np.float64], target_sum: float, *, real: bool) -
 
 @compiled
 def _of_wide(mean: float, variance: float, norm: float) -> float:
-    """Return what is expected of a gamma variable's logarithm, of the mean and variance that 1 + normalised has."""
+    """Return the expected logarithm of a gamma variable with the mean and variance of 1 + normalised."""
     centre = 1.0 + norm * mean
     order = centre * centre / max(norm * norm * variance, 1e-9)
     ahead = order + 1.0
@@ -81,7 +82,7 @@ def _of_binomial(trials: int, chance: float, logs: Any, norm: float) -> float:
 
 @compiled
 def _of_negative_binomial(first: int, mean: float, shape: float, logs: Any, norm: float) -> float:
-    """Return what is expected of `first` counts and a negative binomial number of others."""
+    """Return the expected value of `first` counts plus a negative binomial number of counts."""
     if mean > _WIDE or first >= SMALL_COUNTS:
         return _of_wide(first + mean, mean + mean * mean / shape, norm)
     share = mean / (mean + shape)
@@ -106,7 +107,7 @@ def _of_donor(law: Law, count: int, rate: float, factor: float, logs: Any, norm:
 
 @compiled
 def expected_sum(law: Law, tally: Any, typical: Any, factor: float) -> float:
-    """Return the sum over cells of log1p(normalised) that is expected at a factor."""
+    """Return the expected sum over cells of log1p(normalised) at a factor."""
     cells, rates, large, logs, norm = tally.cells, tally.rate, tally.large, typical.logs, typical.norm
     total, kept = 0.0, 1.0 - law.inflation
     for one in range(len(rates)):
@@ -125,7 +126,7 @@ def expected_sum(law: Law, tally: Any, typical: Any, factor: float) -> float:
 
 @compiled
 def find_factor(law: Law, tally: Any, typical: Any, now: float, wanted: float, unit: float) -> tuple[float, float]:
-    """Return the factor at which `wanted` is expected, and how fast the sum rises there with the factor's logarithm."""
+    """Return the factor at which `wanted` is expected, and the slope of the sum there."""
     at_one = expected_sum(law, tally, typical, 1.0)
     if law.real:
         wanted = wanted * at_one / now if wanted < now else wanted + at_one - now
@@ -160,7 +161,7 @@ _NEVER = np.int64(-1)
 
 
 class Search(NamedTuple):
-    """Room to search in: what is known of each cell at the ends of the bracket and at the factor tried last."""
+    """Work arrays: what is known of each cell at the bracket's ends and at the last factor."""
 
     low: Any  # (n,) counts at the bracket's ends, -1 where it has no upper end yet
     high: Any
@@ -171,7 +172,7 @@ class Search(NamedTuple):
 
 @compiled
 def new_search(num_cells: int) -> Any:
-    """Return room for the search of genes of so many cells."""
+    """Return work arrays for so many cells."""
     return Search(
         np.empty(num_cells, dtype=np.int64),
         np.empty(num_cells, dtype=np.int64),
@@ -183,7 +184,7 @@ def new_search(num_cells: int) -> Any:
 
 @compiled
 def _begin(law: Law, gene: Any, search: Any, falls: bool) -> int:
-    """Return how many cells there are to draw; those without a count stay so where the factor is below 1."""
+    """Return the number of cells to draw; those without a count stay 0 below a factor of 1."""
     rows, count = gene.rows, gene.count
     low, high, now, value, cells = search
     number = len(rows) if law.real and falls else len(count)
@@ -213,7 +214,7 @@ def _try(law: Law, gene: Any, search: Any, number: int, factor: float) -> tuple[
 
 @compiled
 def _settle(law: Law, gene: Any, search: Any, number: int, is_low: bool, top: float) -> tuple[int, float, float]:
-    """Make what was tried last an end of the bracket; return how many cells are left, and what the others add."""
+    """Make the last factor an end of the bracket; return the number of open cells, and the others' sum."""
     count, mean = gene.count, gene.mean
     low, high, now, value, cells = search
     left, total, square = 0, 0.0, 0.0
@@ -236,7 +237,7 @@ def _settle(law: Law, gene: Any, search: Any, number: int, is_low: bool, top: fl
 def solve(
     law: Law, gene: Any, search: Any, now: float, wanted: float, unit: float, start: tuple[float, float], enough: float
 ) -> tuple[float, bool]:
-    """Return the factor at which the sum of log1p(normalised) is nearest to `wanted`."""
+    """Return the factor whose sum of log1p(normalised) is nearest to `wanted`."""
     if law.real and abs(wanted - now) <= 0.5 * unit:
         return 1.0, False
     if wanted <= 0.0:
@@ -285,7 +286,7 @@ def solve(
 
 @compiled
 def _next(at: float, miss: float, rise: float, low: float, high: float, step: int) -> float:
-    """Return the logarithm of the factor to try next: a secant's, and where that leads nowhere the bracket's middle."""
+    """Return the logarithm of the next factor: a secant step, or else the bracket's middle."""
     bounded = high - low < np.inf
     ahead = -miss / rise if rise > 0.0 else np.inf
     if step >= _FIRST_STEPS and not bounded:  # the rise is not what it seemed
@@ -304,7 +305,7 @@ _MOST_CLASSES = 8
 
 @compiled
 def expect_totals(band: Any, cells: Any, typical: Any, factors: Any, slopes: Any, totals: Any) -> None:
-    """Set each gene's factor, and add what is expected of each cell then to `totals`."""
+    """Set each gene's factor, and add the expected counts of each cell to `totals`."""
     batch, sizes, norm = cells
     num_cells, num_batches, unit = len(batch), len(band.share), mean_unit(norm)
     in_batch = np.zeros(num_batches, dtype=np.int64)
@@ -337,7 +338,7 @@ def expect_totals(band: Any, cells: Any, typical: Any, factors: Any, slopes: Any
 
 @compiled
 def _classes(rates: Any, in_batch: Any, is_one: bool, class_of: Any, rate: Any) -> int:
-    """Put batches into classes by their rate, a factor of 2 wide, or all into one; return how many there are."""
+    """Group batches by their rate, a factor of 2 wide, or all into one; return the number of classes."""
     lowest, classes = np.inf, 1
     for one in range(len(rates)):
         if in_batch[one] > 0:
@@ -352,7 +353,7 @@ def _classes(rates: Any, in_batch: Any, is_one: bool, class_of: Any, rate: Any) 
 
 @compiled
 def _count_classes(rates: Any, in_batch: Any, class_of: Any, classes: int, counted: Any, rate: Any) -> float:
-    """Count the cells of each class, as if none had a count, and set its mean rate; return that of all cells."""
+    """Count the cells of each class and set its mean rate; return the overall mean rate."""
     counted[:classes] = 0
     rate[:classes] = 0.0
     mean = 0.0
@@ -367,7 +368,7 @@ def _count_classes(rates: Any, in_batch: Any, class_of: Any, classes: int, count
 
 @compiled
 def _count_donors(rows: Any, counts: Any, batch: Any, class_of: Any, counted: Any, large: Any) -> int:
-    """Move donors with counts to where they belong; return how many have more than are counted."""
+    """Move donors with counts to their classes; return how many have more than are counted."""
     used = 0
     for entry in range(len(rows)):
         one, whole = class_of[batch[rows[entry]]], np.int64(counts[entry])

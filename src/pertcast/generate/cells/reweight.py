@@ -1,10 +1,9 @@
-"""Counts of real control cells, each gene's re-weighted by one factor, so that their pseudobulk is the predicted one.
+"""Reweight the counts of real control cells, one factor per gene, so that their pseudobulk is the predicted one.
 
-A factor below 1 keeps each single count with that chance (binomial thinning); a factor above 1 adds counts drawn from
-what the cell's own count says about its rate: a gamma posterior, so of donors that are negative binomial the result is
-negative binomial with the larger mean and the same dispersion, and zeros fill up as in real cells. A factor of 1
-changes nothing: without an effect the cells are the donors. What is met is the mean of log1p(normalised), which is what
-the official metrics call pseudobulk, up to one count of one cell: that is rounded at random, so no gene is biased.
+A factor below 1 keeps each count with that chance (binomial thinning). A factor above 1 adds counts drawn from the
+gamma posterior of the cell's own rate. So negative binomial donors stay negative binomial, with the larger mean and the
+same dispersion, and zeros fill up as in real cells. A factor of 1 changes nothing. The mean of log1p(normalised), the
+official pseudobulk, is met up to one count of one cell, which is rounded at random, so no gene is biased.
 
 Legend of shapes: n cells, B batches, G genes.
 """
@@ -38,7 +37,7 @@ from pertcast.stats.groups import compiled
 
 
 class Cells(NamedTuple):
-    """What is known of every cell: its batch, its donor's counts in all, what a count is multiplied by before log1p."""
+    """Known values of every cell: its batch, its donor's total, and its normalisation factor."""
 
     batch: Any
     sizes: Any
@@ -46,7 +45,7 @@ class Cells(NamedTuple):
 
 
 class Band(NamedTuple):
-    """The donors' counts and the fit of some genes, and where their draws stand in the stream."""
+    """The donors' counts and the fit of some genes, and the position of their draws in the stream."""
 
     starts: Any  # Donors' counts by gene: those of gene number i are ``counts[starts[i]:starts[i + 1]]``
     rows: Any
@@ -96,7 +95,7 @@ def make(band: Any, cells: Any, factors: Any, slopes: Any, enough: float) -> tup
 
 @compiled
 def _fill(band: Any, number: int, cells: Any, u: Any, mean: Any) -> None:
-    """Set the uniform numbers of a gene, and what the fit expects of each cell."""
+    """Set the uniform numbers of a gene, and the expected count of each cell."""
     batch, sizes, share, inflation = cells.batch, cells.sizes, band.share, band.inflation[number]
     first = np.uint64(2) * (band.first_gene + np.uint64(number) + band.all_genes * band.first_cell)
     step = np.uint64(2) * band.all_genes
@@ -149,7 +148,7 @@ _LEAST_RISE = 0.2
 
 @dataclass(frozen=True)
 class Donors:
-    """Control cells that new cells are made of."""
+    """Control cells from which new cells are made."""
 
     counts: sparse.csr_matrix  # (n, G) whole counts, CSR
     batch: NDArray[np.int64]  # (n,) int64, the batch of each in the fit
@@ -171,7 +170,7 @@ def reweight(
     median_umi: float | None = None,
     from_fit: bool = False,
 ) -> sparse.csr_matrix:
-    """Return as many new cells as there are donors, whole counts (n, G) float32."""
+    """Return as many new cells as donors, whole counts (n, G) float32."""
     counts, sizes = donors.counts, donors.sizes
     wanted = np.asarray(mean_log1p, dtype=np.float64)
     if wanted.shape != (counts.shape[1],) or not (np.isfinite(wanted).all() and (wanted >= 0).all()):
@@ -218,7 +217,7 @@ def _deepened(
     factors: Float,
     median_umi: float,
 ) -> sparse.csr_matrix:
-    """Return cells of this median depth: the mean is met at smaller or larger totals until they have it."""
+    """Return cells of this median depth, by meeting the mean at smaller or larger totals."""
     enough = max(_NEAR_DEPTH, 0.5 / median_umi)
     moved, rise, found_before = 0.0, 1.0, 0.0
     for _ in range(_MOST_ROUNDS):
@@ -274,7 +273,7 @@ def _band(
 
 
 def _to_csr(bands: list[tuple[Any, Any, Any]], shape: tuple[int, int]) -> sparse.csr_matrix:
-    """Return the counts of all bands, one after the other, (n, G)."""
+    """Join the counts of all bands to CSR (n, G)."""
     in_row = sum((np.bincount(rows, minlength=shape[0]) for _, rows, _ in bands), np.zeros(shape[0], dtype=np.int64))
     indptr = np.concatenate([[0], np.cumsum(in_row)]).astype(np.int64)
     genes, values = np.empty(indptr[-1], dtype=np.int32), np.empty(indptr[-1], dtype=np.float32)

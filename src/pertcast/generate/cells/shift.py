@@ -1,4 +1,4 @@
-"""Control cells moved by the predicted mean effect, in log1p: every value, or all but the zeros of rarely seen genes.
+"""Move control cells by the predicted mean effect, in log1p.
 
 Legend of shapes: n cells, G genes.
 """
@@ -21,7 +21,7 @@ MOST_SCALED = 2.0
 def shift(
     donors_log1p: NDArray[np.float32], mean_log1p: NDArray[np.floating], *, spread: float = 1.0
 ) -> NDArray[np.float32]:
-    """Return the predicted mean with each control cell's residual on it, cut off at 0, (n, G).
+    """Return the predicted mean plus each control cell's residual, clipped at 0.
 
     >>> shift(np.array([[0.0], [2.0]], dtype=np.float32), np.array([0.5])).tolist()
     [[0.0], [1.5]]
@@ -32,7 +32,7 @@ def shift(
 def shift_sparing_zeros(
     donors_log1p: NDArray[np.float32], mean_log1p: NDArray[np.floating], *, spread: float = 1.0
 ) -> NDArray[np.float32]:
-    """Return the same, but zeros stay where a gene is rarely seen: its other values are scaled to the predicted mean.
+    """Return the same, but keep zeros of rarely seen genes and scale their other values.
 
     >>> donors = np.array([[0.0], [0.0], [2.0]], dtype=np.float32)
     >>> shift_sparing_zeros(donors, np.array([1.0])).tolist()
@@ -50,7 +50,7 @@ def shift_sparing_zeros(
 def _moved(
     donors_log1p: NDArray[np.float32], mean_log1p: NDArray[np.floating], factor: NDArray[np.float64], spread: float
 ) -> NDArray[np.float32]:
-    """Return cells with each gene scaled by its factor, or moved to the mean where that is NaN."""
+    """Scale each gene by its factor, or move it to the mean if the factor is NaN."""
     donors = np.ascontiguousarray(donors_log1p, dtype=np.float32)
     moved = np.empty(donors.shape, dtype=np.float32)
     centre = donors.mean(axis=0, dtype=np.float64)
@@ -71,7 +71,7 @@ def _move(donors: Any, mean: Any, centre: Any, factor: Any, spread: float, out: 
 
 @compiled
 def _show_in_more_cells(cells: Any, genes: Any, mean: Any) -> None:
-    """Give evenly spaced zeros of some genes the mean of their other values, until their mean is the wanted one."""
+    """Set evenly spaced zeros of some genes to the mean of their other values, until the mean is met."""
     num_cells = len(cells)
     seen, total = np.zeros(len(genes)), np.zeros(len(genes))
     for cell in range(num_cells):

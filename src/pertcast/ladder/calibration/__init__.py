@@ -1,4 +1,4 @@
-"""Calibration: how large effects and how wide cells should be, chosen on targets that the fit has not met."""
+"""Calibration: choose how large effects and how wide cells should be, on targets held out of the fit."""
 
 from pertcast.ladder.calibration.calibrate import calibrate
 

@@ -1,9 +1,10 @@
-"""Calibration: how much larger effects, and how much wider cells, score best on targets that were held out of the fit.
+"""Choose the amplitude of effects and the residual scale of cells on held-out targets.
 
-What is compared is the official overall, relative to copies of control cells. It clips each metric at 0, and so hides a
-mean worse than the controls'. Of amplitudes that score alike the nearest to 1 is taken, and such a mean is said.
+Candidates are compared by the official overall, relative to copies of control cells. It clips each metric at 0, so it
+hides a mean worse than the controls'. Of amplitudes that score alike, the nearest to 1 is taken, and a note says if the
+mean is worse.
 
-Invariants: cells that test are never read; a change is kept only where it beats none by more than a standard error.
+Invariants: test cells are never read. A change is kept only if it gains more than a standard error.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _FEWEST = 4
 
 @dataclass(frozen=True)
 class _Choice:
-    """One way of scaling, and what the targets score with it."""
+    """One scaling and the targets' scores with it."""
 
     amplitude: float = 1.0
     slope: float = 0.0
@@ -50,7 +51,7 @@ def calibrate(
     fold_steps: int | None = None,
     progress: Progress = SILENT,
 ) -> Path:
-    """Choose amplitude and spread of a run's effects on held-out targets, and keep them in the run."""
+    """Choose amplitude and residual scale on held-out targets, and store them in the run."""
     run = open_run(run_path)
     if not run.store_fingerprint:
         raise CheckpointError(
@@ -156,7 +157,7 @@ def _value(scores: NDArray[np.float64], base: NDArray[np.float64]) -> float:
 
 
 def _gain(choice: _Choice, other: _Choice, base: NDArray[np.float64]) -> tuple[float, float]:
-    """Return how much better a choice is than another, and the jackknife's standard error of that over targets."""
+    """Return the gain of one choice over another, and its jackknife standard error over targets."""
 
     def gain(kept: NDArray[np.int64]) -> float:
         return _value(choice.scores[kept], base[kept]) - _value(other.scores[kept], base[kept])
@@ -168,7 +169,7 @@ def _gain(choice: _Choice, other: _Choice, base: NDArray[np.float64]) -> tuple[f
 
 
 def _better(now: _Choice, others: Sequence[_Choice], base: NDArray[np.float64]) -> _Choice:
-    """Return the best of some choices where it beats the one now by more than a standard error, else that one."""
+    """Return the best choice if it gains more than a standard error, else the current one."""
     if not others:
         return now
     best = max(others, key=lambda choice: _value(choice.scores, base))
@@ -177,7 +178,7 @@ def _better(now: _Choice, others: Sequence[_Choice], base: NDArray[np.float64]) 
 
 
 def _nearest(best: _Choice, others: Sequence[_Choice], base: NDArray[np.float64]) -> _Choice:
-    """Return the choice with the amplitude nearest to 1 that the best beats by no more than a standard error."""
+    """Return the choice nearest to amplitude 1 among those within a standard error of the best."""
     alike = []
     for choice in others:
         gain, error = _gain(best, choice, base)

@@ -1,7 +1,7 @@
-"""Held-out targets of a run, predicted once, so that many ways of scaling their effects can be scored.
+"""Predict the held-out targets of a run once, to score many scalings of their effects.
 
-Invariant: cells that test, and labels that any screen holds out for it, are never read.
-Legend of shapes: B sets, S cells in a set, O predicted genes, G genes.
+Invariant: test cells, and labels that any screen holds out for test, are never read. Legend of shapes: B sets, S cells
+in a set, O predicted genes, G genes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pertcast.train import train
 def refit(
     run_path: Path, store_path: Path, *, folds: int, steps: int | None, progress: Progress
 ) -> list[tuple[Path, Path]]:
-    """Train a network for each fold, beside the run; what is trained already is left as it is."""
+    """Train a network for each fold beside the run; finished ones are reused."""
     run, store = open_run(run_path), Store.open(store_path)
     if "num_learning" in run.metrics:
         raise CheckpointError(
@@ -63,7 +63,7 @@ def refit(
 
 
 def _without(experiment: Experiment, store: Store, held: set[str]) -> Experiment:
-    """Return the experiment with some targets validating, and all that validated or tested out of the way."""
+    """Return the experiment with some targets validating, and all its earlier held-out cells unused."""
     fewshot = {}
     used = (store.split & Split.TRAIN) != 0
     pairs = np.unique(np.stack([store.dataset_codes[used], store.context_codes[used]]), axis=1).T
@@ -114,7 +114,7 @@ class UnseenTargets:
         ]
 
     def scores(self, amplitudes: Mapping[str, float], *, spread: float) -> list[dict[str, float]]:
-        """Return the official metrics of each target, with its effect scaled."""
+        """Return the official metrics of each target with its effect scaled."""
         maker = CellMaker(self.store, self.config.model_copy(update={"residual_scale": spread}))
         blocks, codes = [], []
         for code, (part, rows_BS, cells_BSO) in enumerate(zip(self.parts, self.rows, self.predicted, strict=True)):
@@ -140,7 +140,7 @@ class UnseenTargets:
         return (self.store.log1p(rows_S, genes=self.output_genes) for rows_S in rows_BS)
 
     def _scaled(self, rows_BS: Rows, cells_BSO: NDArray[np.float32], amplitude: float) -> Iterator[NDArray[np.float32]]:
-        """Yield cells of all genes, a set at a time; those that are not predicted are the control cell's."""
+        """Yield scaled cells over all genes, a set at a time; unpredicted genes are the control cell's."""
         for rows_S, cells_SO in zip(rows_BS, cells_BSO, strict=True):
             cells_SG = self.store.log1p(rows_S)
             cells_SG[:, self.output_genes] = amplify(
@@ -150,7 +150,7 @@ class UnseenTargets:
 
 
 def unseen_targets(run: Run, store: Store, experiment: Experiment, *, progress: Progress) -> list[UnseenTargets]:
-    """Predict the validation targets of a run, screen by screen: targets that no cell of their screen trained."""
+    """Predict the validation targets of a run, screen by screen, that no cell of their screen trained."""
     config = experiment.generate.model_copy(update={"scale": "log1p", "calibrated": False})
     predictor = make_predictor(run, store, open_features(run.path / "features"))
     chosen = [(screen, perts) for screen in range(len(store.screens)) if (perts := _targets(store, screen))]
@@ -209,7 +209,7 @@ def _targets(store: Store, screen: int) -> list[int]:
 
 
 def _draw(values: Rows, most: int, key: int) -> Rows:
-    """Return the values, or some of them where there are more than so many, ascending."""
+    """Return the values, or a random subset of so many, ascending."""
     if len(values) <= most:
         return values
     return np.sort(generator(0, "calibrate", key).choice(values, most, replace=False))

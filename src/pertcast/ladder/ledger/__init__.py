@@ -1,4 +1,4 @@
-"""Which submissions there are, what each was made by, and what the site said of it."""
+"""The ledger of submissions: what made each, and what the site said."""
 
 from pertcast.ladder.ledger.ledger import (
     Change,

@@ -1,6 +1,6 @@
-"""The ledger: all submissions in order, what each changed in the configuration, and what moved when it was scored.
+"""The ledger: all submissions in order, what each changed, and how its scores moved.
 
-Scores are compared only where they are of one kind: the site's with the site's, held-out with held-out, and never
+Scores are compared only with scores of the same kind: the site's with the site's, held-out with held-out, and never
 across seasons, partitions, panels or anchor sets.
 """
 
@@ -44,7 +44,7 @@ def compare_scores(before: Mapping[str, float], now: Mapping[str, float]) -> dic
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return dotted key → the two values, of every key whose values differ; ``None`` where one has none.
+    """Return dotted key → the two values, for every key that differs; ``None`` if one lacks it.
 
     >>> difference({"loss": {"mae": 0.0, "de": 0.0}}, {"loss": {"mae": 1.0, "de": 0.0}})
     {'loss.mae': (0.0, 1.0)}
@@ -68,7 +68,7 @@ _STAMPS = ("season", "partition", "panel_id", "anchor_version")
 
 @dataclass(frozen=True)
 class TradeOff:
-    """Two scored submissions, one after the other: what was changed, and what moved."""
+    """Two consecutive scored submissions: what changed, and what moved."""
 
     before: int  # Their numbers in the ledger
     now: int
@@ -84,19 +84,19 @@ class Ledger:
     submissions: tuple[Submission, ...]
 
     def changed(self, number: int) -> dict[str, tuple[Any, Any]] | None:
-        """Return what a submission changed against the one before it; ``None`` for the first or where unknown."""
+        """Return what a submission changed against the one before it; ``None`` if unknown."""
         return _changed(self._at(number - 1), self._at(number)) if number > 1 else None
 
     def previous(self, number: int) -> int | None:
-        """Return the number of the nearest earlier submission whose scores can be compared with these."""
+        """Return the number of the nearest earlier submission with comparable scores."""
         return next(reversed(self._comparable(number)), None)
 
     def first(self, number: int) -> int | None:
-        """Return the number of the first submission whose scores can be compared with these."""
+        """Return the number of the first submission with comparable scores."""
         return next(iter(self._comparable(number)), None)
 
     def moved(self, before: int | None, now: int) -> dict[str, Change]:
-        """Return how each metric moved between two submissions; nothing where one has no scores."""
+        """Return how each metric moved between two submissions; empty if one has no scores."""
         theirs, ours = self._at(before).scores if before else None, self._at(now).scores
         return compare_scores(theirs.metrics, ours.metrics) if theirs and ours else {}
 
@@ -198,7 +198,7 @@ def _are_comparable(before: Submission, now: Submission) -> bool:
 
 
 def _changed(before: Submission, now: Submission) -> dict[str, tuple[Any, Any]] | None:
-    """Return what the configurations differ in; the place of a file is no difference where its content is the same."""
+    """Return the differences of two settings; a file with equal content at another path is no difference."""
     if before.provenance is None or now.provenance is None:
         return None
     changed = difference(before.provenance.experiment, now.provenance.experiment)
@@ -231,7 +231,7 @@ def read_ledger(places: Sequence[Path], *, depth: int = 8) -> Ledger:
 
 
 def find_submission(place: Path) -> Submission:
-    """Return the one submission that is meant by an archive, the folder of a whole run, or the run's own folder."""
+    """Return the submission of an archive, of a ``pertcast run`` folder, or of a run's folder."""
     weights = _weights_of_run(place)
     where = shortened(place.absolute().parent) if weights else place
     current = [item for item in read_ledger([where]).submissions if item.state != "replaced"]

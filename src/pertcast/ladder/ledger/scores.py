@@ -1,7 +1,7 @@
-"""What was said of an archive: a JSON file beside it that only grows, written whole or not at all.
+"""Recorded scores of an archive, in a JSON file beside it that only grows and is written atomically.
 
-Invariants: a record names the content that it is of by its hash, so a score never passes to an archive that was packed
-later under the same name; what was recorded once stays.
+Invariants: a record names its archive by hash, so a score never passes to a later archive of the same name. Recorded
+scores are never changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Source = Literal["typed", "vcc status", "pertcast score"]
 
 
 class Metric(NamedTuple):
-    """A metric: what people call it, its unit, and which way is better (``None``: not known)."""
+    """A metric: its name, its unit, and which way is better (``None``: unknown)."""
 
     title: str
     unit: str
@@ -50,7 +50,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Record:
-    """Scores of one archive, as they came."""
+    """Scores of one archive, as received."""
 
     archive_sha256: str  # The content that was scored
     metrics: dict[str, float]  # Name (of :data:`METRICS`) → value
@@ -66,7 +66,7 @@ class Record:
     submission: dict[str, Any] = field(default_factory=dict)
 
     def repeats(self, other: Record) -> bool:
-        """Return whether this says the same as another, whenever they were made."""
+        """Return whether this has the same content as another, whenever they were made."""
         return (self.archive_sha256, self.metrics, self.source, self.entry, self.note, self.about) == (
             other.archive_sha256,
             other.metrics,
@@ -78,12 +78,12 @@ class Record:
 
 
 def scores_path(archive: Path) -> Path:
-    """Return where the scores of an archive are kept: beside it."""
+    """Return the path of an archive's scores, beside it."""
     return archive.with_name(f"{archive.name}.scores.json")
 
 
 def read_records(archive: Path) -> tuple[Record, ...]:
-    """Return what was recorded beside an archive, oldest first; nothing where nothing was."""
+    """Return the records beside an archive, oldest first."""
     path = scores_path(archive)
     if not path.is_file():
         return ()
@@ -99,7 +99,7 @@ def _ordered(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def record_scores(archive: Path, record: Record) -> tuple[Path, bool]:
-    """Append a record to those of an archive, unless the last one says the same."""
+    """Append a record, unless the last one has the same content."""
     wrong = [f"{name} = {value}" for name, value in record.metrics.items() if not math.isfinite(value)]
     if wrong or not record.metrics:
         what = f"expected numbers, got {', '.join(wrong)}" if wrong else "there is no score to record"
@@ -122,7 +122,7 @@ _OF_SCORE = ("overall", "des", "pds", "mae")
 
 
 class StatusScores(NamedTuple):
-    """What a file says of a submission."""
+    """The scores in a status file."""
 
     metrics: dict[str, float]
     source: Source

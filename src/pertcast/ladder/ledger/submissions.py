@@ -1,4 +1,4 @@
-"""One packed submission: its archive, and the checkpoint and configuration that it came from, as the manifests say."""
+"""Packed submissions, with the checkpoint and settings that made each, from the manifests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PASSED_OVER = frozenset({"node_modules", "__pycache__"})
 
 @dataclass(frozen=True)
 class Found:
-    """What lies under some folders."""
+    """The artefacts under some folders."""
 
     # Paths of archives, those too of which the manifest or the scores alone are left; sorted
     archives: tuple[Path, ...]
@@ -36,7 +36,7 @@ class Found:
 
 
 def find_artefacts(places: Sequence[Path], *, depth: int = _MAX_DEPTH) -> Found:
-    """Return what lies under some folders; an archive may be named itself."""
+    """Return the artefacts under some folders; an archive may be given itself."""
     missing = [place for place in places if not place.exists()]
     if missing:
         problems = [Problem(str(place), "no such file or folder", "give a folder or a .vcc file") for place in missing]
@@ -75,7 +75,7 @@ def _archive_names(files: Sequence[str]) -> Iterator[str]:
 
 
 def _folders(folder: Path, depth: int) -> Iterator[tuple[Path, list[str]]]:
-    """Yield each folder with the names of its files; one that is an artefact is not entered."""
+    """Yield each folder with its file names, without entering artefacts."""
     try:
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
@@ -116,24 +116,24 @@ class Submission:
 
     @property
     def kind(self) -> str | None:
-        """What kind of model it is; ``None`` where that is not known."""
+        """The kind of its model, or ``None`` if unknown."""
         model = self.provenance.experiment.get("model", {}) if self.provenance else None
         return None if model is None else str(model.get("kind", "state"))
 
     @property
     def rung(self) -> str | None:
-        """The rung that the weights of the loss are of, else ``other``; ``None`` where they are not known."""
+        """The rung of its loss weights, ``other``, or ``None`` if unknown."""
         if self.provenance is None:
             return None
         return rung_of(self.provenance.experiment.get("loss", {})) if self.kind == "state" else "other"
 
     @property
     def scores(self) -> Record | None:
-        """What was recorded last."""
+        """The latest record."""
         return self.records[-1] if self.records else None
 
     def snapshot(self) -> dict[str, Any]:
-        """Return what a record keeps of it."""
+        """Return what a record keeps of the submission."""
         origin = asdict(self.provenance) if self.provenance else None
         return {"packed_at": self.packed_at, "season": self.season, "origin": origin, "inputs": self.inputs}
 
@@ -178,7 +178,7 @@ def _manifest(archive: Path) -> Manifest | None:
 
 
 def _replaced(archive: Path, sha256: str, records: tuple[Record, ...]) -> Submission:
-    """Return a submission of which the scores alone are left."""
+    """Return a submission of which only the scores are left."""
     ours = tuple(record for record in records if record.archive_sha256 == sha256)
     kept = ours[-1].submission
     return Submission(
@@ -194,7 +194,7 @@ def _replaced(archive: Path, sha256: str, records: tuple[Record, ...]) -> Submis
 
 
 def _follow(manifest: Manifest, found: Found) -> Provenance | None:
-    """Go from an archive to its prediction, the parts of that and their run, by hashes; ``None`` where one is gone."""
+    """Follow hashes from an archive to its prediction, parts and run; ``None`` if one is gone."""
     prediction = found.by_file("prediction", manifest.inputs.get("prediction", ""))
     if prediction is None:
         return None
@@ -212,7 +212,7 @@ def _follow(manifest: Manifest, found: Found) -> Provenance | None:
 
 
 def _with_run(submission: Submission, found: Found) -> Submission:
-    """Return a submission with the folder of its run: where its weights lie now, else where they lay."""
+    """Return a submission with the current folder of its run, else the recorded one."""
     origin = submission.provenance
     if origin is None:
         return submission
@@ -232,6 +232,6 @@ def _has_weights(run: Path, sha256: str) -> bool:
 
 
 def shortened(path: Path) -> Path:
-    """Return a path relative to the working folder where it is inside."""
+    """Return a path relative to the working folder if it is inside."""
     relative = Path(os.path.relpath(path))
     return path if relative.parts[:1] == ("..",) else relative

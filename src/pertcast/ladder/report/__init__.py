@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: what was trained, what was predicted, and what came back."""
+"""One self-contained HTML page about a run: training, predictions and scores."""
 
 from pertcast.ladder.report.page import write_report
 

@@ -1,4 +1,4 @@
-"""The figures of training and of cells: pure functions from numbers."""
+"""The figures of the report, as pure functions of numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure and what says the same in words."""
+    """A figure, and the same content in words."""
 
     name: str  # Its id in the page
     title: str  # What stands over and under it
@@ -44,7 +44,7 @@ class Figure:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Return a number as text, a dash where it is none.
+    """Return a number as text, a dash if there is none.
 
     >>> number(0.12345), number(float("nan")), number(12345.0)
     ('0.123', '–', '1.23e+04')
@@ -58,7 +58,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 
 
 def rounded(values: Iterable[float], digits: int) -> list[float | None]:
-    """Return numbers as JSON has them, none where they are not finite."""
+    """Return numbers as JSON values, ``None`` if they are not finite."""
     return [round(float(value), digits) if np.isfinite(value) else None for value in values]
 
 
@@ -133,7 +133,7 @@ def _binned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], l
 
 
 def effect_sizes(found: Mapping[str, Sequence[Agreement]]) -> Figure:
-    """Return predicted against measured effect sizes; a name of :class:`Cells` → its rows."""
+    """Plot predicted against measured effect sizes."""
     data: list[dict[str, Any]] = []
     for name, rows in found.items():
         colour, symbol = MEASURED[name]
@@ -178,7 +178,7 @@ def _agreement_row(name: str, row: Agreement) -> tuple[str, ...]:
 
 
 def plane(shares: NDArray[np.float64], points: Mapping[str, tuple[NDArray[np.float64], Sequence[str]]]) -> Figure:
-    """Return cells on two principal components."""
+    """Plot cells on two principal components."""
     looks = {"controls": (GREY, "circle-open", 0.7), "predicted": (ORANGE, "triangle-up", 0.75)}
     looks |= {name: (colour, symbol, 0.75) for name, (colour, symbol) in MEASURED.items()}
 
@@ -237,7 +237,7 @@ _FOLD_LIMIT = 10.0
 def heatmap(
     name: str, effects: NDArray[np.float64], *, genes: Sequence[str], groups: Sequence[Group], limit: float
 ) -> Figure:
-    """Return effects (groups, genes) as a heatmap, genes downwards; a group without an effect stays empty."""
+    """Plot effects (groups, genes) as a heatmap; a group without an effect stays empty."""
     labels = [group.label for group in groups]
     return Figure(
         f"heatmap-{name.replace(' ', '-')}",
@@ -270,7 +270,7 @@ def heatmap(
 
 
 def volcano(name: str, tables: Mapping[Group, DeTable], *, genes: Sequence[str], num_points: int) -> Figure:
-    """Return a volcano plot with a choice of targets."""
+    """Plot a volcano plot with a choice of targets."""
     drawn = {group.label: _volcano_points(group, table, genes, num_points) for group, table in tables.items()}
     rows = tuple(_volcano_row(group, table, genes) for group, table in tables.items())
     first = next(iter(drawn))

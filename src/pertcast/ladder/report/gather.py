@@ -1,4 +1,4 @@
-"""Finds what there is to report on, from a folder alone, and reads what stages wrote down; no cells are read here."""
+"""Find the material of a report from a folder, and read what stages wrote. No cells are read here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DEPTH = 2
 
 @dataclass(frozen=True)
 class Material:
-    """What a report is made from; ``None`` or empty where it is not there."""
+    """The material of a report; ``None`` or empty if missing."""
 
     place: Path  # The folder that was asked for
     run: Path | None = None  # Paths of artefacts
@@ -39,7 +39,7 @@ class Material:
 
 
 def gather(place: Path) -> Material:
-    """Return what there is in a folder of ``pertcast run``, or around a run's folder."""
+    """Return the material in a folder of ``pertcast run``, or around a run's folder."""
     if place.is_file():
         place = place.parent
     if not place.is_dir():
@@ -92,7 +92,7 @@ def _one(
     inputs: dict[str, str] | None = None,
     parts: Path | None = None,
 ) -> Path | None:
-    """Return the artefact of a kind that lies where it usually does, else the only one that fits the others."""
+    """Return the artefact of a kind at its usual place, else the only one that fits the others."""
     there = [(path, manifest) for path, manifest in found.manifests.get(kind, ()) if path.exists()]
     if inputs is not None:
         there = [item for item in there if inputs.items() <= item[1].inputs.items()]
@@ -105,7 +105,7 @@ def _one(
 
 
 def _store(run: Path | None, facts: dict[str, Any], around: Path) -> Path | None:
-    """Return the store that a run was trained on, where it was or beside the run."""
+    """Return the store of a run, at its recorded place or beside the run."""
     named = facts.get("store_path", {})
     places = [around / "store"]
     if run and named:
@@ -128,7 +128,7 @@ def _json(path: Path) -> Any:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of metrics.jsonl; a last line that a kill cut short is left out."""
+    """Yield the entries of metrics.jsonl, without a truncated last line."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines()

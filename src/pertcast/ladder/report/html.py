@@ -1,4 +1,4 @@
-"""Small pieces of the page, everything escaped; what a reader cannot see is said in words beside it."""
+"""Small pieces of the page, with everything escaped and text for screen readers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def paragraph(text: str, *, kind: str = "") -> str:
 
 
 def unordered(items: Iterable[str]) -> str:
-    """Return a list; nothing where it is empty."""
+    """Return a list, or nothing if it is empty."""
     lines = "".join(f"<li>{escape(item)}</li>" for item in items)
     return f"<ul>{lines}</ul>" if lines else ""
 
@@ -38,7 +38,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def plain(value: object) -> str:
-    """Return a value as a reader wants it: thousands parted, four digits, a dash for nothing."""
+    """Return a value for readers: grouped thousands, four digits, a dash for nothing."""
     if value is None:
         return "–"
     if isinstance(value, bool | str):
@@ -49,7 +49,7 @@ def plain(value: object) -> str:
 
 
 def table(content: Table, *, caption: str) -> str:
-    """Return a table that scrolls by itself where it is too wide; the first column heads its row."""
+    """Return a table that scrolls by itself if it is too wide; the first column heads its row."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in content.header)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
@@ -63,12 +63,12 @@ def table(content: Table, *, caption: str) -> str:
 
 
 def details(summary: str, html: str) -> str:
-    """Return something that opens when asked for."""
+    """Return a block that opens on request."""
     return f"<details><summary>{escape(summary)}</summary>{html}</details>"
 
 
 def figure(drawn: Figure) -> str:
-    """Return a figure: its title, its choice, its place, what it says in words, and its numbers."""
+    """Return a figure: title, choice, place, description and numbers."""
     name = escape(drawn.name, quote=True)
     choice = ""
     if drawn.choices:
@@ -93,5 +93,5 @@ def section(name: str, title: str, *pieces: str, figures: Sequence[Figure] = ())
 
 
 def as_script(value: Any) -> str:
-    """Return JSON that may stand inside a script element."""
+    """Return JSON that is safe inside a script element."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

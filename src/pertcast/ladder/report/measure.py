@@ -1,4 +1,4 @@
-"""What the report says of cells: effects, differential expression and principal components of bounded samples.
+"""Measure cells for the report: effects, DE and principal components of bounded samples.
 
 Legend of shapes: P groups, G genes, n cells. Effects are differences of mean log1p values.
 """
@@ -31,19 +31,19 @@ _SEED = 0
 
 
 class Group(NamedTuple):
-    """Cells of one target in one context; the context is empty where there is one alone."""
+    """Cells of one target in one context; the context is empty if there is only one."""
 
     context: str
     target: str
 
     @property
     def label(self) -> str:
-        """How a reader finds it."""
+        """Its name for readers."""
         return f"{self.target} ({self.context})" if self.context else self.target
 
 
 class Limits(NamedTuple):
-    """How much is read: groups, cells in all, cells of a group, control cells of a context."""
+    """How much is read: groups, all cells, cells of a group, control cells of a context."""
 
     groups: int = 300
     cells: int = 12_000
@@ -51,7 +51,7 @@ class Limits(NamedTuple):
     controls: int = 2_000
 
     def per_group(self, num_groups: int) -> int:
-        """Return how many cells of each group are taken."""
+        """Return the number of cells taken from each group."""
         return max(20, min(self.cells_per_group, self.cells // max(1, num_groups)))
 
 
@@ -150,7 +150,7 @@ def sample_store(
     dataset: str | None = None,
     limits: Limits = Limits(),  # noqa: B008 (a frozen record)
 ) -> Cells | None:
-    """Sample those cells of a store that some groups have in some splits; ``None`` where there are none."""
+    """Sample the cells of a store in some groups and splits; ``None`` if there are none."""
     contexts = {group.context: group.context or within for group in groups}
     codes_of = {
         name: store.contexts.index(there) if there else None
@@ -193,7 +193,7 @@ class Effects:
 
 
 class Agreement(NamedTuple):
-    """One group: a predicted effect beside a measured one."""
+    """A predicted effect beside a measured one, for one group."""
 
     group: Group
     predicted_cells: int
@@ -219,7 +219,7 @@ class Plane(NamedTuple):
 
 
 def with_controls(cells: Cells, other: Cells) -> Cells:
-    """Return cells with the controls of others where they have none of their own."""
+    """Return cells with the controls of others if they have none."""
     missing = [name for name in cells.contexts if not len(cells.rows(cells.control_code(Group(name, ""))))]
     lacking = [name for name in missing if name in other.contexts]
     if not lacking:
@@ -260,7 +260,7 @@ def effects(cells: Cells) -> Effects:
 
 
 def agreement(predicted: Effects, measured: Effects) -> list[Agreement]:
-    """Return every group that both have, in the order of the prediction."""
+    """Return the agreement of every group that both have, in the order of the prediction."""
     rows = []
     for place, group in enumerate(predicted.cells.groups):
         other = measured.of(group)
@@ -284,7 +284,7 @@ def agreement(predicted: Effects, measured: Effects) -> list[Agreement]:
 
 
 def de_tables(cells: Cells) -> dict[Group, DeTable]:
-    """Return the official statistics of each group against its controls, in rows of one; none without controls."""
+    """Return the official statistics of each group against its controls; none without controls."""
     tables = {}
     for name in cells.contexts:
         groups = [code for code, group in enumerate(cells.groups) if group.context == name]
@@ -303,7 +303,7 @@ def de_tables(cells: Cells) -> dict[Group, DeTable]:
 
 
 def fit_plane(cells: Cells, genes: NDArray[np.int64] | None = None, *, num_cells: int = 1_500) -> Plane | None:
-    """Return the first two principal components of cells; ``None`` where there are fewer than three."""
+    """Return the first two principal components of cells; ``None`` for fewer than three."""
     rows = np.arange(cells.log1p.shape[0])
     if len(rows) > num_cells:
         rows = np.sort(generator(0, "report", "plane").choice(rows, num_cells, replace=False))

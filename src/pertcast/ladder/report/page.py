@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: its styles, its script, plotly and its data stand in it."""
+"""Write the report as one HTML file with its styles, script, plotly and data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of the page that need no cells: the run in numbers, training, budget, check, the ladder."""
+"""The sections of the report: the run in numbers, training, budget, check, cells, realism, the ladder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from pertcast.stats.draws import generator
 
 
 def run_in_numbers(material: Material) -> Section:
-    """Return what was trained on what, and what came out of it."""
+    """Return the summary of the run."""
     if material.run_manifest is None:
         return section("run", "The run in numbers", paragraph("No run is here; `pertcast train` makes one."))
     manifest, experiment = material.run_manifest, material.experiment
@@ -96,7 +96,7 @@ def _leaves(tree: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str
 
 
 def training(material: Material) -> Section:
-    """Return the curve of each term of the loss."""
+    """Return the curve of each loss term."""
     drawn = curves(material.metrics)
     if not drawn:
         said = paragraph("There is no metrics.jsonl with losses in the run's folder; `pertcast train` writes it.")
@@ -111,7 +111,7 @@ def training(material: Material) -> Section:
 
 
 def budget(material: Material) -> Section:
-    """Return how many cells each target gets."""
+    """Return the cells of each target."""
     if material.plan is None:
         return section(
             "budget", "The budget", paragraph("There is no plan; `pertcast generate` writes one beside its parts.")
@@ -157,7 +157,7 @@ def check(material: Material) -> Section:
 
 
 def ladder(material: Material, ledger: Ledger) -> Section:
-    """Return all submissions and what moved between them."""
+    """Return all submissions and how their scores moved."""
     if not ledger.submissions:
         said = (
             "No packed submission was found here; `pertcast pack` makes one, `pertcast ladder record` notes its scores."
@@ -227,7 +227,7 @@ def _relative(change: Change | None) -> str:
 
 
 def colophon() -> str:
-    """Return what made the page."""
+    """Return the versions that made the page."""
     return f"Made by pertcast {__version__}."
 
 
@@ -240,7 +240,7 @@ _PLANE_POINTS = 900
 
 @dataclass(frozen=True, eq=False)
 class _Sides:
-    """Predicted cells, what is measured beside them, and the plane of the training cells."""
+    """Predicted cells, the measured ones beside them, and the plane of the training cells."""
 
     predicted: Cells
     measured: dict[str, Cells]
@@ -248,12 +248,12 @@ class _Sides:
 
     @property
     def best(self) -> Cells | None:
-        """The measured cells to set beside the predicted ones: real ones where they are given."""
+        """The measured cells to compare with: real ones if they are given."""
         return self.measured.get("real") or self.measured.get("training") or self.measured.get("held out")
 
 
 def cell_sections(material: Material, *, truth: Path | None, progress: Progress) -> list[Section]:
-    """Return the parts that need cells; where cells are missing each says what makes them."""
+    """Return the sections about cells; if cells are missing, each says how to make them."""
     if material.prediction is None:
         said = paragraph("No prediction is here; `pertcast generate` and `pertcast assemble` make one.")
         return [section(name, title, said) for name, title in _TITLES]
@@ -277,7 +277,7 @@ def cell_sections(material: Material, *, truth: Path | None, progress: Progress)
 
 
 def _season(material: Material) -> Season:
-    """Return the rules by which the prediction's cells are labelled."""
+    """Return the rules for the prediction's labels."""
     if material.plan is not None:
         return season(material.plan["season"], material.plan["rules"])
     made = read_manifest(material.prediction, kind="prediction").config if material.prediction else {}
@@ -318,13 +318,13 @@ def _read(material: Material, truth: Path | None, progress: Progress) -> _Sides:
 
 
 def _only(material: Material, key: str) -> str | None:
-    """Return the context or dataset of the prediction if its plan has only one."""
+    """Return the context or dataset of the prediction if there is only one."""
     found = {part.get(key) for part in material.plan["parts"]} - {None} if material.plan else set()
     return str(next(iter(found))) if len(found) == 1 else None
 
 
 def _plane_of(store: Store | None, genes: Sequence[str], context: str | None) -> Plane | None:
-    """Return the plane of a store's training cells, whatever they were perturbed by; of one context if it is named."""
+    """Return the plane of a store's training cells, of one context if it is named."""
     if store is None:
         return None
     rows = store.rows(split=Split.TRAIN, context=store.contexts.index(context) if context in store.contexts else None)
@@ -401,7 +401,7 @@ def _gene_section(
 
 
 def _top_genes(tables: Mapping[str, Mapping[Group, DeTable]], groups: Sequence[Group]) -> NDArray[np.int64]:
-    """Return the most significant genes in turns: each target's best, then the next; measured before predicted."""
+    """Return the most significant genes in turns: each target's best, then the next; measured first."""
     ranked = []
     for side in reversed(list(tables.values())):
         for group in groups:
@@ -441,7 +441,7 @@ _NAMES = {
 
 
 def realism(material: Material) -> Section:
-    """Return the verdicts and the numbers of ``realism.json``; another form of it is shown as it stands."""
+    """Return the verdicts and numbers of ``realism.json``; an unknown form is shown as it is."""
     found = material.realism
     if not isinstance(found, Mapping):
         said = "How real the cells look is not known yet; `pertcast check ... --against REAL.h5ad` writes realism.json."

@@ -1,8 +1,7 @@
-"""Fits a baseline on the effects of the training split; every choice is made by leave-one-out within it.
+"""Fit a baseline on the effects of the training split, with every choice made by leave-one-out.
 
-Invariants: nothing but the examples is looked at; the left-out effect of an example is what the baseline predicts for
-it when fitted on the others, with the choices kept.
-Shapes: N examples, C contexts, F width of a feature, G genes.
+Invariants: only the examples are used. The left-out effect of an example is what the baseline predicts for it when
+fitted on the others, with the same choices. Shapes: N examples, C contexts, F width of a feature, G genes.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _TINY = 1e-9
 
 
 class Fit(NamedTuple):
-    """A baseline, and what it predicts for each example when that one is left out."""
+    """A baseline, and its prediction for each example when that one is left out."""
 
     baseline: Baseline  # Fitted on all examples
     left_out_NG: NDArray[np.float32]  # float32
@@ -49,7 +48,7 @@ class _Smoother(NamedTuple):
     has_peers_N: NDArray[np.bool_]
 
     def left_out_errors(self, dual_NG: Array) -> Array:
-        """Return effect minus left-out prediction, in closed form; 0 for examples alone in their context."""
+        """Return effect minus left-out prediction in closed form; 0 for an example alone in its context."""
         own_N = np.diag(self.whole_NN).copy()
         own_N[~self.has_peers_N] = np.inf
         return dual_NG / own_N[:, None]
@@ -114,7 +113,7 @@ def _panels(effect_NG: Array) -> list[tuple[NDArray[np.int64], NDArray[np.int64]
 
 
 class _Solved(NamedTuple):
-    """Means of contexts (C + 1, G), weights of the examples, and what is predicted for each when it is left out."""
+    """Context means (C + 1, G), weights of the examples, and left-out predictions."""
 
     mean_CG: Array
     weight_NG: Array
@@ -122,7 +121,7 @@ class _Solved(NamedTuple):
 
 
 def _choose(kind: BaselineKind, parts: list[Examples], whole: Examples) -> Choice:
-    """Return the choice of the smallest squared error of left-out effects over all parts; the first of equal ones."""
+    """Return the choice with the smallest left-out squared error over all parts; the first of equal ones."""
     if kind in ("control", "mean"):
         return Choice()
     sharings = (1.0,) if len(np.unique(whole.context_N)) == 1 else (1.0, 0.0) if kind == "knn" else SHARINGS
@@ -161,7 +160,7 @@ def _solve_kind(kind: BaselineKind, examples: Examples, choice: Choice) -> _Solv
 
 
 def _with_fallback(mean_CG: Array, context_N: NDArray[np.int64]) -> Array:
-    """Return (C + 1, G): contexts without examples, and the last row, get the mean over the contexts with examples."""
+    """Fill contexts without examples, and the last row, with the mean over the others, (C + 1, G)."""
     known = np.unique(context_N)
     whole = np.tile(mean_CG[known].mean(axis=0), (len(mean_CG) + 1, 1))
     whole[known] = mean_CG[known]
@@ -176,7 +175,7 @@ def _context_means(examples: Examples) -> Array:
 
 
 def _left_out_means(examples: Examples) -> Array:
-    """Return the mean effect of each example's context without it; of an example alone, the mean of other contexts."""
+    """Return the mean effect of each example's context without it; alone, the mean of other contexts."""
     context_N, effect_NG = examples.context_N, examples.effect_NG
     mean_CG, sizes = _context_means(examples), np.bincount(context_N, minlength=examples.num_contexts)
     size_N = sizes[context_N][:, None]
@@ -202,7 +201,7 @@ def _kernels(kind: BaselineKind, feature_NF: NDArray[np.floating]) -> Iterator[C
 def _kernel_errors(
     kind: BaselineKind, examples: Examples, sharings: tuple[float, ...], shapes: Iterator[Choice]
 ) -> Iterator[tuple[Choice, float]]:
-    """Yield every choice, the stronger restraint first, and its squared error of left-out effects."""
+    """Yield every choice, the strongest penalty first, with its left-out squared error."""
     context_N, effect_NG = examples.context_N, examples.effect_NG
     product_NN = effect_NG @ effect_NG.T
     same_NN = context_N[:, None] == context_N
@@ -224,7 +223,7 @@ def _kernel_errors(
 
 
 def _solve(kind: BaselineKind, examples: Examples, choice: Choice) -> tuple[Array, Array, _Smoother]:
-    """Return the free means, the dual weights, which sum to 0 in each context, and what made them of the effects."""
+    """Return the free means, the dual weights, which sum to 0 in each context, and their linear map."""
     context_N, effect_NG, count = examples.context_N, examples.effect_NG, len(examples.context_N)
     same_NN = context_N[:, None] == context_N
     feature_NF = np.asarray(examples.feature_NF, dtype=np.float64)
@@ -279,7 +278,7 @@ def _left_out_neighbours(examples: Examples, choice: Choice) -> Array:
 
 
 def examples_of(baseline: Baseline) -> Examples:
-    """Return examples on which the same baseline comes out, but for rounding.
+    """Return examples that give the same baseline, up to rounding.
 
     >>> from pertcast.models.baselines.fit import fit_baseline
     >>> given = Examples(np.zeros(2, np.int64), np.eye(2), np.array([[1.0], [3.0]]), 1)

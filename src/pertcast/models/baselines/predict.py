@@ -1,11 +1,11 @@
-"""What a fitted baseline is, and the effect that it predicts.
+"""A fitted baseline and its predictions, and its files.
 
 An effect is mean log1p of perturbed cells minus mean log1p of the control cells of their context. All baselines are
 
     effect(context c, feature f) = mean_c + sum over examples j of  s(c, c_j) k(f, f_j) w_j
 
-where s is 1 within a context and the `sharing` between two: 0 keeps contexts apart, 1 pools them. Ridge has k = f . f_j
-/ scale, kernel ridge k = exp(-|f - f_j|^2 / 2 bandwidth^2); nearest neighbours weigh w_j, deviations from the mean of
+where s is 1 within a context and `sharing` between two: 0 keeps contexts apart, 1 pools them. Ridge has k = f . f_j /
+scale, kernel ridge k = exp(-|f - f_j|^2 / 2 bandwidth^2). Nearest neighbours weigh w_j, deviations from the mean of
 their context, by 1 / distance. Control copy and mean effect have no sum.
 
 Shapes: N examples (a training perturbation in one context), C contexts, F width of a feature, G predicted genes.
@@ -32,7 +32,7 @@ _NEAREST = 1e-3
 
 
 class Examples(NamedTuple):
-    """What a baseline is fitted on: the effects of training perturbations."""
+    """The effects of training perturbations on which a baseline is fitted."""
 
     context_N: NDArray[np.int64]  # int64 codes below `num_contexts`
     feature_NF: NDArray[np.floating]  # Features of the perturbations
@@ -41,7 +41,7 @@ class Examples(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What was chosen by leave-one-out on the examples; what a kind has no use for is 0."""
+    """The choices of leave-one-out; 0 for those that a kind does not have."""
 
     penalty: float = 0.0  # Added to the kernel's diagonal, which is about 1
     bandwidth: float = 0.0  # Of the Gaussian kernel, in units of the features
@@ -115,7 +115,7 @@ def kernel(kind: BaselineKind, one_PF: NDArray[np.floating], other_NF: NDArray[n
 
 
 def distances(one_PF: NDArray[np.floating], other_NF: NDArray[np.floating]) -> Array:
-    """Return Euclidean distances of features, (P, N); equal features are at 0 to the bit."""
+    """Return Euclidean distances of features, (P, N); equal features are at exactly 0."""
     return np.stack([np.sqrt(((other_NF - one_F) ** 2).sum(axis=1)) for one_F in one_PF])
 
 
@@ -140,7 +140,7 @@ def arrays_of(baseline: Baseline) -> dict[str, NDArray[Any]]:
 
 
 def read_spec(raw: Mapping[str, Any]) -> BaselineSpec:
-    """Return a specification that was written as JSON."""
+    """Return a specification from JSON."""
     choice = raw["choice"]
     return BaselineSpec(**{**raw, "choice": Choice(**choice) if isinstance(choice, Mapping) else Choice(*choice)})
 

@@ -1,4 +1,4 @@
-"""A prediction in, every problem out, each with its place and remedy: one file for each family of rules."""
+"""Check a prediction and report every problem with its place and remedy; one file for each family of rules."""
 
 from __future__ import annotations
 

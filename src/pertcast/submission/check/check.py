@@ -1,4 +1,4 @@
-"""The whole check: all families of rules over one prediction, all problems in one report, in bounded memory."""
+"""The check: all families of rules on one prediction, in one report and bounded memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pertcast.submission.season_bundle import contexts_in_force
 
 
 def resolve_season(season: str | Season, rules: Mapping[str, object]) -> Season:
-    """Return a season by name or as it is, with rules overridden."""
+    """Return a season by name or as given, with overridden rules."""
     return season_by_name(season, rules) if isinstance(season, str) else season.override(rules)
 
 
@@ -80,7 +80,7 @@ class UnreadableError(DataError):
 
 
 class Examination:
-    """A check under way: labels, genes and sizes are known at once, values when :meth:`finish` has read them."""
+    """A running check: labels, genes and sizes are known at once, values after :meth:`finish`."""
 
     def __init__(self, reader: H5adReader, season: Season, lists: _Lists, notes: tuple[str, ...]) -> None:
         self.reader, self.season, self.genes = reader, season, lists.genes
@@ -105,12 +105,12 @@ class Examination:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong so far."""
+        """Whether there is no problem so far."""
         return not any(found.problems for found in (*self._first, *self._last))
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is known before the values are read: ``cells``, ``genes``, ``stored_values`` and the labels' facts."""
+        """The facts that are known before values are read."""
         size = {"cells": self.reader.num_cells, "genes": self.reader.num_genes, "stored_values": self.reader.num_stored}
         return size | {name: fact for found in (*self._first, *self._last) for name, fact in found.facts.items()}
 

@@ -1,4 +1,4 @@
-"""Labels of a prediction: the columns of obs, a label in every cell, contexts and control cells as the season wants."""
+"""Check the labels of a prediction: columns of obs, a label in every cell, contexts and control cells."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLUMN_ALIASES = ("gene", "target", "perturbation", "pert", "gene_target", "gui
 
 @dataclass(frozen=True)
 class Groups:
-    """How many cells each (context, label) has, and each cell's label; contexts are empty where the season has one."""
+    """The number of cells of each (context, label), and each cell's label."""
 
     cells: Mapping[tuple[str, str], int]
     num_controls: int
@@ -38,12 +38,12 @@ class Groups:
 
 
 def control_alikes(labels: tuple[str, ...], season: Season) -> list[str]:
-    """Return the labels that look like another name for the control."""
+    """Return the labels that look like another name of the control."""
     return [label for label in labels if is_control_name(label, season.control_label)]
 
 
 def check_labels(reader: H5adReader, season: Season) -> tuple[Findings, Groups | None]:
-    """Check the columns, empty labels, controls and contexts; return the groups too, unless the column is missing."""
+    """Check columns, empty labels, controls and contexts; return the groups unless the column is missing."""
     columns = [season.pert_column] + ([season.context_column] if season.context_column else [])
     problems: list[Problem] = []
     read: dict[str, pd.Categorical] = {}
@@ -104,7 +104,7 @@ def _empty_problems(reader: H5adReader, column: str, values: pd.Categorical) -> 
 
 
 def _group(perts: pd.Categorical, contexts: pd.Categorical | None, season: Season) -> Groups:
-    """Count cells of each pair of labels; cells without a label are left to another rule."""
+    """Count the cells of each pair of labels; cells without a label are another rule's."""
     context_codes = np.zeros(len(perts), dtype=np.int64) if contexts is None else np.asarray(contexts.codes, np.int64)
     context_names = [""] if contexts is None else [str(name) for name in contexts.categories]
     pert_codes = np.asarray(perts.codes, dtype=np.int64)

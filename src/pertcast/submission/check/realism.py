@@ -1,8 +1,8 @@
-"""How like real cells a prediction's cells are, beside what real cells give: the null test, variance, zeros, depth.
+"""Measure how realistic a prediction's cells are: the null test, variance, zeros, depth.
 
-Real control cells are put in two halves at random. The second half is the reference: control cells of the prediction,
-cells of its targets, and real cells of the first half are each compared with it. What the first half gives is what
-cells without an effect should give. Reads samples of both files; nothing here says that a prediction is not valid.
+Real control cells are split into two random halves. The second half is the reference. The prediction's control cells,
+the cells of its targets, and the first half are each compared with it. The first half shows what cells without an
+effect should give. Samples of both files are read, and nothing here makes a prediction invalid.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pertcast.stats.realism import Likeness, Reference, compare_cells
 
 @dataclass(frozen=True)
 class ContextRealism:
-    """One context, or the whole prediction of a season with one."""
+    """The realism of one context, or of the whole prediction."""
 
     context: str  # Its name, "" where the season has one
     real: Likeness  # Real control cells against other real ones: what to compare with
@@ -44,7 +44,7 @@ class ContextRealism:
 
     @property
     def verdicts(self) -> tuple[tuple[str, bool, str], ...]:
-        """Questions on the cells without an effect: what, whether it holds, and the numbers."""
+        """Questions about the cells without an effect, whether each holds, and the numbers."""
         if self.null is None:
             return ()
         most = 1.5 * self.real.de_calls + 2
@@ -62,7 +62,7 @@ class ContextRealism:
 
 @dataclass(frozen=True)
 class RealismReport:
-    """How real the cells of a prediction look.
+    """How realistic the cells of a prediction are.
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ class RealismReport:
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Return the report as JSON values; a number that is not defined is null."""
+        """Return the report as JSON values; undefined numbers are null."""
         result: dict[str, Any] = _plain(dataclasses.asdict(self))
         for plain, context in zip(result["contexts"], self.contexts, strict=True):
             plain["verdicts"] = [list(verdict) for verdict in context.verdicts]
@@ -108,7 +108,7 @@ _SAME_TOTAL = 0.01
 
 
 class SampledCells(NamedTuple):
-    """Rows of one file: their values as stored, and the place in them of each row asked for."""
+    """Sampled rows of a file: their stored values, and the position of each requested row."""
 
     values: sparse.csr_matrix
     scale: Scale
@@ -132,13 +132,13 @@ class Picked(NamedTuple):
 
 
 def labels_of(reader: H5adReader, column: str) -> NDArray[np.str_]:
-    """Return the label of each cell, "" where it has none."""
+    """Return the label of each cell, "" if it has none."""
     values = reader.obs(column)
     return np.asarray(np.append(np.asarray(values.categories, dtype=str), "")[values.codes])
 
 
 def contexts_of(reader: H5adReader, rules: Season) -> NDArray[np.str_]:
-    """Return the context of each cell, "" where the season has one."""
+    """Return the context of each cell, "" if the season has one."""
     if rules.context_column is None:
         return np.zeros(reader.num_cells, dtype="U1")
     return labels_of(reader, rules.context_column)
@@ -147,7 +147,7 @@ def contexts_of(reader: H5adReader, rules: Season) -> NDArray[np.str_]:
 def real_rows(
     real: H5adReader, rules: Season, contexts: NDArray[np.str_], where: Mapping[str, str], notes: list[str]
 ) -> dict[str, NDArray[np.int64]]:
-    """Return the rows of the real control cells of each context; `where` names labels that they must have."""
+    """Return the rows of real control cells of each context; `where` names required labels."""
     keep = np.ones(real.num_cells, dtype=bool)
     for column, wanted in where.items():
         of_column = labels_of(real, column)
@@ -181,7 +181,7 @@ def real_rows(
 
 
 def pick_rows(labels: NDArray[np.str_], here: NDArray[np.bool_], rules: Season, seed: int, context: str) -> Picked:
-    """Draw control cells and cells of some targets; what is drawn of a target does not depend on the others."""
+    """Draw control cells and cells of some targets, each target independently of the others."""
     random = generator(seed, "realism", context)
     null = _some(np.flatnonzero(here & (labels == rules.control_label)), _MOST_CELLS, random)
     targets = np.array(sorted(set(labels[here].tolist()) - {rules.control_label}))
@@ -195,14 +195,14 @@ def _some(rows: NDArray[np.int64], most: int, random: np.random.Generator) -> ND
 
 
 def halves_of(rows: NDArray[np.int64], seed: int, context: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return two random halves of some rows, not too many of each."""
+    """Return two random halves of some rows, of bounded size."""
     shuffled = generator(seed, "realism", "halves", context).permutation(rows)
     size = min(len(rows) // 2, _MOST_CELLS)
     return shuffled[:size], shuffled[size : 2 * size]
 
 
 def columns_of(made: H5adReader, real: H5adReader) -> NDArray[np.int64] | None:
-    """Return the column of each gene of the prediction in the real file, ``None`` where they are the same."""
+    """Return the column of each gene in the real file; ``None`` if they are the same."""
     if made.genes == real.genes:
         return None
     place = {gene: column for column, gene in enumerate(real.genes)}
@@ -233,7 +233,7 @@ def read_rows(
 
 
 def totals_of(values: sparse.csr_matrix, scale: Scale) -> NDArray[np.float64]:
-    """Return the total of each cell; of log1p cells that before log1p."""
+    """Return the total of each cell, before log1p if needed."""
     linear = values if scale == "counts" else values.expm1()
     return np.asarray(linear.sum(axis=1, dtype=np.float64)).ravel()
 
@@ -244,7 +244,7 @@ def common_total(cells: SampledCells) -> float:
 
 
 def to_log1p(values: sparse.csr_matrix, cells: SampledCells, target_sum: float) -> sparse.csr_matrix:
-    """Return values normalised to a total; those of log1p cells are scaled together, where theirs is another."""
+    """Return log1p values normalised to a total; log1p cells are rescaled together."""
     if cells.scale == "counts":
         return normalise_log1p(values, totals_of(values, "counts"), target_sum)
     factor = target_sum / common_total(cells)
@@ -310,7 +310,7 @@ def realism(
 
 
 def _own_context(path: Path, real: H5adReader, rules: Season) -> dict[str, str]:
-    """Return the column of cell types and the context of a prediction, as far as its manifest and the file say them."""
+    """Return the column of cell types and the context of a prediction, if its manifest and file have them."""
     origin = manifest_origin(path)
     experiment = {} if origin is None else origin.experiment
     columns, submission = experiment.get("columns", {}), experiment.get("submission", {})

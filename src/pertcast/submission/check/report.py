@@ -1,4 +1,4 @@
-"""What a check found: problems, the pre-flight questions with their evidence, and facts; plain data, JSON-able."""
+"""The result of a check: problems, the pre-flight questions with their evidence, and facts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Fact = int | float | str | tuple[str, ...] | None
 
 
 class CheckItem(NamedTuple):
-    """One pre-flight question: whether it holds (``None``: not asked), and what says so."""
+    """One pre-flight question: whether it holds (``None``: not asked), and the evidence."""
 
     question: str
     ok: bool | None
@@ -24,7 +24,7 @@ class CheckItem(NamedTuple):
 
 @dataclass(frozen=True)
 class Findings:
-    """What one family of rules found."""
+    """The findings of one family of rules."""
 
     problems: tuple[Problem, ...]
     items: tuple[CheckItem, ...]
@@ -80,7 +80,7 @@ class CheckReport:
 
 
 def problems_of(error: DataError, place: str) -> tuple[Problem, ...]:
-    """Return the problems that an error carries, or its message as the one problem of a place."""
+    """Return the problems of an error, or its message as one problem at a place."""
     return error.problems or (Problem(place, str(error).removeprefix(f"{place}: ")),)
 
 
@@ -94,7 +94,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def named(names: Iterable[object], *, limit: int = 10) -> str:
-    """Return the first names in quotes, and how many more there are.
+    """Return the first names in quotes, and the number of further ones.
 
     >>> named(["TP53", "MYC", "TET1"], limit=2)
     "'TP53', 'MYC' and 1 more"

@@ -1,7 +1,7 @@
-"""Targets of a prediction against the season's list: all of them, no others, with the cells that the list asks for.
+"""Check genes and targets against the season's lists: all of them, no others, with the requested cells.
 
-The cells of a target are right when they are just those of the list or, where the season leaves them to the list, just
-those that the budget gives under the cap with as many control cells as the file has.
+The cells of a target are right if they are those of the list or, if the season leaves them to the list, those that the
+budget gives under the cap with as many control cells as the file has.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Group = tuple[str, str]
 def check_targets(
     groups: Groups, season: Season, *, path: Path, genes: tuple[str, ...], targets: TargetList | None, list_name: str
 ) -> Findings:
-    """Compare the labels and their cells with the target list; without one, look for misspelt gene symbols alone."""
+    """Compare labels and cells with the target list; without one, only look for misspelt gene symbols."""
     question = f"target list as {list_name} has it"
     place = f"{path}, obs[{season.pert_column!r}]"
     aside = {season.control_label, *control_alikes(groups.labels, season)}
@@ -89,7 +89,7 @@ def _without_list(labels: list[str], genes: tuple[str, ...], place: str) -> tupl
 
 
 def _without_list_but_even(labels: list[str], groups: Groups, season: Season, place: str) -> list[Problem]:
-    """Compare with what the season says of every list: so many targets, so many cells of each in each context."""
+    """Compare with the season's rules for every list: the number of targets and of cells of each."""
     problems = []
     if len(labels) != season.num_targets:
         message = f"expected {season.num_targets:,} targets, got {len(labels):,}"
@@ -100,7 +100,7 @@ def _without_list_but_even(labels: list[str], groups: Groups, season: Season, pl
 
 
 def check_totals(groups: Groups, season: Season, totals: NDArray[np.float64]) -> Findings:
-    """Compare the median total of the targets' cells with the controls', both on the counts scale."""
+    """Compare the median total of the targets' cells with the controls', on the counts scale."""
     labels = groups.label_of_row
     names = [str(name) for name in labels.categories]
     code = names.index(season.control_label) if season.control_label in names else -1
@@ -120,7 +120,7 @@ def check_totals(groups: Groups, season: Season, totals: NDArray[np.float64]) ->
 
 
 def check_zero_targets(groups: Groups, season: Season, zero_rows: NDArray[np.int64], *, path: Path) -> Findings:
-    """Find the targets without a value above 0 in any cell, where the season forbids them."""
+    """Find targets whose cells are all 0, if the season forbids them."""
     if season.zero_targets == "allowed" or not len(zero_rows):
         return Findings((), ())
     codes = np.asarray(groups.label_of_row.codes)
@@ -144,7 +144,7 @@ def _counts(
     place: str,
     list_name: str,
 ) -> tuple[str, list[Problem]]:
-    """Return how the cells follow the list, and a problem where they do not; lost targets are left to another rule."""
+    """Return how the cells follow the list, and a problem if they do not; missing targets are another rule's."""
     names = {key: f"{key[0]}/{key[1]}" if key[0] else key[1] for key in wanted}
     due, rule = wanted, list_name
     if dict(there) != dict(wanted) and season.cells_per_target is None:
@@ -172,7 +172,7 @@ _NUM_SUGGESTIONS = 10
 
 
 def check_genes(got: tuple[str, ...], expected: tuple[str, ...], *, path: Path, genes_path: Path) -> Findings:
-    """Compare genes; where they are the list's in another order, a note says so, for packing puts them in order."""
+    """Compare genes; another order is only noted, since packing reorders them."""
     question = "genes of the list"
     if got == expected:
         item = CheckItem(question, ok=True, evidence=f"{len(got):,} genes in the order of {genes_path.name}")
@@ -202,7 +202,7 @@ def check_genes(got: tuple[str, ...], expected: tuple[str, ...], *, path: Path, 
 
 
 def _spelling(extra: list[str], missing: list[str]) -> str:
-    """Return which missing gene each of the first extra ones may be meant for."""
+    """Return the missing gene that each of the first extra ones may be meant for."""
     pairs = [(gene, near_misses(gene, missing, num=1)) for gene in extra[:_NUM_SUGGESTIONS]]
     meant = [f"{near[0]!r} for {gene!r}" for gene, near in pairs if near]
     return f"did you mean {', '.join(meant)}?" if meant else ""

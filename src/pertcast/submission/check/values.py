@@ -1,9 +1,8 @@
-"""Values of a prediction: number type, finite, not negative, one scale in all cells, within the season's sums and size.
+"""Check the values of a prediction: number type, finite, not negative, one scale, and the season's limits.
 
-The scales are told apart as in :mod:`pertcast.files.scales`: a cell of whole numbers alone is on the counts scale,
-one with a fraction on the log1p scale, where every value is below the season's limit; a cell with fewer than three
-values goes with the others. Here nothing stops at the first bad value. Read once, in blocks; what is kept is a few
-numbers a cell.
+Scales are distinguished as in :mod:`pertcast.files.scales`: a cell of whole numbers is on the counts scale, one with a
+fraction on the log1p scale, whose values are below the season's limit. A cell with fewer than three values follows the
+others. The check does not stop at the first bad value. It reads once, in blocks, and keeps a few numbers for each cell.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _ONE_SCALE = "put all cells on one scale; copied control cells are normalised as
 
 
 class _Scan:
-    """What is known of each cell, and the first and the number of the values that no scale allows."""
+    """What is known of each cell, and the first and the number of the invalid values."""
 
     def __init__(self, num_cells: int) -> None:
         self.fractional = np.zeros(num_cells, dtype=bool)
@@ -73,7 +72,7 @@ class _Scan:
         self.num_values[into] = lengths if least > 0 else np.add.reduceat(values != 0, starts, dtype=np.int64)
 
     def _clean(self, first: int, block: sparse.csr_matrix) -> NDArray[Any]:
-        """Note the values that no scale allows, and return all values with zeros in their places."""
+        """Record the invalid values, and return all values with zeros in their places."""
         values: NDArray[Any] = block.data
         clean = values
         # float32, in which values are packed, makes what it cannot hold infinite
@@ -95,7 +94,7 @@ def _rows_text(rows: NDArray[np.int64]) -> str:
 
 
 def check_values(reader: H5adReader, season: Season, progress: Progress) -> Findings:
-    """Read all values once and return what breaks the season's rules."""
+    """Read all values once and return the broken rules."""
     path = reader.path
     problems: list[Problem] = []
     facts: dict[str, Fact] = {"dtype": str(reader.dtype)}
