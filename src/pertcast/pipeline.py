@@ -53,7 +53,7 @@ def run_experiment(path: Path, out: Path, *, overrides: Sequence[str] = (), prog
     """
     if launched() is not None:
         raise ConfigError(
-            "a whole run starts its own processes (train.devices); under torchrun or srun give the stages one by one: "
+            "a whole run starts its own processes (train.devices); under torchrun or srun run the stages one by one: "
             "`pertcast prepare`, then `pertcast train` and `pertcast generate` on all devices, then the others"
         )
     experiment = load_experiment(path, overrides, command="run")

@@ -68,7 +68,7 @@ def preflight(
         with problems.collect():
             _check_network(experiment, cells, scale)
     problems.raise_if_any()
-    progress.note("checked before training: data, split, submission and features fit one another")
+    progress.note("checked before training: data, split, submission and features are consistent")
 
 
 def _check_network(experiment: Experiment, cells: CodedCells, scale: Scale | None) -> None:

@@ -22,7 +22,7 @@ def test_an_imported_network_gives_arc_states_output(arc_runs: Path, name: str) 
     assert list(folder.perts) == ["G1", "G2", "G3", "non-targeting"]
     assert (folder.batches, folder.contexts) == (("b1", "b2"), ("H1", "K562"))
     if name == "embedding" and has_decoder(folder):
-        with pytest.raises(CheckpointError, match="output_space 'embedding' with a gene decoder is not covered"):
+        with pytest.raises(CheckpointError, match="output_space 'embedding' with a gene decoder is not supported"):
             convert_run(folder)
         return
     network = convert_run(folder)

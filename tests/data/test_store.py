@@ -235,7 +235,7 @@ def test_missing_genes_are_an_error_or_asked_for(small_h5ad: Builder, tmp_path: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("G1\nG2\nG1\n", "gene 'G1' stands in line 1 already"),
+        ("G1\nG2\nG1\n", "gene 'G1' is on line 1 already"),
         ("", "expected 3 genes of season vcc2025, got 0"),
         ("G1\nG2\n", "num_genes=2"),
         ("gene_name\nG1\nG2\nG3\n", "got 'gene_name', a header"),

@@ -225,7 +225,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "indptr ends early": (_assign("X/indptr", -1, 3), "expected 0 to"),
     "a column too high": (_assign("X/indices", 7, 20), "entry 7 is 20, outside 0 to 19"),
     "a negative column": (_assign("X/indices", 7, -1), "entry 7 is -1"),
-    "a column twice": (_assign("X/indices", 1, 0), "row 0: a gene stands twice"),
+    "a column twice": (_assign("X/indices", 1, 0), "row 0: a gene occurs twice"),
     "codes without category": (_assign("obs/target_gene/codes", 2, 9), "codes outside the 4 categories"),
     "short column": (_delete("obs/target_gene/codes"), "obs['target_gene']: cannot be read"),
 }

@@ -55,7 +55,7 @@ def test_each_process_knows_who_it_is_and_the_first_one_is_heard(tmp_path: Path)
         ("error", DataError, r"^cells\.h5ad: broken$"),
         ("disk", OSError, "No space left"),
         ("bug", PertcastError, "process 2 of 2 ended with code 1"),
-        ("kill", PertcastError, "process 2 of 2 was killed, most often because memory ran out"),
+        ("kill", PertcastError, "process 2 of 2 was killed, usually because memory ran out"),
     ],
 )
 def test_one_process_that_fails_ends_all_with_its_error(

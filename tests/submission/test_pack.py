@@ -241,9 +241,9 @@ def zipped(content: bytes) -> bytes:
 
 
 BAD_ARCHIVES: dict[str, tuple[Callable[[Path, Members], object], str]] = {
-    "empty": (lambda path, _: path.write_bytes(b""), "not a whole tar archive"),
-    "no tar": (lambda path, _: path.write_bytes(b"hello" * 1000), "not a whole tar archive"),
-    "gzipped": (lambda path, m: tarfile.open(path, "w:gz").close(), "not a whole tar archive"),
+    "empty": (lambda path, _: path.write_bytes(b""), "not a complete tar archive"),
+    "no tar": (lambda path, _: path.write_bytes(b"hello" * 1000), "not a complete tar archive"),
+    "gzipped": (lambda path, m: tarfile.open(path, "w:gz").close(), "not a complete tar archive"),
     "cut in the h5ad": (
         lambda path, m: path.write_bytes(write_tar(path, m).read_bytes()[:1500]),
         "not a whole tar|expected the members",

@@ -236,7 +236,7 @@ def test_the_order_is_of_effects_in_two_thresholds_each_set_in_its_own(store: St
 @pytest.mark.parametrize("setting", ["de_form=focal", "de_positive_weight=3"])
 def test_what_is_of_single_genes_is_refused_for_the_order(tmp_path: Path, setting: str) -> None:
     workspace = make_workspace(tmp_path / "w")
-    with pytest.raises(ConfigError, match="asks nothing"):
+    with pytest.raises(ConfigError, match="have no effect on the order of genes"):
         load_experiment(workspace.experiment, ["loss.de=0.2", f"loss.{setting}"])
     load_experiment(workspace.experiment, ["loss.de=0.2", f"loss.{setting}", "loss.de_head=learned"])
     # a run that has no such term keeps what it was begun with

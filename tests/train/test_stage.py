@@ -266,7 +266,7 @@ def test_when_every_checkpoint_is_damaged_nothing_starts_anew_in_silence(
     shutil.copytree(whole, out)
     for path in (out / "checkpoints").glob("*/state.json"):
         path.write_text("{")
-    with pytest.raises(CheckpointError, match="no checkpoint is whole; remove"):
+    with pytest.raises(CheckpointError, match="no checkpoint is complete; remove"):
         bench.train(out, "train.steps=20")
 
 
@@ -394,7 +394,7 @@ def test_a_batch_embedding_needs_batches(bench: Bench, tmp_path: Path) -> None:
     file = bench.folder / "nobatch.toml"
     file.write_text(EXPERIMENT.replace('batch = "batch"\n', ""))
     experiment = load_experiment(file, ["model.batch_embedding=true"])
-    with pytest.raises(ConfigError, match="knows no batches"):
+    with pytest.raises(ConfigError, match="has no batches"):
         train(experiment, prepare(experiment, tmp_path / "store"), tmp_path / "run")
 
 

@@ -172,7 +172,7 @@ def option_problems(options: Mapping[str, Any], *, is_early: bool = False) -> li
 
 def _not_covered(option: str, value: Any, expected: object = None) -> Problem:
     covered = f"; covered is {expected!r}" if expected is not None else ""
-    return Problem(option, f"the value {value!r} of this option is not covered{covered}")
+    return Problem(option, f"the value {value!r} of this option is not supported{covered}")
 
 
 def _backbone_problems(options: Mapping[str, Any], *, is_early: bool) -> list[Problem]:
@@ -187,7 +187,7 @@ def _backbone_problems(options: Mapping[str, Any], *, is_early: bool) -> list[Pr
             Problem(
                 f"{place}.bidirectional_attention",
                 "config.yaml does not say it: early versions of arc-state always let all cells attend to each other, "
-                "later ones then mask and rotate positions, which is not covered",
+                "later ones then mask and rotate positions, which is not supported",
                 "if an early one trained it, add `bidirectional_attention: true` there",
             )
         )
@@ -261,15 +261,15 @@ def convert_run(folder: ArcFolder) -> ArcNetwork:
     problems = option_problems(folder.options, is_early=folder.is_early)
     if problems:
         raise CheckpointError(
-            f"{folder.path}: {len(problems)} option(s) that pertcast does not cover", problems=problems
+            f"{folder.path}: {len(problems)} option(s) that pertcast does not support", problems=problems
         )
     weights, notes = _tensors(folder)
     try:
         spec, left_out = _spec(folder, weights)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder.path}: its options are not whole ({type(error).__name__}: {error}); "
-            "mend config.yaml, or give another folder"
+            f"{folder.path}: its options are incomplete ({type(error).__name__}: {error}); "
+            "correct config.yaml, or give another folder"
         ) from None
     if left_out:
         weights = {name: value for name, value in weights.items() if not name.startswith(left_out)}
@@ -303,7 +303,7 @@ def _spec(folder: ArcFolder, weights: dict[str, Tensor]) -> tuple[StateSpec, tup
     elif has_decoder and not is_gene_input:
         # only of before 0.9.8: with a decoder that it does not use, it does not cut embeddings off at 0
         raise CheckpointError(
-            f"{folder.path}: output_space {arc_space!r} with a gene decoder is not covered; train with output_space "
+            f"{folder.path}: output_space {arc_space!r} with a gene decoder is not supported; train with output_space "
             '"gene" or "all"'
         )
     elif has_decoder:
@@ -357,8 +357,10 @@ def _tensors(folder: ArcFolder) -> tuple[dict[str, Tensor], list[str]]:
     weights = {name: value.float() for name, value in folder.weights.items()}
     if _POSITIONS in _plain(weights) and _plain(weights)[_POSITIONS].any():
         raise CheckpointError(
-            f"{folder.checkpoint}: {_POSITIONS} is not zero; cells with positions are not covered",
-            problems=[Problem("model.kwargs.transformer_backbone_key", "GPT2 with position embeddings is not covered")],
+            f"{folder.checkpoint}: {_POSITIONS} is not zero; cells with positions are not supported",
+            problems=[
+                Problem("model.kwargs.transformer_backbone_key", "GPT2 with position embeddings is not supported")
+            ],
         )
     if any(_LORA.fullmatch(name) for name in weights):
         weights = _merge_lora(folder, weights)

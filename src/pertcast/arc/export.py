@@ -129,7 +129,7 @@ def _require_known(run: Run) -> None:
     if getattr(spec, "shift", False):
         problems.append(Problem("model.residual", "arc-state's networks do not add to the control cell itself"))
     if run.baseline() is not None:
-        problems.append(Problem("model.base", "arc-state's networks stand on no baseline"))
+        problems.append(Problem("model.base", "arc-state's networks have no baseline"))
     if spec.output_space == "latent" and not spec.decoder_widths:
         problems.append(Problem("model.input", "arc-state's gene decoder has other layers than ours of an embedding"))
     if spec.basal_layers not in (1, spec.encoder_layers):

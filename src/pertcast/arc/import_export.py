@@ -41,7 +41,7 @@ def import_run(
     if target_sum is not None and not 0 < target_sum < float("inf"):
         raise DataError(f"--target-sum: expected a number above 0, got {target_sum}")
     if any_content(out) and not (out / "run.json").is_file():
-        raise DataError(f"{out}: it is there already and holds no run; give another --out, or remove it first")
+        raise DataError(f"{out}: it exists and holds no run; give another --out, or remove it first")
     arc = read_arc_folder(folder, checkpoint=checkpoint)
     network = convert_run(arc)
     names = network_names(arc, network, genes=_read_names(genes), hvgs=_read_names(hvgs))
@@ -128,7 +128,7 @@ def _read_names(path: Path | None) -> tuple[str, ...]:
 def export_run(run_path: Path, out: Path, *, progress: Progress = SILENT) -> Path:
     """Write a run as a folder that ``state tx infer`` reads, and note what is left out."""
     if any_content(out):
-        raise DataError(f"{out}: it is there already; give another --out, or remove it first")
+        raise DataError(f"{out}: it exists already; give another --out, or remove it first")
     run = open_run(run_path)
     features = open_features(run_path / _FEATURES)
     vectors = {name: torch.from_numpy(row.copy()) for name, row in zip(features.names, features.matrix, strict=True)}

@@ -50,7 +50,7 @@ def read_arc_folder(path: Path, *, checkpoint: Path | None = None) -> ArcFolder:
     if problems:
         there = ", ".join(sorted(file.name for file in path.glob("checkpoints/*.ckpt"))) or "none"
         raise CheckpointError(
-            f"{path}: not a whole run folder of `state tx train` (checkpoints there: {there}); give such a folder, or "
+            f"{path}: not a complete run folder of `state tx train` (checkpoints there: {there}); give such a folder, or "
             "name one of its checkpoints with --checkpoint",
             problems=problems,
         )

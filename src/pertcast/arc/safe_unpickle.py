@@ -60,7 +60,7 @@ class _Dtype:
 
 def _scalar(dtype: _Dtype, content: bytes) -> object:
     if type(dtype) is not _Dtype or type(content) is not bytes or len(content) != dtype.dtype.itemsize:
-        raise pickle.UnpicklingError("a NumPy scalar that is no number and no text")
+        raise pickle.UnpicklingError("a NumPy scalar that is neither number nor text")
     return np.frombuffer(content, dtype=dtype.dtype)[0].item()
 
 

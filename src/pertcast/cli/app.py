@@ -95,9 +95,9 @@ _SECONDS_TO_LISTEN = 10.0
 _SMALLER = "choose a smaller model (model.hidden, model.layers), fewer sets (train.sets_per_step) or a larger machine"
 COMMANDS = {
     "demo": "The whole path on the real cells in the package: minutes on two cores.",
-    "run": "Every stage of an experiment, resumable; what is there and still true is reused.",
+    "run": "Every stage of an experiment, resumable; what is up to date is reused.",
     "prepare": "Experiment file and h5ad files in, a training store out.",
-    "train": "Train STATE on a store; goes on where it stopped.",
+    "train": "Train a model on a store; resumes after an interrupt.",
     "adapt": "Adapt a run to a new cell line from a few of its cells; a handful of parameters learns.",
     "import": "Make a run of a folder that `state tx train` wrote; no code in its files runs.",
     "export": "Write a run as a folder that `state tx infer` reads.",
@@ -180,7 +180,7 @@ def _run(arguments: list[str]) -> int:
     except PertcastError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; what is finished is kept: give the same command again to go on", 130)
+        return _fail("interrupted; finished work is kept. Run the same command again to resume", 130)
     except BrokenPipeError:
         return 1
     except OSError as error:

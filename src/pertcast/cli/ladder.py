@@ -220,7 +220,7 @@ def adapt(
     """Adapt a trained run to a new cell line from a few controls and targets, by training a few parameters.
 
     The result is an ordinary run of the new line's cells, which `pertcast generate` takes; everything that does not
-    learn is the trained run's, to the bit. The same command goes on where an interrupted one stopped.
+    learn is the trained run's, to the bit. Run the same command again to resume.
 
     Example: `pertcast adapt run new_line.toml --out adapted --trainable offset,context`
 
@@ -277,12 +277,12 @@ def calibrate(
     run
         The folder that `pertcast train` wrote.
     folds
-        Train so many networks anew beside the run (RUN_folds), each without its share of the training targets, and
+        Train so many networks again beside the run (RUN_folds), each without its share of the training targets, and
         choose on those; default: the run's own validation targets.
     fold_steps
         Steps of each of them; default: as many as the run was to take.
     store
-        Where the store lies now, if it has moved since training.
+        The store, if it has moved since training.
     """
     from pertcast.cli.console import Console
     from pertcast.ladder.calibration import calibrate as choose
@@ -308,7 +308,7 @@ def compare(
     """Compare rungs, models and experiments on held-out perturbations, with intervals over targets and seeds.
 
     Every candidate is trained, and its cells made and scored with season 2025's metrics, on the same folds and seeds;
-    what is done is not done again, so the same command goes on after an interrupt, or with more seeds. The result is a
+    finished trials are skipped, so the same command resumes after an interrupt, or adds seeds. The result is a
     table and a verdict in words (comparison.md), a chart (comparison.svg) and all numbers (comparison.json).
 
     Example: `pertcast compare experiment.toml --rungs c1,c2,c3,c4 --seeds 5 --folds 5 --out comparison`
@@ -316,11 +316,11 @@ def compare(
     Parameters
     ----------
     experiments
-        Experiment files. Several are compared as they stand, one by its rungs.
+        Experiment files. Several are compared as they are, one by its rungs.
     out
         The folder of the comparison.
     rungs
-        Rungs of the ladder, with commas between them; "none" for the experiment as it stands. Default: all four for one
+        Rungs of the ladder, with commas between them; "none" for the experiment itself. Default: all four for one
         experiment, none for several.
     models
         Models beside them, as `model.kind` names them, with commas between them: mean,ridge.
@@ -400,7 +400,7 @@ def report(
     truth
         Real cells of the predicted targets, an h5ad file with control cells.
     ladder
-        Where to look for packed submissions; default: the folder that the run's lies in.
+        Where to look for packed submissions; default: the parent of the run's folder.
     """
     from pertcast.cli.console import Console
     from pertcast.ladder.report import write_report

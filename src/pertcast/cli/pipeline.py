@@ -203,7 +203,7 @@ def generate(
     out
         The folder of the parts.
     store
-        Where the store lies now, if it has moved since training; a run that was imported needs one.
+        The store, if it has moved since training; a run that was imported needs one.
     """
     from pertcast.cli.console import console, say
     from pertcast.generate import generate as make
@@ -227,7 +227,7 @@ def import_run(
     """Import a folder that `state tx train` wrote, without running any code in it.
 
     `pertcast generate RUN --store STORE` then predicts with it, from the control cells of a store that `pertcast
-    prepare` made of your cells. What of its options is not covered is an error that names the option.
+    prepare` made of your cells. What of its options is not supported is an error that names the option.
 
     Example: `pertcast import state_run --out run`
 
@@ -346,7 +346,7 @@ def run(
 ) -> None:
     """Run every stage of an experiment: prepare, train, generate, assemble, check, pack.
 
-    A stage whose result is there and still true is skipped; an interrupted one goes on where it stopped.
+    A stage whose result is up to date is skipped; an interrupted one goes on where it stopped.
 
     Example: `pertcast run experiment.toml --out out --set train.steps=2000`
 
@@ -489,9 +489,7 @@ def train(
     resolved, progress = load_experiment(experiment, overrides, command="train"), console()
     if store is None:
         if launched() is not None:
-            raise ConfigError(
-                "under torchrun or srun the store must be there: run `pertcast prepare`, and give --store"
-            )
+            raise ConfigError("under torchrun or srun the store must exist: run `pertcast prepare`, and give --store")
         preflight(resolved, out=out.parent, progress=progress)
         store = prepare(resolved, out.parent / "store", progress=progress)
     else:

@@ -81,7 +81,7 @@ STORE_KEYS = (
 )
 """What a store depends on; of ``model.input`` only which embedding, if it is one."""
 
-# A section stands for all of its keys. What `train` and `adapt` record in the run for `generate` counts as used.
+# A section covers all of its keys. What `train` and `adapt` record in the run for `generate` counts as used.
 _USED: Mapping[str, tuple[str, ...]] = {
     "prepare": (*STORE_KEYS, "train.match"),
     "train": (*STORE_KEYS, "features", "model", "loss", "train", "generate", "submission"),
@@ -152,7 +152,7 @@ def unused_problem(command: str, key: str, *, kind: str) -> Problem:
     """Return the problem of a key that the command does not use."""
     if uses(command, key):
         message = f"model.kind = {kind!r} does not use it"
-        return Problem(f"--set {key}", message, "leave it out, or choose a model that does")
+        return Problem(f"--set {key}", message, "remove it, or choose a model that uses it")
     others = [name for name in COMMANDS_WITH_SET if uses(name, key)]
     remedy = f"give it to {' or '.join(f'`pertcast {name}`' for name in others)}" if others else "leave it out"
     return Problem(f"--set {key}", f"`pertcast {command}` does not use it", remedy)
@@ -280,7 +280,7 @@ def _as_problem(place: str, location: Sequence[str | int], errors: Sequence[Erro
     message = message[:1].lower() + message[1:].replace(" or Input should be", " or")
     if first["type"] in ("missing", "value_error"):
         return Problem(place, message, "add it" if first["type"] == "missing" else "")
-    return Problem(place, f"{message}, got {first['input']!r}", "mend the value")
+    return Problem(place, f"{message}, got {first['input']!r}", "correct the value")
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = (), *, command: str | None = None) -> Experiment:
@@ -304,7 +304,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), *, command: str |
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}; mend the file there") from None
+        raise ConfigError(f"{path}: not valid TOML: {error}; correct the file there") from None
     return _resolve(tree, overrides, path=path, text=text, command=command)
 
 

@@ -91,8 +91,8 @@ class ModelConfig(Section):
     def _base_goes_with_shift(self) -> ModelConfig:
         if self.base != "none" and (self.kind, self.residual) != ("state", "shift"):
             raise ValueError(
-                f'`base = "{self.base}"` is what a network adds its shift to: '
-                'it goes with `kind = "state"` and `residual = "shift"`'
+                f'`base = "{self.base}"` needs `kind = "state"` and `residual = "shift"`: '
+                "the network adds its shift to the base"
             )
         return self
 
@@ -119,8 +119,8 @@ class LossConfig(Section):
     def _each_gene_by_itself(self) -> LossConfig:
         if self.de and self.de_head == "order" and (self.de_form, self.de_positive_weight) != ("bce", "balanced"):
             raise ValueError(
-                "`de_form` and `de_positive_weight` are of single genes, of which the order of all of a perturbation's "
-                'asks nothing; leave them away, or set `de_head = "learned"`'
+                "`de_form` and `de_positive_weight` have no effect on the order of genes; remove them, or set "
+                '`de_head = "learned"`'
             )
         return self
 
@@ -273,9 +273,7 @@ class GenerateConfig(Section):
     @model_validator(mode="after")
     def _fit_together(self) -> GenerateConfig:
         if self.residual_scale != 1 and self.cells not in ("shift", "sparse"):
-            raise ValueError(
-                '`residual_scale` goes with `cells = "shift"` or "sparse"; leave it away, or choose one of these'
-            )
+            raise ValueError('`residual_scale` goes with `cells = "shift"` or "sparse"; remove it, or use one of these')
         if self.cells == "nb_head" and (self.subtract_control_prediction or self.calibrated):
             raise ValueError(
                 '`cells = "nb_head"` draws counts: remove `subtract_control_prediction` and `calibrated`, which change '
@@ -381,7 +379,7 @@ class Experiment(Section):
                     )
         for key in self.zeroshot.keys() & self.fewshot.keys():
             problems.append(
-                Problem(f'{place}, "{key}"', "stands in [zeroshot] and in [fewshot]", "leave it in one of them")
+                Problem(f'{place}, "{key}"', "is in both [zeroshot] and [fewshot]", "remove it from one of them")
             )
         for key, held in self.fewshot.items():
             if self.columns.control in (*held.val, *held.test):
@@ -398,7 +396,7 @@ class Experiment(Section):
                     Problem(
                         f"{place}, [{section}] {key}",
                         f"no such file: {path}",
-                        "mend the path (it is relative to the experiment file)",
+                        "correct the path (it is relative to the experiment file)",
                     )
                 )
         return problems

@@ -242,7 +242,7 @@ def generation_sets(
     pool = np.unique(np.asarray(controls, dtype=np.int64))
     if not len(pool):
         raise DataError(
-            f"context {name!r}: no control cell to generate {target!r} from; mend columns.control, or take control "
+            f"context {name!r}: no control cell to generate {target!r} from; correct columns.control, or take control "
             'cells of every split (generate.controls_from = "all")'
         )
     num_sets = -(-num_cells // set_size)

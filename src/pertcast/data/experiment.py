@@ -145,7 +145,7 @@ def _read_file(experiment: Experiment, dataset: str, path: Path) -> _FileObs:
         if columns.cell_type is None and columns.context is None:
             remedy = 'set columns.cell_type = "..." to its column, or columns.context = "H1" if there is one cell type'
             place = f"{path}, obs ({', '.join(reader.obs_columns)})"
-            problems.append(Problem(place, "nothing says of which cell type a cell is", remedy))
+            problems.append(Problem(place, "no column gives the cell type", remedy))
         perts = _column(reader, columns.pert, problems, required=True)
         labels = frozenset(map(str, perts.categories))
         perts = _renamed(perts, {columns.control: experiment.columns.control} | columns.rename)

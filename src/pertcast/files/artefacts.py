@@ -142,9 +142,7 @@ def atomic_file(destination: Path) -> Iterator[Path]:
 def atomic_dir(destination: Path) -> Iterator[Path]:
     """Give an empty temporary folder beside `destination` that replaces it at the end."""
     if destination.exists() and not (destination / MANIFEST).is_file() and any_content(destination):
-        raise DataError(
-            f"{destination}: it is there already and no pertcast artefact; give another --out, or remove it first"
-        )
+        raise DataError(f"{destination}: it exists and is no pertcast artefact; give another --out, or remove it first")
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = _partial_name(destination)
     temporary.mkdir()

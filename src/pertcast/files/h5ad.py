@@ -274,8 +274,8 @@ class Matrix:
                 problems=[
                     Problem(
                         f"{self._path}, {self._name}, row {start + row}",
-                        "a gene stands twice in this cell",
-                        "call adata.X.sum_duplicates(), if the sum is what is meant, and write the file again",
+                        "a gene occurs twice in this cell",
+                        "call adata.X.sum_duplicates(), if the sum is intended, and write the file again",
                     )
                 ]
             )
@@ -407,7 +407,7 @@ class H5adReader:
                     Problem(
                         f"{self.path}, obsm",
                         f"no embedding {key!r}; there is {known}",
-                        "mend model.input = 'obsm:NAME'",
+                        "correct model.input = 'obsm:NAME'",
                     )
                 ]
             )

@@ -95,7 +95,7 @@ def read_targets(path: Path, season: Season) -> TargetList:
         )
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
-        raise DataError(f"{path}, line 1: column {twice[0]!r} stands twice; leave it in once")
+        raise DataError(f"{path}, line 1: column {twice[0]!r} occurs twice; keep it once")
     return _parse_targets(path, season, header, rows[1:])
 
 
@@ -107,7 +107,7 @@ def _parse_targets(path: Path, season: Season, header: list[str], rows: list[tup
     for line, fields in rows:
         place = f"{path}, line {line}"
         if len(fields) != len(header):
-            problems.append(Problem(place, f"expected {len(header)} fields, got {len(fields)}", "mend the line"))
+            problems.append(Problem(place, f"expected {len(header)} fields, got {len(fields)}", "correct the line"))
             continue
         row = dict(zip(header, fields, strict=True))
         problems += _label_problems(place, row[season.pert_column], seen, season)
@@ -116,16 +116,16 @@ def _parse_targets(path: Path, season: Season, header: list[str], rows: list[tup
             number = _whole_number(row[_CELLS])
             if number is None or number < 1:
                 message = f"expected {_CELLS} as a whole number of at least 1, got {row[_CELLS]!r}"
-                problems.append(Problem(place, message, "mend the number"))
+                problems.append(Problem(place, message, "correct the number"))
             elif season.cells_per_target not in (None, number):
                 message = f"expected {season.cells_per_target} cells for each target of the season, got {number}"
-                problems.append(Problem(place, message, f"drop the column {_CELLS}, or mend the number"))
+                problems.append(Problem(place, message, f"drop the column {_CELLS}, or correct the number"))
             cells.append(number or 0)
         if _UMI in row:
             umi = _positive_number(row[_UMI])
             if umi is None:
                 message = f"expected {_UMI} as a number above 0, got {row[_UMI]!r}"
-                problems.append(Problem(place, message, "mend the number"))
+                problems.append(Problem(place, message, "correct the number"))
             umis.append(umi or 0.0)
     if not rows:
         problems.append(Problem(str(path), "it has a header and no target", "give the season's pert_counts file"))
@@ -147,9 +147,9 @@ def _label_problems(place: str, label: str, seen: dict[str, int], season: Season
         return [Problem(place, f"{label!r} has spaces around it", f"write {label.strip()!r}")]
     if label == season.control_label:
         remedy = "remove the line; controls are planned apart from targets (submission.num_controls)"
-        return [Problem(place, f"the control label {label!r} is no target", remedy)]
+        return [Problem(place, f"the control label {label!r} is not a target", remedy)]
     if label in seen:
-        return [Problem(place, f"target {label!r} stands in line {seen[label]} already", "leave it in once")]
+        return [Problem(place, f"target {label!r} is on line {seen[label]} already", "keep it once")]
     return []
 
 
@@ -201,7 +201,7 @@ def read_gene_list(path: Path, season: Season) -> tuple[str, ...]:
         elif gene != gene.strip():
             problems.append(Problem(place, f"{gene!r} has spaces around it", f"write {gene.strip()!r}"))
         elif gene in seen:
-            problems.append(Problem(place, f"gene {gene!r} stands in line {seen[gene]} already", "leave it in once"))
+            problems.append(Problem(place, f"gene {gene!r} is on line {seen[gene]} already", "keep it once"))
         seen.setdefault(gene, line)
     if len(rows) != season.num_genes:
         message = f"expected {season.num_genes:,} genes of season {season.name}, got {len(rows):,}"

@@ -70,7 +70,7 @@ def generate(
     experiment
         Whose ``[generate]`` and ``[submission]`` apply; default: those that the run was trained with.
     store_path
-        Where the store lies, if it has moved since training.
+        The store, if it has moved since training.
     overrides
         ``section.key=value`` on top of the experiment that the run was trained with.
     devices
@@ -149,10 +149,10 @@ def generate_share(job: Mapping[str, Any], progress: Progress) -> None:
 
 
 def _require_parts(out: Path) -> None:
-    # what other processes begin to write bears a hidden name before there is a plan
+    # other processes write under hidden names before there is a plan
     seen = out.is_file() or (out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()))
     if seen and not (out / "plan.json").is_file():
-        raise DataError(f"{out}: it is there already and holds no parts; give another --out, or remove it first")
+        raise DataError(f"{out}: it exists and holds no parts; give another --out, or remove it first")
 
 
 def _begin(out: Path, plan: Plan, experiment: Experiment) -> None:
@@ -270,7 +270,9 @@ def _how_made(generate: GenerateConfig) -> list[str]:
     }
     notes = [f"cells are {ways[generate.cells]} (generate.cells)"] if generate.cells in ways else []
     if generate.subtract_control_prediction:
-        notes.append("effects are beside the model's own control condition (generate.subtract_control_prediction)")
+        notes.append(
+            "effects are relative to the model's own prediction of the control condition (generate.subtract_control_prediction)"
+        )
     return notes
 
 

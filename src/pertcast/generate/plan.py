@@ -124,7 +124,7 @@ def _num_controls(cells: CodedCells, experiment: Experiment, season: Season, par
         return wanted, []
     if submission.num_controls is not None:
         raise ConfigError(
-            f"[submission] num_controls: {wanted:,} control cells asked for, {there:,} are there to copy; "
+            f"[submission] num_controls: {wanted:,} control cells asked for, {there:,} are available to copy; "
             f'ask for at most {there:,}, or predict them with --set submission.controls="predicted"'
         )
     return there, [f"room for {wanted:,} control cells; all {there:,} that training has are copied"]

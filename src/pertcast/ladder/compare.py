@@ -124,7 +124,7 @@ def compare(
 ) -> Comparison:
     """Train and score every candidate on every fold and seed that is not done yet, and compare them."""
     if any_content(out) and not (out / "folds").is_dir():
-        raise DataError(f"{out}: it is there already and holds no comparison; give another --out, or remove it first")
+        raise DataError(f"{out}: it exists and holds no comparison; give another --out, or remove it first")
     with claimed(out):
         rules = season("vcc2025")
         trials: list[Trial] = []

@@ -105,9 +105,7 @@ def choose(
         number += _learn_rows(network.context_encoder, contexts)
     if learn.batch:
         if network.batch_encoder is None:
-            raise ConfigError(
-                "[adapt] trainable: the network has no batch embedding; take batch out of adapt.trainable"
-            )
+            raise ConfigError("[adapt] trainable: the network has no batch embedding; remove batch from it")
         number += _learn_rows(network.batch_encoder, batches)
     last = last_layer(network)
     number += int(learn.gain)

@@ -135,7 +135,7 @@ def open_run(path: Path) -> Run:
     """Open a run and check its manifest, hashes, JSON, and the names and shapes of its tensors."""
     read_manifest(path, kind="run")
     if problems := verify_artefact(path):
-        raise CheckpointError(f"{path}: the run is not whole; {_REMEDY}", problems=problems)
+        raise CheckpointError(f"{path}: the run is incomplete; {_REMEDY}", problems=problems)
     raw = read_json(path / RUN_JSON)
     try:
         run = _from_json(path, raw)

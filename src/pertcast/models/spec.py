@@ -57,15 +57,15 @@ class StateSpec:
     residual: bool = True
     num_batches: int = 0  # Rows of the batch and context embeddings; 0 where there is none
     num_contexts: int = 0
-    # Whether the last row of the batch embedding stands for a batch that is not known (code -1)
+    # Whether the last row of the batch embedding is for unknown batches (code -1)
     unknown_batch: bool = False
     backbone: Literal["llama", "gpt2"] = "llama"  # ``llama`` (RMSNorm, SwiGLU) or ``gpt2`` (LayerNorm, GELU, biases)
     basal_layers: int = 1  # Layers of the control cells' encoder
     bottleneck: bool = False  # Whether the head's output passes through two more layers, an eighth as wide between them
-    latent_relu: bool = False  # Whether a ReLU stands before the gene decoder
+    latent_relu: bool = False  # Whether a ReLU precedes the gene decoder
     # Hidden widths of a gene decoder with LayerNorms; empty for our own gene decoder
     decoder_widths: tuple[int, ...] = ()
-    # Whether a learnt token stands before the cells of a set, and one after them that gives the set's
+    # Whether a learnt token precedes the cells of a set, and one after them that gives the set's
     # confidence
     batch_token: bool = False
     confidence_token: bool = False

@@ -208,7 +208,7 @@ class StateTransition(nn.Module):
         if not self.spec.on_base:
             return shift_BSO
         if base_BG is None:
-            raise ValueError("this network stands on a baseline: expected base_BG, got None")
+            raise ValueError("this network has a baseline: expected base_BG, got None")
         return shift_BSO + base_BG[:, None]
 
     def _attend(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -185,10 +185,10 @@ class _Watch:
         code, place = self._processes[rank].returncode, f"process {rank + 1} of {len(self._processes)}"
         if code == -signal.SIGKILL:
             return PertcastError(
-                f"{place} was killed, most often because memory ran out; use fewer devices or smaller batches, "
-                "and give the same command again to go on"
+                f"{place} was killed, usually because memory ran out; use fewer devices or smaller batches, "
+                "and run the same command again to resume"
             )
-        return PertcastError(f"{place} ended with code {code}; what it wrote above says why")
+        return PertcastError(f"{place} ended with code {code}; its output above says why")
 
 
 class Ranks(NamedTuple):

@@ -91,7 +91,7 @@ def _reading(archive: Path) -> Iterator[None]:
     except zstandard.ZstdError as error:
         raise SubmissionError(f"{archive}: the compressed h5ad is damaged ({error}); {_DAMAGED}") from error
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        raise SubmissionError(f"{archive}: not a whole tar archive ({error}); {_DAMAGED}") from error
+        raise SubmissionError(f"{archive}: not a complete tar archive ({error}); {_DAMAGED}") from error
 
 
 def read_archive(archive: Path, advance: Advance, *, max_bytes: int | None = None) -> Iterator[bytes]:
@@ -218,7 +218,9 @@ def _compress(source: Path, total: int, stream: IO[bytes], *, level: int, progre
             done += len(chunk)
             advance(len(chunk))
         if done < total:
-            raise SubmissionError(f"{source}: it became shorter while it was packed; let no other program write it")
+            raise SubmissionError(
+                f"{source}: it became shorter while it was packed; stop other programs from writing it"
+            )
         writer.close()  # type: ignore[no-untyped-call]
     return digest.hexdigest(), check_sum
 

@@ -110,7 +110,7 @@ def _assemble(
     inputs = dict(zip(names, hash_files([parts / name for name in names]), strict=True))
     config = {"season": plan.season, "rules": plan.rules}
     if is_current(out, kind="prediction", inputs=inputs, config=config):
-        progress.note(f"{out} is there and still true")
+        progress.note(f"{out} is up to date")
         return
     allowed()
     problems = [
@@ -159,7 +159,7 @@ def _read_plan(path: Path) -> _Plan:
         raise SubmissionError(f"{path}: not a plan of pertcast ({error!r}); {_AGAIN}") from None
     folder = path.parent.resolve()
     problems = [
-        Problem(str(path), f"part {part.file!r} lies outside the folder", _AGAIN)
+        Problem(str(path), f"part {part.file!r} is outside the folder", _AGAIN)
         for part in parts
         if not (folder / part.file).resolve().is_relative_to(folder)
     ]

@@ -95,7 +95,7 @@ def plan_budget(requested: Mapping[str, int], *, cap: int, num_controls: int) ->
 
 def _refuse_bad_input(requested: Mapping[str, int], cap: int, num_controls: int) -> None:
     problems = [
-        Problem(f"budget, target {target!r}", f"expected at least 1 cell, got {asked}", "mend the target list")
+        Problem(f"budget, target {target!r}", f"expected at least 1 cell, got {asked}", "correct the target list")
         for target, asked in requested.items()
         if asked < 1
     ]

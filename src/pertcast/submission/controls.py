@@ -33,7 +33,7 @@ def choose_controls(
         raise ValueError(f"expected one batch code for each of {len(rows)} rows, got {len(batch_codes)}")
     if not 0 <= num <= len(rows):
         raise SubmissionError(
-            f"controls: {num} control cells asked for, {len(rows)} are there to copy; "
+            f"controls: {num} control cells asked for, {len(rows)} are available to copy; "
             f"ask for at most {len(rows)} (submission.num_controls), "
             'or predict them (submission.controls = "predicted")'
         )

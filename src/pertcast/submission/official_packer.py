@@ -72,7 +72,7 @@ def cross_check(
         if ran.returncode or not official.is_file():
             said = (ran.stderr or ran.stdout).strip().splitlines()
             raise SubmissionError(
-                f"{prediction}: `{season.packer}` refuses it: {said[-1] if said else 'it gave no reason'}; "
+                f"{prediction}: `{season.packer}` refuses it: {said[-1] if said else 'no reason given'}; "
                 f"{archive} is kept, but please report this: what we pack, it should pack"
             )
         for name, packed in (("ours", archive), ("theirs", official)):

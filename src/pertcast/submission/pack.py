@@ -228,7 +228,7 @@ class _Job:
         inputs = self._inputs(hash_file(self._path))
         if not is_current(self._out, kind="submission", inputs=inputs, config=self._config):
             return False
-        for note in (*read_manifest(self._out).notes, f"{self._out} is there and still true"):
+        for note in (*read_manifest(self._out).notes, f"{self._out} is up to date"):
             self._progress.note(note)
         return True
 

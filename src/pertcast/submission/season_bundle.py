@@ -45,7 +45,7 @@ def read_bundle(*lists: Path | None) -> Bundle | None:
             if not _are_names(contexts):
                 raise DataError(
                     f"{path}, contexts: expected a list of different names, got {contexts!r}; "
-                    "give the manifest of the season's bundle as it came, or take it away"
+                    "give the manifest of the season's bundle as it came, or remove it"
                 )
             names = tuple(name.strip() for name in contexts)
             return Bundle(path, names, panel_id if isinstance(panel_id, str) and panel_id else None)

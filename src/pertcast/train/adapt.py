@@ -61,7 +61,7 @@ def adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, *
         The new line's store. Its training cells are what is learnt from; its validation
         cells say when to stop.
     out
-        The adapted run's folder; an adaptation that was stopped goes on there.
+        The adapted run's folder; an interrupted adaptation resumes there.
     progress
         Where steps, the loss, and how many parameters learn are told.
 
@@ -75,7 +75,7 @@ def adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, *
         If run, store and experiment do not fit one another.
     """
     if launched() is not None:
-        raise ConfigError("an adaptation is small and runs in one process: start it without torchrun or srun")
+        raise ConfigError("an adaptation runs in one process: start it without torchrun or srun")
     with claimed(out):
         return _adapt(run_path, experiment, store_path, out, progress)
 
@@ -85,8 +85,8 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
     run, store = open_run(run_path), Store.open(store_path)
     if isinstance(run.spec, BaselineSpec):
         raise CheckpointError(
-            f"{run_path}: it is a baseline, in which no few parameters could learn; fit it anew on the new line's "
-            "cells, too, or adapt a network that stands on one (model.base)"
+            f"{run_path}: it is a baseline, which has no few parameters to train; refit it on the new line's "
+            "cells, too, or adapt a network with a base (model.base)"
         )
     require_losses(experiment)
     require_same_store(store, experiment, store.config)
@@ -152,7 +152,7 @@ def _network(run: Run, experiment: Experiment, line: AlignedStore, reader: SetRe
     )
     if spec != reader.spec:
         raise CheckpointError(
-            f"{run.path}: its network is not what its own experiment says ({spec} is not {reader.spec}); "
+            f"{run.path}: its network does not match its own experiment ({spec} is not {reader.spec}); "
             "train it again with this version"
         )
     network = StateTransition(spec)
@@ -190,20 +190,18 @@ def _notes(line: AlignedStore, num_learning: int, loop: Loop, fitted: _Fitted) -
     """Return what a user should know, the same at every resumption."""
     total = sum(parameter.numel() for parameter in loop.network.parameters())
     names = ", ".join(line.store.contexts[row] for row in line.contexts)
-    notes = [f"{num_learning:,} of {total:,} parameters learn ({num_learning / total:.3%}), for {names}"]
+    notes = [f"{num_learning:,} of {total:,} parameters train ({num_learning / total:.3%}), for {names}"]
     if fitted.gain is not None:
-        notes.append(
-            f"what the network adds to control cells is multiplied by {fitted.gain:.3f}, beside the line's mean effect"
-        )
+        notes.append(f"the network's shift around the line's mean effect is multiplied by {fitted.gain:.3f}")
     if fitted.offset_share is not None:
         notes.append(
-            "the last bias makes good the error on the line's control cells, and of the mean error on its training "
-            f"targets beside that, {fitted.offset_share:.3f}"
+            "the last bias corrects the error on the line's control cells, and of the remaining mean error on its "
+            f"training targets {fitted.offset_share:.3f}"
         )
     if len(loop.val_sets) and not _takes_steps(loop.network):
-        notes.append("nothing learns by steps: validation cells are not looked at, and may train as well")
+        notes.append("nothing trains by steps: validation cells are not used and could train as well")
     if not len(loop.val_sets) and _takes_steps(loop.network):
-        notes.append("there are no validation cells of the line: nothing says when to stop, the last weights count")
+        notes.append("the line has no validation cells, so the last weights are kept")
     return tuple(notes)
 
 

@@ -82,7 +82,7 @@ def fit_base(
     if not len(effects.perts):
         raise DataError(
             f"{store.path}: no training perturbation has training control cells in its context, so there is no effect "
-            "to fit a baseline on; mend [training]"
+            "to fit a baseline on; correct [training]"
         )
     feature_PF = features.of(store.perts)
     examples = Examples(effects.contexts, feature_PF[effects.perts], effects.effects_NG, len(store.contexts))
@@ -119,11 +119,11 @@ def refit_base(
     row_CP[contexts, perts] = np.arange(len(used))
     name = f"the run's {known.spec.kind} baseline"
     if not with_line:
-        progress.note(f"{name} stays: the offset makes good what it gets wrong of the line")
+        progress.note(f"{name} is unchanged: the offset corrects its error on the line")
     elif len(used):
         progress.note(f"{name} is refitted with {len(used):,} training effects of the line")
     else:
-        progress.note(f"{name} stays: no context of the line has two training targets")
+        progress.note(f"{name} is unchanged: no context of the line has two training targets")
     return TrainingBase(fit.baseline, row_CP, fit.left_out_NG[: len(used)], feature_PF, store.control_code)
 
 

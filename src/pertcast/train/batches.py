@@ -72,7 +72,7 @@ class SetStream:
             if self._sets is None:
                 self._sets = self._epoch_sets(self._place.epoch)
                 if not len(self._sets):
-                    raise DataError("no cell sets to train on: the store has no training cells; mend [training]")
+                    raise DataError("no cell sets to train on: the store has no training cells; correct [training]")
             piece = self._sets[self._place.offset : self._place.offset + num]
             pieces.append(piece)
             num -= len(piece)
@@ -105,7 +105,7 @@ class SetReader:
         model = experiment.model
         if model.batch_embedding and not store.batches:
             raise ConfigError(
-                f"[model] batch_embedding: the store {store.path} knows no batches; "
+                f"[model] batch_embedding: the store {store.path} has no batches; "
                 "name their column in columns.batch and prepare it again, or switch batch_embedding off"
             )
         trained = np.unique(store.batch_codes[(store.split & Split.TRAIN) != 0])

@@ -53,7 +53,7 @@ class TrainState:
     """The state of the loop after a finished step."""
 
     step: int = 0  # Steps done
-    epoch: int = 0  # Where the stream of sets stands
+    epoch: int = 0  # The position in the stream of sets
     offset: int = 0
     validated: int = -1  # The last step that was validated, -1 before the first
     # The best validated step, its validation loss, and the value that it was selected by (the lower the
@@ -110,12 +110,12 @@ def load_newest(out: Path) -> tuple[SavedState | None, list[str]]:
             problems = verify_artefact(folder)
             if not problems:
                 return SavedState(folder, _read_state(folder)), notes
-            notes.append(f"checkpoint {folder} is damaged and left out ({problems[0]})")
+            notes.append(f"checkpoint {folder} is damaged and ignored ({problems[0]})")
         except CheckpointError as error:
-            notes.append(f"checkpoint {folder} is damaged and left out ({error})")
+            notes.append(f"checkpoint {folder} is damaged and ignored ({error})")
     if folders:
         raise CheckpointError(
-            f"{out}: no checkpoint is whole; remove the folder to train from the start",
+            f"{out}: no checkpoint is complete; remove the folder to train from the start",
             problems=[Problem(str(out), note) for note in notes],
         )
     return None, notes
@@ -161,7 +161,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def identity_of(experiment: Experiment, store_fingerprint: str) -> dict[str, Any]:
-    """Return the settings that a resumed run must share: store, features, model, loss, and training except its length."""
+    """Return the settings that a resumed run must share: all except the length of the training."""
     config = experiment.as_json()
     features = {key: value for key, value in config["features"].items() if key != "path"}
     if experiment.features.path is not None:

@@ -193,7 +193,9 @@ def num_processes(config: TrainConfig) -> int:
     if ranks is not None:
         asked = {"devices": (config.devices, ranks.local_size), "num_nodes": (config.num_nodes, ranks.num_nodes)}
         problems += [
-            Problem(f"[train] {key}", f"{ranks.launcher} has started {there}, got {value}", "leave it out, or mend it")
+            Problem(
+                f"[train] {key}", f"{ranks.launcher} has started {there}, got {value}", "leave it out, or correct it"
+            )
             for key, (value, there) in asked.items()
             if value not in (1, there)
         ]
@@ -224,7 +226,7 @@ def open_fabric(config: TrainConfig, out: Path, *, some_unused: bool = False) ->
         )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"[train] accelerator, devices: {config.accelerator!r} x {config.devices} is not to be had here ({error}); "
+            f"[train] accelerator, devices: {config.accelerator!r} x {config.devices} is not available here ({error}); "
             'set train.accelerator to "auto" or "cpu", and train.devices to 1'
         ) from error
     if config.precision == "bf16":
@@ -276,6 +278,6 @@ def one_process_for_all(size: int) -> Iterator[None]:
         if size == 1 or not is_contact:
             raise
         raise LostProcessError(
-            "another process of this training has ended, and its own message says why (none is there where it was "
-            "killed, as when memory runs out); the same command goes on from the last checkpoint"
+            "another process of this training has ended. Its own message says why, unless it was killed, for example "
+            "when memory ran out. Run the same command again to resume from the last checkpoint"
         ) from error

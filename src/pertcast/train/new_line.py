@@ -55,7 +55,7 @@ def adapted_experiment(run_path: Path, experiment: Experiment) -> Experiment:
     given = experiment.model_fields_set
     _require_same_model(run_path, experiment, trained)
     if "train" in given and experiment.train.strategy == "fsdp":
-        raise ConfigError('[train] strategy: an adaptation runs in one process, got "fsdp"; leave train.strategy out')
+        raise ConfigError('[train] strategy: an adaptation runs in one process, got "fsdp"; remove train.strategy')
     train = experiment.train if "train" in given else trained.train
     speed = experiment.adapt.model_dump(include={"steps", "learning_rate", "val_every", "patience"})
     loss = experiment.loss if "loss" in given else trained.loss

@@ -36,8 +36,8 @@ from pertcast.train.validation import OfficialMetrics
 def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Progress = SILENT) -> Path:
     """Train a State Transition network on a store, or fit the baseline that ``model.kind`` names.
 
-    A run that was stopped, however, goes on from its newest checkpoint and ends with the weights of a run that was
-    never stopped. A finished run is left as it is, unless `train.steps` has become larger.
+    An interrupted run resumes from its latest checkpoint and ends with the same weights as an
+    uninterrupted one. A finished run is left as it is, unless `train.steps` has become larger.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
         What :func:`pertcast.data.store.prepare` wrote.
     out
         The run's folder: weights.safetensors (of the best validated step where there are validation sets, else of the
-        last), run.json, features/, metrics.jsonl, checkpoints/, and base/ where the network stands on a baseline.
+        last), run.json, features/, metrics.jsonl, checkpoints/, and base/ if the network has a baseline.
     progress
         Where steps, loss and notes are told.
 
@@ -66,8 +66,8 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
     if experiment.model.kind != "state":
         if experiment.train.strategy == "fsdp":
             raise ConfigError(
-                f'[train] strategy: "fsdp" shares out a network, and model.kind = "{experiment.model.kind}" is none; '
-                "leave train.strategy out"
+                f'[train] strategy: "fsdp" shards a network, but model.kind = "{experiment.model.kind}" is a baseline; '
+                "remove train.strategy"
             )
         # one process is enough, whatever was asked for
         if is_first_process():

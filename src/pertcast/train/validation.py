@@ -81,8 +81,8 @@ class OfficialMetrics:
                 advance(1)
         if not self._screens:
             raise ConfigError(
-                f'[train] select_by: "{train.select_by}" is of validation perturbations, and {store.path} has none '
-                'beside training control cells; list some as val in [fewshot], or set train.select_by = "loss"'
+                f'[train] select_by: "{train.select_by}" needs validation perturbations with training control cells, '
+                f'and {store.path} has none; list some as val in [fewshot], or set train.select_by = "loss"'
             )
 
     def measure(self, model: Callable[..., Prediction], fabric: Fabric) -> dict[str, float]:

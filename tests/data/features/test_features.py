@@ -193,7 +193,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("a.npz", _raw(b"PK\x03\x04junk"), "cannot be read"),
     ("a.npz", lambda path: path.write_bytes(_npy(np.ones((2, 2)))), "cannot be read"),
     ("a.npz", _npz(gene=np.array(["A", "B"]), embedding=np.ones((3, 2))), "one row of `embedding`"),
-    ("a.npz", _npz(gene=np.array(["A", "A"]), embedding=np.ones((2, 2))), "stand more than once: A"),
+    ("a.npz", _npz(gene=np.array(["A", "A"]), embedding=np.ones((2, 2))), "occur more than once: A"),
     ("a.npz", _npz(gene=np.array(["A"], dtype=object), embedding=np.ones((1, 2))), "cannot be read"),
     ("a.npz", _npz(gene=np.array(["A"]), embedding=np.array([["x", "y"]])), "no vector of numbers: A"),
     ("a.npz", _npz(gene=np.array(["A"]), embedding=np.array([[1, np.inf]])), "NaN or infinite values: A"),
@@ -202,7 +202,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("a.csv", _raw("gene\nA\n"), "1 column"),
     ("a.csv", _raw("gene,a,b\nA,1,2\nB,x,3\n"), "column 'a': no number for B"),
     ("a.csv", _raw("gene,a,b\nA,1,\nB,1,3\n"), "NaN or infinite values: A"),
-    ("a.csv", _raw("gene,a\nA,1\nA,2\n"), "stand more than once: A"),
+    ("a.csv", _raw("gene,a\nA,1\nA,2\n"), "occur more than once: A"),
     ("a.csv", _raw("gene,a\nA,1,2,3\nB,2\n"), "more fields than the header"),
     ("a.csv", _raw(b"\xff\xfe\x00"), "UTF-16 text"),
     ("a.csv", _raw("gene,a\n,1\n"), "are no text"),
@@ -228,7 +228,7 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
         read_vectors(tmp_path / "a.npz")
     text = str(caught.value)
     assert len(caught.value.problems) == 3
-    assert "stand more than once: A" in text
+    assert "occur more than once: A" in text
     assert "NaN" in text
     assert "no text" in text
 

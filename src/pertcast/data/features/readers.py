@@ -180,7 +180,7 @@ def _name_problems(path: Path, names: Sequence[Any]) -> Iterable[Problem]:
         )
     twice = [name for name, count in Counter(map(str, names)).items() if count > 1]
     if twice:
-        yield Problem(str(path), f"{len(twice)} name(s) stand more than once: {_listed(twice)}", "keep one row of each")
+        yield Problem(str(path), f"{len(twice)} name(s) occur more than once: {_listed(twice)}", "keep one row of each")
 
 
 def _vector_problems(path: Path, vectors: dict[str, Vector | None]) -> Iterable[Problem]:
@@ -204,7 +204,9 @@ def _vector_problems(path: Path, vectors: dict[str, Vector | None]) -> Iterable[
     broken = [name for name, vector in good.items() if not np.isfinite(vector).all()]
     if broken:
         yield Problem(
-            str(path), f"{len(broken)} vector(s) with NaN or infinite values: {_listed(broken)}", "remove or mend them"
+            str(path),
+            f"{len(broken)} vector(s) with NaN or infinite values: {_listed(broken)}",
+            "remove or correct them",
         )
 
 

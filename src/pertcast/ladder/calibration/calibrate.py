@@ -79,8 +79,8 @@ def calibrate(
     number = sum(len(case.parts) for case in cases)
     if number < _FEWEST:
         raise DataError(
-            f"{run_path}: expected at least {_FEWEST} targets that validate and that their context did not train on, "
-            f'got {number}; hold some out ([fewshot."dataset.cell_type"] val), or train anew without some: --folds 5'
+            f"{run_path}: expected at least {_FEWEST} validation targets that their context did not train on, "
+            f'got {number}; hold some out ([fewshot."dataset.cell_type"] val), or train again without some: --folds 5'
         )
     found = _search(cases, cells=experiment.generate.cells, weights=hash_file(run_path / WEIGHTS), progress=progress)
     with claimed(run_path):

@@ -41,7 +41,7 @@ def refit(
     run, store = open_run(run_path), Store.open(store_path)
     if "num_learning" in run.metrics:
         raise CheckpointError(
-            f"{run_path}: it was adapted from another run, and folds train from the start; leave --folds away"
+            f"{run_path}: it was adapted from another run, but folds train from the start; remove --folds"
         )
     experiment = rebuild_experiment(run.experiment, place=run_path / "run.json")
     trained = np.unique(store.pert_codes[(store.split & Split.TRAIN) != 0])

@@ -90,7 +90,7 @@ def read_records(archive: Path) -> tuple[Record, ...]:
     try:
         return tuple(Record(**{**raw, "metrics": _ordered(raw["metrics"])}) for raw in read_json(path)["records"])
     except (CheckpointError, TypeError, KeyError, AttributeError) as error:
-        remedy = "mend it by hand, or move it away and record the scores again"
+        remedy = "correct it by hand, or move it away and record the scores again"
         raise DataError(problems=[Problem(str(path), f"not the scores of an archive ({error})", remedy)]) from error
 
 

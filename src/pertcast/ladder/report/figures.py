@@ -214,7 +214,7 @@ def plane(shares: NDArray[np.float64], points: Mapping[str, tuple[NDArray[np.flo
         "components",
         "Cells on two principal components",
         f"Fitted on training cells alone; {counts} cells, drawn with a seed. Two components hold "
-        f"{shares.sum():.1%} of the variance: clouds that lie on each other here may still differ.",
+        f"{shares.sum():.1%} of the variance: overlapping clouds here may still differ.",
         f"Scatter plot of {counts} cells on the first two principal components of the training cells.",
         layers(None),
         {"xaxis": axis(f"PC 1 ({shares[0]:.1%})"), "yaxis": axis(f"PC 2 ({shares[1]:.1%})")},

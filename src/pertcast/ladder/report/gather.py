@@ -137,4 +137,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise DataError(f"{path}, line {number}: not JSON ({error}); train again, or mend the line") from None
+                raise DataError(
+                    f"{path}, line {number}: not JSON ({error}); train again, or correct the line"
+                ) from None

@@ -55,7 +55,7 @@ def render(title: str, sections: Sequence[Section], *, colophon: str) -> str:
 <h1>{escape(title)}</h1>
 <nav aria-label="Contents"><ul>{contents}</ul></nav>
 </header>
-<noscript><p>Figures need JavaScript; their numbers stand in the tables under them.</p></noscript>
+<noscript><p>Figures need JavaScript; their numbers are in the tables below them.</p></noscript>
 <main id="main">
 {"".join(map(_part, sections))}</main>
 <footer><p>{escape(colophon)}</p></footer>
@@ -95,7 +95,7 @@ def write_report(
     truth
         Real cells of the predicted targets, an h5ad file, to set beside the predicted ones.
     ladder
-        Where to look for submissions; default: the folder that `place` lies in, three levels down.
+        Where to look for submissions; default: the folder of `place`, three levels down.
     force
         Whether to replace a file at `out` that pertcast did not write.
 

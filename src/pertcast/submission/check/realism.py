@@ -166,7 +166,9 @@ def real_rows(
     else:
         of_cell = None
         if rules.context_column is not None:
-            notes.append(f"{real.path} has no column {rules.context_column!r}: all its cells stand for every context")
+            notes.append(
+                f"{real.path} has no column {rules.context_column!r}: all its cells are used for every context"
+            )
     found = {
         context: np.flatnonzero(keep if of_cell is None else keep & (of_cell == context))
         for context in np.unique(contexts).tolist()
