@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pertcast import __version__
+from pertcast import _HOMES, __version__
 from pertcast.cli.app import COMMANDS
 from pertcast.config import load_experiment
 
@@ -62,22 +63,76 @@ def test_the_readme_names_every_command_and_no_other(readme: str) -> None:
     assert named == set(COMMANDS)
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_paths_in_the_readme_tree_are_there(readme: str) -> None:
-    text = (ROOT / readme).read_text(encoding="utf-8")
+def tree_of(name: str) -> set[str]:
+    """Return the paths that the tree in a Markdown file lists."""
+    text = (ROOT / name).read_text(encoding="utf-8")
     tree = next(block for block in re.findall(r"```.*?```", text, flags=re.S) if "src/pertcast/" in block)
-    folder: list[str] = []
-    found = 0
+    folders: list[str] = []
+    paths = set()
     for line in tree.splitlines()[1:-1]:
         match = re.match(r"( *)(\S+)", line)
         if not match or not re.search(r"\.\w+$|/$|^Makefile$|^LICENSE$", match[2]):
             continue
         depth = len(match[1]) // 2
-        path = ROOT.joinpath(*folder[:depth], match[2])
-        assert path.exists(), f"{readme}: {line.strip()}"
-        folder[depth:] = [match[2]]
-        found += 1
-    assert found > 20
+        folders[depth:] = [match[2]]
+        paths.add("".join(folders[:depth]) + match[2])
+    return paths
+
+
+@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md"])
+def test_paths_in_a_tree_are_there(name: str) -> None:
+    paths = tree_of(name)
+    assert len(paths) > 20
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "__init__.py"], ids=name_of)
+def test_the_tree_in_contributing_lists_every_source_file(path: Path) -> None:
+    assert name_of(path) in tree_of("CONTRIBUTING.md")
+
+
+def test_every_file_that_contributing_names_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = [name for name in re.findall(r"`([\w/]+(?:\.py|/))`", text) if name != "src/pertcast/"]
+    rows = re.findall(r"^\| [^|]+ \| `", text, flags=re.M)
+    assert len(rows) >= 20
+    assert len(named) > 60
+    assert [name for name in named if not ((PACKAGE / name).exists() or (ROOT / name).exists())] == []
+
+
+EXPORTED = {home.partition(":")[2] for home in _HOMES.values()}
+SECTIONS = re.compile(r"^ *(Parameters|Returns|Yields|Raises|Attributes|Examples|References|Notes)\n *-+$", flags=re.M)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if path.parts[-2:] not in (("cli", "pipeline.py"), ("cli", "ladder.py"))],
+    ids=name_of,
+)
+def test_internal_names_have_no_numpy_sections(path: Path) -> None:
+    def with_sections(node: ast.AST, *, exported: bool) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                public = (exported or child.name in EXPORTED) and not child.name.startswith("_")
+                if not public and SECTIONS.search(ast.get_docstring(child, clean=False) or ""):
+                    yield child.name
+                yield from with_sections(child, exported=public)
+
+    assert list(with_sections(ast.parse(path.read_text(encoding="utf-8")), exported=False)) == []
+
+
+def test_a_function_has_at_most_seven_arguments() -> None:
+    """Commands of the command line and compiled kernels aside."""
+    long = []
+    for path in SOURCES:
+        if path.parent.name == "cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and "compiled" not in map(ast.unparse, node.decorator_list):
+                names = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
+                if len(set(names) - {"self", "cls"}) > 7:
+                    long.append(f"{name_of(path)}: {node.name}")
+    assert long == []
 
 
 def test_every_make_target_of_the_readme_is_there() -> None:

@@ -262,5 +262,5 @@ def test_what_arc_state_does_not_know_is_not_exported(workspace: Workspace, over
 
 @pytest.mark.parametrize("overrides", [["model.base=mean"], ["model.base=mean", "model.kind=ridge"]])
 def test_a_base_without_a_shift_is_refused(workspace: Workspace, overrides: list[str]) -> None:
-    with pytest.raises(ConfigError, match="adds its shift to"):
+    with pytest.raises(ConfigError, match="adds its shift to the base"):
         load_experiment(workspace.experiment, overrides)

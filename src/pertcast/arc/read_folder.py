@@ -50,8 +50,8 @@ def read_arc_folder(path: Path, *, checkpoint: Path | None = None) -> ArcFolder:
     if problems:
         there = ", ".join(sorted(file.name for file in path.glob("checkpoints/*.ckpt"))) or "none"
         raise CheckpointError(
-            f"{path}: not a complete run folder of `state tx train` (checkpoints there: {there}); give such a folder, or "
-            "name one of its checkpoints with --checkpoint",
+            f"{path}: not a complete run folder of `state tx train` (checkpoints there: {there}); give such a "
+            "folder, or name one of its checkpoints with --checkpoint",
             problems=problems,
         )
     config = _read_config(path / "config.yaml")

@@ -271,7 +271,8 @@ def _how_made(generate: GenerateConfig) -> list[str]:
     notes = [f"cells are {ways[generate.cells]} (generate.cells)"] if generate.cells in ways else []
     if generate.subtract_control_prediction:
         notes.append(
-            "effects are relative to the model's own prediction of the control condition (generate.subtract_control_prediction)"
+            "effects are relative to the model's own prediction of the control condition "
+            "(generate.subtract_control_prediction)"
         )
     return notes
 
