@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pertcast.config import load_experiment
@@ -27,6 +27,7 @@ def array(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@settings(deadline=None)  # the first call compiles
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 500)).map(sorted), max_size=20))
 def test_ranges_are_slices(array: Path, ranges: list[list[int]]) -> None:
     starts, stops = (np.array([pair[end] for pair in ranges], dtype=np.int64) for end in (0, 1))
