@@ -298,5 +298,5 @@ def test_export_and_reading_it_back_is_the_identity(workspace: Workspace, tmp_pa
     for name, value in open_run(path).model().state_dict().items():
         assert torch.equal(network.weights[name], value)
     assert folder.batches == ("b2", "b1")
-    with pytest.raises(DataError, match="it is there already"):
+    with pytest.raises(DataError, match="it exists already"):
         export_run(path, tmp_path / "arc")

@@ -117,7 +117,7 @@ REFUSED = {
     ),
     "held out in both tables": (
         '[datasets]\nd = "data"\n[training]\nd = "train"\n[zeroshot]\n"d.A" = "test"\n[fewshot."d.A"]\nval = ["G1"]\n',
-        "in [zeroshot] and in [fewshot]",
+        "in both [zeroshot] and [fewshot]",
     ),
 }
 

@@ -72,7 +72,7 @@ def test_another_number_of_targets_is_a_note(tmp_path: Path) -> None:
         ("target_gene,n_cells\nTP53,nan\n", "got 'nan'"),
         ("target_gene,n_cells\nTP53,-4\n", "got '-4'"),
         ("target_gene,n_cells\nTP53\n", "line 2: expected 2 fields, got 1"),
-        ("target_gene,n_cells\nnon-targeting,5\n", "control label 'non-targeting' is no target"),
+        ("target_gene,n_cells\nnon-targeting,5\n", "control label 'non-targeting' is not a target"),
         ("target_gene,n_cells\n,5\n", "line 2: target_gene is empty"),
         ("target_gene,n_cells\n TP53,5\n", "spaces around it"),
         ("target_gene,n_cells,median_umi_per_cell\nTP53,5,x\n", "median_umi_per_cell as a number above 0, got 'x'"),

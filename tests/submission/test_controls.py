@@ -58,5 +58,5 @@ def test_more_controls_keep_those_of_fewer() -> None:
 
 
 def test_more_than_there_are_is_refused() -> None:
-    with pytest.raises(SubmissionError, match=r"11 control cells asked for, 10 are there.*at most 10"):
+    with pytest.raises(SubmissionError, match=r"11 control cells asked for, 10 are available.*at most 10"):
         choose_controls(np.arange(10), np.zeros(10, dtype=int), num=11, seed=0)

@@ -246,7 +246,7 @@ BAD_ARCHIVES: dict[str, tuple[Callable[[Path, Members], object], str]] = {
     "gzipped": (lambda path, m: tarfile.open(path, "w:gz").close(), "not a complete tar archive"),
     "cut in the h5ad": (
         lambda path, m: path.write_bytes(write_tar(path, m).read_bytes()[:1500]),
-        "not a whole tar|expected the members",
+        "not a complete tar|expected the members",
     ),
     "no watermark": (lambda path, m: write_tar(path, m[:1]), "expected the members of a season"),
     "another watermark": (

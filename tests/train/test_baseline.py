@@ -200,7 +200,7 @@ def test_a_network_on_a_baseline_starts_as_the_baseline_and_keeps_controls(works
         moved = network(control, features, base_BG=base).log1p_BSG
         assert not torch.equal(moved[0], found[0])
         assert torch.equal(moved[1], control[1])
-    with pytest.raises(ValueError, match="stands on a baseline"):
+    with pytest.raises(ValueError, match="has a baseline"):
         network(control, features)
 
 

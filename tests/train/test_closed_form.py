@@ -83,8 +83,8 @@ def test_an_offset_is_the_same_to_the_bit_and_says_what_it_did(bench: Bench, pla
     first = bench.adapt(plain, "first", ALONE, progress=watcher)
     assert changed(first, bench.adapt(plain, "second", ALONE)) == set()
     share = open_run(first).metrics["offset_share"]
-    assert any(f"beside that, {share:.3f}" in note for note in watcher.notes)
-    assert any("validation cells are not looked at" in note for note in watcher.notes)
+    assert any(f"training targets {share:.3f}" in note for note in watcher.notes)
+    assert any("validation cells are not used" in note for note in watcher.notes)
 
 
 def test_an_offset_reads_training_cells_alone(bench: Bench, plain: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_baseline_stays_that_of_the_other_lines_and_the_offset_mends_it(
     assert before is not None
     assert after is not None
     np.testing.assert_allclose(after.mean_CG[2], before.mean_CG[-1], atol=1e-6)
-    assert any("mean baseline stays: the offset" in note for note in watcher.notes)
+    assert any("mean baseline is unchanged: the offset" in note for note in watcher.notes)
     store, network = Store.open(adapted.store_path), adapted.model()
     controls = store.log1p(store.rows(split=Split.TRAIN, pert=store.control_code))
     left = []

@@ -166,7 +166,7 @@ def test_what_is_no_network_of_several_devices_is_refused(workspace: Workspace, 
     ridge = experiment_of(
         workspace, "model.kind=ridge", "train.strategy=fsdp", *(f"loss.{term}=0" for term in ("de", "rank", "nb"))
     )
-    with pytest.raises(ConfigError, match=r'"fsdp" shares out a network, and model\.kind = "ridge" is none'):
+    with pytest.raises(ConfigError, match=r'"fsdp" shards a network, but model\.kind = "ridge" is a baseline'):
         train(ridge, workspace.folder / "store", tmp_path / "run")
     with pytest.raises(ConfigError, match='an adaptation runs in one process, got "fsdp"'):
         adapt(alone, experiment_of(workspace, *SHARDED), workspace.folder / "store", tmp_path / "run")

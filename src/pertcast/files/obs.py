@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from pertcast.errors import DataError, Problem
+from pertcast.files.labels import plain
 
 MAX_RATIO = 2_000
 """Bytes that a byte of the file may stand for; deflate's own limit is 1,032."""
@@ -67,10 +68,6 @@ def near_misses(name: str, known: Sequence[str], *, num: int = 3) -> list[str]:
     >>> near_misses("non-targeting", ["TP53", "non_targeting"])
     ['non_targeting']
     """
-
-    def plain(text: str) -> str:
-        return "".join(letter for letter in text.casefold() if letter.isalnum())
-
     same = [other for other in known if plain(other) == plain(name)]
     close = difflib.get_close_matches(name, known, n=num, cutoff=0.75) if len(known) <= 100_000 else []
     return list(dict.fromkeys(same + close))[:num]

@@ -6,7 +6,6 @@ elsewhere.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -20,6 +19,7 @@ from pertcast.data.inputs import as_tensor, read_inputs
 from pertcast.data.split import Split
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, Problem
+from pertcast.files.obs import near_misses
 from pertcast.models.baselines import Baseline, BaselineSpec, predict_effects
 from pertcast.models.heads import COUNTS_HEAD_PREFIX, LOG_SHAPES
 from pertcast.models.run_folder import WEIGHTS, Run, load_tensors
@@ -83,7 +83,7 @@ def _gene_problems(run: Run, store: Store) -> list[Problem]:
     lost = sorted(set(run.genes) - set(store.genes))
     if not lost:
         return []
-    near = difflib.get_close_matches(lost[0], store.genes, n=1)
+    near = near_misses(lost[0], store.genes)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     message = f"{len(lost):,} of the {len(run.genes):,} genes of the network are not there: {_some(lost)}{hint}"
     return [Problem("genes", message, "prepare the store from cells that have them, under these names")]

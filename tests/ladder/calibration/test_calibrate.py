@@ -176,7 +176,7 @@ def test_calibration_is_part_of_the_run_and_generation_applies_it_when_asked(fol
     shutil.rmtree(folder / "plain2")
     double = {**read_json(path), "amplitude": 2.0}
     path.write_text("{}")
-    with pytest.raises(CheckpointError, match="not whole"):
+    with pytest.raises(CheckpointError, match="incomplete"):
         open_run(folder / "run")
     save_calibration(folder / "run", Calibration(**{**double, "tried": (), "notes": ()}))
     scaled = parts_of(folder, "plain", "generate.calibrated=true")
@@ -246,7 +246,7 @@ def test_too_few_held_out_targets_are_refused_with_a_way_out(folder: Path) -> No
     (folder / "experiment.toml").write_text(text)
     experiment = load_experiment(folder / "experiment.toml", ["train.steps=1"])
     train(experiment, prepare(experiment, folder / "store2"), folder / "few")
-    with pytest.raises(DataError, match=r"expected at least 4 targets .* got 1; .*--folds 5"):
+    with pytest.raises(DataError, match=r"expected at least 4 validation targets .* got 1; .*--folds 5"):
         calibrate(folder / "few")
     with pytest.raises(ConfigError, match=r"--folds: expected 2 to 7"):
         calibrate(folder / "few", folds=9)

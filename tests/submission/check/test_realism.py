@@ -124,7 +124,7 @@ def test_each_context_is_compared_with_its_own_controls(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="context 'B'"):
         realism(prediction, only, season="vcc2026")
     every = write(tmp_path / "e.h5ad", draw(100, 1), ["non-targeting"] * 100)
-    assert "stand for every context" in realism(prediction, every, season="vcc2026").notes[0]
+    assert "used for every context" in realism(prediction, every, season="vcc2026").notes[0]
 
 
 def test_check_prints_it_and_writes_it_beside_the_prediction(

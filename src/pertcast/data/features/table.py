@@ -5,7 +5,6 @@ Invariants: labels are unique, vectors finite. A label without a feature is an e
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from pertcast.data.features.coexpression import FeatureStore
 from pertcast.data.split import Split
 from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.artefacts import atomic_file, read_json, write_json
+from pertcast.files.obs import near_misses
 
 _MATRIX, _FACTS = "features.safetensors", "features.json"
 
@@ -54,7 +54,7 @@ class PertFeatures:
 
 
 def _near(label: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(label, names, n=1)
+    near = near_misses(label, names)
     return (
         f"did you mean {near[0]!r}?"
         if near

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from pertcast.files.scales import normalise_log1p
 from pertcast.generate.cells.counts_head import draw_counts
 from pertcast.generate.cells.reweight import Donors, reweight
 from pertcast.generate.cells.shift import shift, shift_sparing_zeros
+from pertcast.generate.plan import Part
 from pertcast.stats.counts import CountsFit
 from pertcast.stats.draws import generator, uniform, uniform_key
 from pertcast.stats.groups import compiled
@@ -71,21 +72,6 @@ _STORED_CELLS = 256
 _MOST_BATCHES = 64
 
 
-class Wanted(Protocol):
-    """The requested cells: a part of the plan."""
-
-    @property
-    def dataset(self) -> str: ...
-    @property
-    def context(self) -> str: ...
-    @property
-    def target(self) -> str: ...
-    @property
-    def num_cells(self) -> int: ...
-    @property
-    def median_umi(self) -> float | None: ...
-
-
 class CellMaker:
     """Make the cells of one part after another."""
 
@@ -115,7 +101,7 @@ class CellMaker:
 
     def made(
         self,
-        part: Wanted,
+        part: Part,
         rows: NDArray[np.int64],
         predicted: Iterator[NDArray[np.float32]],
         *,
@@ -136,11 +122,11 @@ class CellMaker:
             else:
                 yield self._drawn(part, rows[first:stop], mean, first, pool)
 
-    def _key(self, part: Wanted) -> np.uint64:
+    def _key(self, part: Part) -> np.uint64:
         return uniform_key(self._config.seed, "cells", part.context, part.target)
 
     def _as_predicted(
-        self, part: Wanted, rows: NDArray[np.int64], predicted: Iterator[NDArray[np.float32]]
+        self, part: Part, rows: NDArray[np.int64], predicted: Iterator[NDArray[np.float32]]
     ) -> Iterator[sparse.csr_matrix]:
         first = 0
         for cells_CG in predicted:
@@ -151,29 +137,27 @@ class CellMaker:
             del cells_CG  # the next ones are waited for without these
 
     def _shifted(
-        self, part: Wanted, rows: NDArray[np.int64], mean: NDArray[np.float64], first: int, stop: int
+        self, part: Part, rows: NDArray[np.int64], mean: NDArray[np.float64], first: int, stop: int
     ) -> sparse.csr_matrix:
         move = shift if self._config.cells == "shift" else shift_sparing_zeros
         cells_CG = move(self._store.log1p(rows[first:stop]), mean, spread=self._config.residual_scale)
         return self._on_scale(part, rows, dense_to_csr(cells_CG), first)
 
-    def _on_scale(
-        self, part: Wanted, rows: NDArray[np.int64], log1p: sparse.csr_matrix, first: int
-    ) -> sparse.csr_matrix:
+    def _on_scale(self, part: Part, rows: NDArray[np.int64], log1p: sparse.csr_matrix, first: int) -> sparse.csr_matrix:
         """Return log1p cells unchanged, or rounded to counts with their control cells' totals."""
         if self._config.scale == "log1p":
             return log1p
         mine = self._totals(part, rows)[first : first + log1p.shape[0]]
         return cap_totals(round_to_counts(log1p, mine, key=self._key(part), first_cell=first), self._cap)
 
-    def _totals(self, part: Wanted, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _totals(self, part: Part, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the total of each cell: its control cell's, scaled to the requested median."""
         totals = self._store.totals[rows].astype(np.float64)
         return totals if part.median_umi is None else totals * (part.median_umi / max(float(np.median(totals)), 1.0))
 
     def _from_head(
         self,
-        part: Wanted,
+        part: Part,
         rows: NDArray[np.int64],
         log_fold: NDArray[np.float64],
         block: slice,
@@ -200,7 +184,7 @@ class CellMaker:
         return normalise_log1p(counts, totals, self._store.target_sum or 1.0)
 
     def _drawn(
-        self, part: Wanted, rows: NDArray[np.int64], mean: NDArray[np.float64], first: int, pool: NDArray[np.int64]
+        self, part: Part, rows: NDArray[np.int64], mean: NDArray[np.float64], first: int, pool: NDArray[np.int64]
     ) -> sparse.csr_matrix:
         target_sum = self._store.target_sum or 1.0
         counts = reweight(
