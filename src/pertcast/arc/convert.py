@@ -235,8 +235,8 @@ _POSITIONS = "transformer_backbone.wpe.weight"
 class ArcNames:
     """The genes that a network reads and predicts, in its order."""
 
-    inputs: tuple[str, ...]  # Genes that it reads; empty where it reads an embedding
-    outputs: tuple[str, ...]  # Genes that it predicts; empty where it gives an embedding
+    inputs: tuple[str, ...]  # Genes that it reads; empty if it reads an embedding
+    outputs: tuple[str, ...]  # Genes that it predicts; empty if it gives an embedding
     embedding: str | None  # The ``obsm`` key that it reads, or ``None``
 
 

@@ -32,7 +32,7 @@ class ArcFolder:
     data: dict[str, Any]  # The settings of its data, as config.yaml has them
     # The settings of its network: those that the checkpoint stores, and config.yaml's where it stores none
     options: dict[str, Any]
-    # Names of the genes that it predicts, as var_dims.pkl has them; empty where it has none
+    # Names of the genes that it predicts, as var_dims.pkl has them; empty if it has none
     gene_names: tuple[str, ...]
     perts: dict[str, Tensor]  # Label → vector
     batches: tuple[str, ...]  # Names, in the order of their codes

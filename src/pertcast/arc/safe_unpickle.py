@@ -25,7 +25,7 @@ from torch._utils import _rebuild_tensor_v2
 from pertcast.errors import CheckpointError
 from pertcast.files.artefacts import hash_file
 
-# what torch's and Python's readers were seen to raise on files that were cut or are something else
+# errors that torch's and Python's readers raise on truncated or other files
 _READ_ERRORS = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
@@ -118,7 +118,7 @@ def read_tensors(path: Path) -> Any:
         allowed: list[Any] = [(value, name) for name, value in _SCALARS.items()]
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of pickle protocols that torch writes less often
-            # Of a checkpoint's gigabytes most are the optimiser's: mapped, what nobody looks at is not read.
+            # Most of a checkpoint is the optimiser's state; mapping avoids reading it.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
     return _guarded(path, read)

@@ -158,7 +158,7 @@ def _name_renamed_options(arguments: list[str]) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    # set what libraries read when they are loaded; what the user has set stays
+    # set variables that libraries read when they are loaded, unless the user has set them
     # torch allocates large tensors in large pages, which takes a tenth of the time
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if "GOMP_SPINCOUNT" not in os.environ:
@@ -167,7 +167,7 @@ def _run(arguments: list[str]) -> int:
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # a terminal that knows few letters shows a question mark, and the work goes on
+            # a terminal with few characters shows a question mark instead of an error
             stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for category in (DeprecationWarning, FutureWarning):
@@ -215,7 +215,8 @@ def _fail(message: str, code: int) -> int:
     except PertcastError:
         ranks = None
     if ranks is not None and ranks.rank:
-        # What all find wrong the first one says, and the launcher then ends the others; who is still there after a
+        # The first process reports an error that all have, and the launcher ends the others. A process that is still
+        # running after a
         # while has an error of its own.
         time.sleep(_SECONDS_TO_LISTEN)
         message = f"{ranks}: {message}"

@@ -205,7 +205,7 @@ def _set_key(tree: dict[str, Any], assignment: str) -> Problem | None:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     if isinstance(value, str) and _is_path(parts):
-        value = str(Path(value).expanduser().absolute())  # what is typed is relative to the working folder
+        value = str(Path(value).expanduser().absolute())  # a typed path is relative to the working folder
     node = tree
     for part in parts[:-1]:
         node = node.setdefault(part, {})

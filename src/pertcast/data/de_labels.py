@@ -41,7 +41,7 @@ class DeLabels(NamedTuple):
 
     context: NDArray[np.int32]  # (N,) int32 codes of the store
     pert: NDArray[np.int32]
-    significant: NDArray[np.bool_]  # (N, genes) whether the gene is DE at FDR 0.05; False where no screen measured it
+    significant: NDArray[np.bool_]  # (N, genes) whether the gene is DE at FDR 0.05; False if no screen measured it
 
     def find(self, context: NDArray[np.integer], pert: NDArray[np.integer]) -> NDArray[np.int64]:
         """Return the row of each pair, -1 if there is none (the control, held-out targets)."""

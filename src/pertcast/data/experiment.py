@@ -46,7 +46,7 @@ def _files_of(pattern: str) -> list[Path]:
 
 
 def _is_data(path: Path) -> bool:
-    # macOS keeps what is not data in ._ files
+    # ._ files of macOS are not data
     return path.is_file() and path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
 
 

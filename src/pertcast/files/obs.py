@@ -44,7 +44,7 @@ def require_plausible(node: Any) -> None:
         raise ValueError(f"chunks of {chunk_bytes:,} bytes; at most {MAX_CHUNK_BYTES:,} can be read")
 
 
-# what h5py and NumPy raise on what a damaged or hostile file declares
+# errors of h5py and NumPy on damaged or hostile files
 _BROKEN = (OSError, LookupError, RuntimeError, AttributeError, TypeError, ValueError, ArithmeticError, MemoryError)
 _REWRITE = "write it again with a current anndata: anndata.read_h5ad(path).write_h5ad(path)"
 

@@ -55,9 +55,9 @@ def prefetch(items: Iterable[Item], work: Callable[[Item], Result], *, threads: 
                 submit()
             while result := pending.popleft().result():
                 submit()
-                yield result.pop()  # the caller alone holds it: it goes when the caller lets go of it
+                yield result.pop()  # the caller holds the only reference, so it is freed early
         finally:
-            # The newest first: none that has begun waits for one that never will.
+            # Newest first, so that no started task waits for a cancelled one.
             while pending:
                 pending.pop().cancel()
 

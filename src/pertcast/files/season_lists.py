@@ -31,9 +31,9 @@ class TargetList:
     """The targets of a submission, in the order of their list."""
 
     targets: tuple[str, ...]  # Labels of the targets, controls not among them
-    # Cells asked for of each target (in each context), or ``None`` where neither list nor season says
+    # Cells asked for of each target (in each context), or ``None`` if neither list nor season says
     n_cells: tuple[int, ...] | None = None
-    # Median UMI count of a real cell of each target, or ``None`` where the list has none
+    # Median UMI count of a real cell of each target, or ``None`` if the list has none
     median_umi: tuple[float, ...] | None = None
     notes: tuple[str, ...] = ()  # Sentences that the user should read
 

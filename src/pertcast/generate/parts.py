@@ -208,7 +208,7 @@ class PartMaker:
                 cells_CG = self._store.log1p(rows)
             cells_CG[:, self._run.output_genes] = output_CO
         if self._store.measured_SG is not None:
-            # control cells show 0 of what their panel did not measure, and no target changes that
+            # genes that a panel did not measure stay 0 in cells made from its controls
             cells_CG[~self._store.measured_FG[self._store.file_codes[rows]]] = 0
         return cells_CG
 

@@ -34,7 +34,7 @@ class Part:
     target: str
     num_cells: int  # Cells in it
     copied: bool = False  # Whether they are control cells copied from training, and not predicted
-    # Median total of counts that its cells should have, ``None`` where the list does not say
+    # Median total of counts that its cells should have, ``None`` if the list does not say
     median_umi: float | None = None
 
 

@@ -184,7 +184,7 @@ class NetworkPredictor:
         self._device = device or _own_device()
         self._model: StateTransition | None = None
         self._source = str(run.experiment["model"]["input"])
-        # a run that was trained elsewhere, or on other cells first, has genes and batches of its own
+        # an imported or adapted run has its own genes and batches
         self._input_genes = run.hvg if is_imported(run) or self._source == "hvg" else None
         self._batch_codes = batch_codes(run, store)
         baseline = run.baseline()

@@ -129,7 +129,7 @@ class Score:
     relative: dict[str, float] = field(default_factory=dict)
     baseline: dict[str, float] = field(default_factory=dict)  # Metric → the baseline's value; empty without one
     # Metric → what one half of the real cells scores for the other (``des``, ``pds``, ``mae``, ...), and as
-    # ``des_full``, ``pds_full`` what that means at full depth (Spearman-Brown); empty where not asked for
+    # ``des_full``, ``pds_full`` what that means at full depth (Spearman-Brown); empty if not asked for
     ceiling: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # Sentences that a reader of the score should know
 

@@ -68,7 +68,7 @@ def _signed(word: int) -> int:
 
 # Tensors of a run that bear it serve training alone; whoever only predicts passes over them.
 DE_HEAD_PREFIX = "de_head."
-# Of the head that cells of ``generate.cells = "nb_head"`` are drawn from; nobody else needs it.
+# Weights of the counts head, which only ``generate.cells = "nb_head"`` needs.
 COUNTS_HEAD_PREFIX = "counts_head."
 LOG_SHAPES = (-5.0, 5.0)
 """Between these a dispersion is learnt: from more than any gene shows to nearly a Poisson distribution."""

@@ -61,12 +61,12 @@ class Run:
     contexts: tuple[str, ...]
     batches: tuple[str, ...]
     control: str  # The control label
-    # The total that cells were normalised to before log1p; ``None`` where the data came as log1p
+    # The total that cells were normalised to before log1p; ``None`` if the data came as log1p
     target_sum: float | None
     # The scale of the store's own values: ``counts`` or ``log1p``. The network reads and predicts log1p
     # always
     scale: str
-    store_path: Path  # The store that it was trained on; the fingerprint is empty where the run was imported
+    store_path: Path  # The store that it was trained on; the fingerprint is empty if the run was imported
     store_fingerprint: str
     step: int  # The step that the weights are of
     # ``last_step``, ``val_loss`` (``None`` without validation), ``num_parameters`` and the like

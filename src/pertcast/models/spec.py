@@ -55,7 +55,7 @@ class StateSpec:
     # Whether the encoded control cell is added to the backbone's output before the head; with `bottleneck` it
     # is the control cell itself, added after the head
     residual: bool = True
-    num_batches: int = 0  # Rows of the batch and context embeddings; 0 where there is none
+    num_batches: int = 0  # Rows of the batch and context embeddings; 0 if there is none
     num_contexts: int = 0
     # Whether the last row of the batch embedding is for unknown batches (code -1)
     unknown_batch: bool = False

@@ -30,8 +30,8 @@ class Prediction(NamedTuple):
     genes_BSG: Tensor | None  # Log1p expression decoded from the embedding, or ``None`` in gene space
     confidence_B: Tensor | None = None  # The confidence of each set, from networks with a confidence token
     de_BG: Tensor | None = None  # Logits of the DE head, in training with one
-    counts: CountsPrediction | None = None  # What the counts head says, from networks with one
-    # What cells that cannot fall below 0 lost of the effect of the baseline that the network stands on, 0 or
+    counts: CountsPrediction | None = None  # The output of the counts head, if there is one
+    # The part of the baseline's effect that is lost when cells are clipped at 0, 0 or
     # less
     clipped_effect_BG: Tensor | None = None
 

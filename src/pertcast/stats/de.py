@@ -25,7 +25,7 @@ class DeTable(NamedTuple):
 
     p_value: NDArray[np.float64]  # Two-sided, with tie and continuity correction
     fdr: NDArray[np.float64]  # `p_value`, adjusted within a group
-    log2_fold_change: NDArray[np.float64]  # Of geometric means; infinite where one of the two is 0, 0 where both are
+    log2_fold_change: NDArray[np.float64]  # Of geometric means; infinite if one of the two is 0, 0 if both are
 
 
 @compiled

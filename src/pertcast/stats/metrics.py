@@ -23,7 +23,7 @@ BEST: Mapping[str, float] = {"mae": 0.0, "pds": 1.0, "des": 1.0}
 class Overlap(NamedTuple):
     """How well predicted DE genes match the real ones."""
 
-    score: NDArray[np.float64]  # (P,) DES: shared genes over real ones, 0 where there is no real one
+    score: NDArray[np.float64]  # (P,) DES: shared genes over real ones, 0 if there is no real one
     # (P,) DE genes of each side; shared ones among as many predicted ones as there are real ones
     num_real: NDArray[np.int64]
     num_predicted: NDArray[np.int64]
@@ -145,7 +145,7 @@ class EffectAgreement(NamedTuple):
 
     predicted_size: float  # L2 norms over genes
     measured_size: float
-    correlation: float  # Pearson correlation over genes; NaN where one of the two is constant
+    correlation: float  # Pearson correlation over genes; NaN if one of the two is constant
 
 
 def compare_effects(predicted_G: NDArray[np.floating], measured_G: NDArray[np.floating]) -> EffectAgreement:

@@ -190,7 +190,7 @@ def write_archive(
             stream.write(bytes(-end % tarfile.BLOCKSIZE))
         stream.write(bytes(2 * tarfile.BLOCKSIZE))
         stream.write(bytes(-stream.tell() % tarfile.RECORDSIZE))
-    # unfold the archive again; zstd's own check sum, ours and the length must be those of what went in
+    # unpack the archive again; zstd's check sum, ours and the length must match
     done, again = 0, 0
     with progress.task("read back", archive.stat().st_size, "B") as advance:
         for chunk in read_archive(archive, advance, max_bytes=total):

@@ -35,7 +35,7 @@ class CrossCheck(NamedTuple):
     packer: str  # The official packer, as it is called
     num_cells: int  # The shape that both packed
     num_genes: int
-    largest_difference: float  # Of two values, relative to the larger; 0 where all are equal
+    largest_difference: float  # Of two values, relative to the larger; 0 if all are equal
 
 
 def find_packer(season: Season) -> Path:

@@ -102,12 +102,12 @@ def _adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, 
     effects = training_effects(line.store, reader.output_genes, progress=progress)
     known = run.baseline()
     if known is not None:
-        # the whole mean of few targets is mostly their own; an offset takes what they have in common
+        # the mean of few targets is mostly their own; an offset takes their common part
         with_line = not parse_learn(experiment.adapt.trainable).offset
         reader.base = refit_base(known, line.store, features, effects, with_line=with_line, progress=progress)
     network, num_learning = _network(run, experiment, line, reader)
     learn = parse_learn(experiment.adapt.trainable)
-    # what takes no steps is found before anything else learns
+    # closed forms are fitted before anything trains by steps
     fitted = _Fitted(
         gain=fit_shift(network, reader, effects) if learn.gain else None,
         offset_share=fit_offset(network, reader, effects) if learn.offset else None,

@@ -42,7 +42,7 @@ class TrainingBase(NamedTuple):
     """A baseline, and the effects to which a network in training adds its own."""
 
     baseline: Baseline  # Fitted on all training effects: what generation uses
-    # The row of `left_out_NG` of each context and perturbation of the store, -1 where it is no example
+    # The row of `left_out_NG` of each context and perturbation of the store, -1 if it is no example
     row_CP: NDArray[np.int64]
     # The effects that the baseline predicts for training perturbations when each is left out
     left_out_NG: NDArray[np.float32]

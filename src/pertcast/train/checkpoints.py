@@ -43,8 +43,7 @@ METRICS = "metrics.jsonl"
 FEATURES = "features"
 _OPTIMIZER, _BEST, _STATE = "optimizer.safetensors", "best.safetensors", "state.json"
 _NUM_KEPT = 2
-# They decide how long, how visibly and on how many devices a run trains, not what its weights are after a step (but
-# for rounding, which the number of devices changes).
+# They change the length, the logging or the devices of a training, not the weights after a step (up to rounding).
 _FREE_KEYS = frozenset({"steps", "checkpoint_every", "loggers", "devices", "num_nodes", "strategy", "compile"})
 
 

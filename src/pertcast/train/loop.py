@@ -171,7 +171,7 @@ class Loop:
                         raise KeyboardInterrupt if signal_number == signal.SIGINT else SystemExit(128 + signal_number)
                     self._step(batches, advance)
             except KeyboardInterrupt:
-                # One that came from elsewhere than a signal (a progress bar); never between half-updated weights.
+                # An interrupt without a signal, as from a progress bar; never between half-updated weights.
                 # One process alone cannot put a sharded network together.
                 if self._is_whole and not is_sharded(self.fabric):
                     self._checkpoint()
@@ -274,7 +274,7 @@ class Loop:
         assert batch.screen_B is not None
         targets = self.targets.of(batch.context_B, batch.pert_B, batch.screen_B, batch.measured_BG)
         if self.reader.reads_what_it_predicts:
-            # what a set predicts is the difference from its own controls; others would add their sampling noise
+            # an effect is relative to the set's own controls; others would add sampling noise
             targets = targets._replace(reference_mean_BG=batch.control_BSI.float().mean(1))
         return loss_terms(
             self.model(*batch.for_network(), targets.reference_mean_BG),

@@ -76,16 +76,16 @@ class BatchTargets(NamedTuple):
     """Effects and labels of the sets of a batch, on its device."""
 
     control_mean_BG: Tensor  # Mean log1p expression of the training control cells of each set's screen
-    # What a predicted pseudobulk is an effect beside: the same, or the mean of the set's own control cells
+    # The reference of a predicted effect: the same, or the mean of the set's own control cells
     reference_mean_BG: Tensor
-    # The training effect of each set's perturbation; 0 where there is none, and for genes that were not
+    # The training effect of each set's perturbation; 0 if there is none, and for genes that were not
     # measured
     effect_BG: Tensor
     has_effect_B: Tensor  # Where there is one
     labels_BG: Tensor | None  # Whether a gene is differentially expressed, and where that is known
     valid_BG: Tensor | None
     threshold_BG: Tensor | None  # The size of effect from which on the official test calls a gene, about
-    own_gene_B: Tensor  # The position of the perturbation's own gene among those predicted, -1 where it is not
+    own_gene_B: Tensor  # The position of the perturbation's own gene among those predicted, -1 if it is not
     is_control_B: Tensor  # Whether the set is of control cells
     # Logarithm of the mean normalised count in control cells of each set's screen, where the counts head is
     # trained

@@ -26,7 +26,7 @@ from pertcast.train.batches import Batch
 from pertcast.train.loss_targets import BatchTargets
 
 _SMALLEST_DEPTH = 1e-9
-# What effects are measured in where they are put into order, in mean sizes from which on the test calls a gene.
+# The unit of effects in the order loss, in mean thresholds of the test.
 _SCALE = 2.0
 _AUXILIARY = ("mae", "de", "rank", "nb")
 
@@ -56,7 +56,7 @@ def loss_terms(
     """Return the loss terms that are on, ``(B,)`` each, without weights."""
     terms = {}
     if batch.measured_BG is not None:
-        # cells show 0 of genes that were not measured; what is predicted of these must not count
+        # unmeasured genes are 0 in cells, so predictions of them must not count
         prediction = _without(prediction, batch.measured_BG)
     if config.energy:
         terms["energy"] = energy_distance(prediction.latent_BSO, batch.real_BSO)

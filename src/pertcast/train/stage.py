@@ -159,7 +159,7 @@ def _resolve(
         network=network,
         rates=rates,
         official=official,
-        # where no step is better on held-out perturbations, the baseline stays
+        # if no step is better on held-out perturbations, the baseline stays
         validates_first=reader.base is not None,
     )
 

@@ -174,7 +174,7 @@ def _truth(
             pert=of_set,
             context=np.full(len(of_set), context, dtype=np.int32),
             screen=np.full(len(of_set), screen, dtype=np.int32),
-            # the real cells that a set stands for are not needed; the controls stand in for them
+            # the set's real cells are not needed; its controls fill their place
             pert_rows=control_rows,
             control_rows=control_rows,
         ),

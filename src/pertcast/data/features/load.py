@@ -107,7 +107,7 @@ def load_features(config: FeaturesConfig, store: FeatureStore, *, targets: Seque
         assert config.path is not None
         found = read_vectors(config.path)
         width = len(next(iter(found.values())))
-        # what a file fills in with zeros it does not know
+        # an all-zero vector in a file means that it is unknown
         zero = {name for name, vector in found.items() if not vector.any() and name != store.control}
         found = {name: vector for name, vector in found.items() if name not in zero}
         own = {name: found[name].astype(np.float32) for name in wanted if name in found}

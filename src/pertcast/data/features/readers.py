@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Vector = NDArray[Any]
 _SHOWN = 8
-# what torch's and NumPy's readers were seen to raise on files that were cut or are something else
+# errors that torch's and NumPy's readers raise on truncated or other files
 _READ_ERRORS = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,

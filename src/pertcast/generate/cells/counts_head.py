@@ -17,7 +17,7 @@ from pertcast.stats.groups import compiled
 
 Float = NDArray[np.float64]
 
-# e ** 10: of a gene that hardly any control cell shows, no head can say more
+# e ** 10: a bound for genes that hardly any control cell shows
 _LARGEST_LOG_FOLD = 10.0
 
 

@@ -163,7 +163,7 @@ _NEVER = np.int64(-1)
 class Search(NamedTuple):
     """Work arrays: what is known of each cell at the bracket's ends and at the last factor."""
 
-    low: Any  # (n,) counts at the bracket's ends, -1 where it has no upper end yet
+    low: Any  # (n,) counts at the bracket's ends, -1 if it has no upper end yet
     high: Any
     now: Any  # (n,) counts at the factor tried last
     value: Any  # (n,) their log1p(normalised)

@@ -22,9 +22,9 @@ class Change(NamedTuple):
 
     before: float  # The two scores
     now: float
-    # The difference, above 0 where `now` is better; ``None`` where the metric's direction is not known
+    # The difference, above 0 where `now` is better; ``None`` if the metric's direction is not known
     improvement: float | None
-    # `improvement` over the size of `before`; ``None`` where that is 0 or the direction is not known
+    # `improvement` over the size of `before`; ``None`` if that is 0 or the direction is not known
     relative: float | None
 
 
@@ -72,7 +72,7 @@ class TradeOff:
 
     before: int  # Their numbers in the ledger
     now: int
-    # Dotted key → the two values; ``None`` where a configuration is not known
+    # Dotted key → the two values; ``None`` if a configuration is not known
     changed: dict[str, tuple[Any, Any]] | None
     moved: dict[str, Change]  # Metric → its change
 

@@ -99,10 +99,10 @@ class Submission:
     """One packed submission."""
 
     archive: Path  # The ``.vcc``
-    sha256: str  # Of its content; empty where neither the archive nor its manifest is there
+    sha256: str  # Of its content; empty if neither the archive nor its manifest is there
     packed_at: str  # UTC, the archive's time on disk; manifests hold no times, so that equal inputs give equal bytes
-    season: str  # Empty where no manifest says it
-    # Checkpoint and configuration; ``None`` where they cannot be found (packed by another program)
+    season: str  # Empty if no manifest says it
+    # Checkpoint and configuration; ``None`` if they cannot be found (packed by another program)
     provenance: Provenance | None
     # The run's folder, found by the hash of its weights or as it was recorded, and whether it is there with
     # them

@@ -31,13 +31,13 @@ class Figure:
     """A figure, and the same content in words."""
 
     name: str  # Its id in the page
-    title: str  # What stands over and under it
+    title: str  # Shown above and below it
     caption: str
-    alternative: str  # What is said of it where it is not seen
+    alternative: str  # The text alternative
     data: list[dict[str, Any]]  # plotly's
     layout: dict[str, Any]
     table: Table | None = None  # Its numbers, if they are few enough
-    # Name → the data that take the place of `data` when the name is chosen from a list; a whole number stands
+    # Name → the data that take the place of `data` when the name is chosen from a list; a whole number is
     # for the trace of `data` at that place
     choices: dict[str, list[dict[str, Any] | int]] = field(default_factory=dict)
     height: int = 340  # In pixels

@@ -185,7 +185,7 @@ class Effects:
     cells: Cells  # What they are of
     effect: NDArray[np.float64]  # (P, G) mean log1p less the mean of the context's controls
     noise: NDArray[np.float64]  # (P,) the size (L2 norm) that sampling alone gives to an effect of so many cells
-    left: NDArray[np.float64]  # (P,) the share of the target's own gene that is left; NaN where it is not measured
+    left: NDArray[np.float64]  # (P,) the share of the target's own gene that is left; NaN if it is not measured
 
     def of(self, group: Group) -> int | None:
         """Return the position of a group."""

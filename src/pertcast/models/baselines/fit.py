@@ -93,7 +93,7 @@ def fit_baseline(kind: BaselineKind, examples: Examples, *, set_size: int = 1) -
         weight_NG[kept].astype(np.float32),
     )
     for row in np.flatnonzero(np.isnan(left_out_NG).any(axis=1)).tolist():
-        # nothing was fitted on what an example did not measure, so nothing has to be left out
+        # nothing was fitted on genes that an example did not measure, so nothing is left out
         fitted_G = predict_effects(baseline, feature_NF[row : row + 1], context=int(examples.context_N[row]))[0]
         left_out_NG[row] = np.where(np.isnan(left_out_NG[row]), fitted_G, left_out_NG[row])
     return Fit(baseline, left_out_NG.astype(np.float32))

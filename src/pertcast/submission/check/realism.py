@@ -36,7 +36,7 @@ class ContextRealism:
 
     context: str  # Its name, "" where the season has one
     real: Likeness  # Real control cells against other real ones: what to compare with
-    # The prediction's control cells against the same, as many as of `real`; ``None`` where it has none
+    # The prediction's control cells against the same, as many as of `real`; ``None`` if it has none
     null: Likeness | None
     targets: Likeness | None  # A sample of its targets, the median of each number over them; ``None`` without targets
     # ``real``, ``null``, ``targets`` → quantiles .1, .5, .9 of a cell's counts; of sides in counts
