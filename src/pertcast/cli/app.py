@@ -216,8 +216,7 @@ def _fail(message: str, code: int) -> int:
         ranks = None
     if ranks is not None and ranks.rank:
         # The first process reports an error that all have, and the launcher ends the others. A process that is still
-        # running after a
-        # while has an error of its own.
+        # running after a while has an error of its own.
         time.sleep(_SECONDS_TO_LISTEN)
         message = f"{ranks}: {message}"
     print(f"pertcast: {message}", file=sys.stderr)
