@@ -24,17 +24,7 @@ from typing import NamedTuple
 import anndata as ad
 import numpy as np
 from benchmarks.cells_head import head_table
-from benchmarks.makers import (
-    MAKERS,
-    OF_COUNTS,
-    Controls,
-    Csr,
-    make_cells,
-    make_counts,
-    mean_of,
-    to_log1p,
-    totals_of,
-)
+from benchmarks.makers import MAKERS, OF_COUNTS, Controls, Csr, make_cells, make_counts, mean_of, to_log1p, totals_of
 from benchmarks.predictions import find_shared
 from benchmarks.screen import ScreenConfig, draw_cells, draw_screen, made_up_features
 from numpy.typing import NDArray

@@ -143,11 +143,7 @@ def _try_structure(content: bytes) -> None:
         _read_h5ad(path)
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {
-    "archive": _try_archive,
-    "h5ad": _try_h5ad,
-    "structure": _try_structure,
-}
+TARGETS: dict[str, Callable[[bytes], None]] = {"archive": _try_archive, "h5ad": _try_h5ad, "structure": _try_structure}
 
 
 def _main() -> None:

@@ -193,16 +193,8 @@ DEFECTS: dict[str, tuple[Spoil, tuple[str, ...], tuple[str, ...]]] = {
         PREPARE,
         ("[column]", "did you mean 'columns'"),
     ),
-    "experiment: no such data": (
-        edit_text("experiment.toml", '"data"', '"dat"'),
-        PREPARE,
-        ("small", "dat"),
-    ),
-    "experiment: empty data folder": (
-        lambda workspace: workspace.data.unlink(),
-        PREPARE,
-        ("small", "data", "h5ad"),
-    ),
+    "experiment: no such data": (edit_text("experiment.toml", '"data"', '"dat"'), PREPARE, ("small", "dat")),
+    "experiment: empty data folder": (lambda workspace: workspace.data.unlink(), PREPARE, ("small", "data", "h5ad")),
     "experiment: held-out label in no file": (
         add_text("experiment.toml", '\n[fewshot."small.H1"]\nval = ["G22"]\n'),
         PREPARE,
@@ -268,11 +260,7 @@ DEFECTS: dict[str, tuple[Spoil, tuple[str, ...], tuple[str, ...]]] = {
         ("small.h5ad", "counts", "prepare.scale"),
     ),
     "data: genes missing": (edit_cells(lambda cells: cells[:, 2:].copy()), PREPARE, ("small.h5ad", "G0", "G1")),
-    "data: genes twice": (
-        edit_cells(first_gene_twice),
-        PREPARE,
-        ("small.h5ad", "G0"),
-    ),
+    "data: genes twice": (edit_cells(first_gene_twice), PREPARE, ("small.h5ad", "G0")),
     "data: broken indptr": (edit_h5(set_dataset("X/indptr", 3, 10**6)), PREPARE, ("small.h5ad", "indptr")),
     "data: column out of range": (edit_h5(set_dataset("X/indices", 7, 400)), PREPARE, ("small.h5ad", "indices")),
     "data: no cells": (edit_cells(lambda cells: cells[:0].copy()), PREPARE, ("small.h5ad",)),
@@ -431,11 +419,7 @@ def listing(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", DEFECTS)
 def test_a_defect_is_one_clear_error_and_leaves_nothing(
-    name: str,
-    finished: Workspace,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, finished: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil, command, words = DEFECTS[name]
     workspace = Workspace(tmp_path / "w")

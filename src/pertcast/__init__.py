@@ -13,14 +13,7 @@ if TYPE_CHECKING:
     from pertcast.config import Experiment, load_experiment
     from pertcast.data.prepare import prepare
     from pertcast.data.store import Store
-    from pertcast.errors import (
-        CheckpointError,
-        ConfigError,
-        DataError,
-        PertcastError,
-        Problem,
-        SubmissionError,
-    )
+    from pertcast.errors import CheckpointError, ConfigError, DataError, PertcastError, Problem, SubmissionError
     from pertcast.generate import generate as generate_parts
     from pertcast.ladder.ledger import read_ledger
     from pertcast.ladder.report import write_report

@@ -116,10 +116,7 @@ def test_misfitting_tensors_are_all_named(saved: Run) -> None:
     tensors["stranger"] = torch.zeros(2)
     save_file(tensors, saved.path / WEIGHTS)
     rehash(saved.path)
-    for opening in (
-        lambda: open_run(saved.path),
-        lambda: load_weights(StateTransition(SPEC), saved.path / WEIGHTS),
-    ):
+    for opening in (lambda: open_run(saved.path), lambda: load_weights(StateTransition(SPEC), saved.path / WEIGHTS)):
         with pytest.raises(CheckpointError) as caught:
             opening()
         message = str(caught.value)

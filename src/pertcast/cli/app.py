@@ -46,8 +46,7 @@ DevicesOption = Annotated[
     ),
 ]
 NodesOption = Annotated[
-    int | None,
-    Parameter(name="--num-nodes", help="Machines; torchrun and srun, which they need, say it themselves."),
+    int | None, Parameter(name="--num-nodes", help="Machines; torchrun and srun, which they need, say it themselves.")
 ]
 ModelOption = Annotated[
     Literal["state", "control", "mean", "ridge", "kernel_ridge", "knn"] | None,

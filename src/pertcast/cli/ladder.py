@@ -23,10 +23,7 @@ _FEW = 12
 
 
 @ladder_app.default
-def ladder(
-    *runs: Path,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
-) -> None:
+def ladder(*runs: Path, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
     """List every packed submission: its checkpoint and rung, what it changed, and its scores.
 
     Each is found by the manifest beside its archive. Improvements are signed so that + is better: lower for MAE, higher

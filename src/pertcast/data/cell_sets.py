@@ -23,7 +23,7 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 
-class CellTable(Protocol):
+class CodedTable(Protocol):
     """The codes of each cell and their names, as in a store; batch -1 is unknown."""
 
     @property
@@ -114,14 +114,7 @@ def _ranks(keys: Int64) -> Int64:
 
 
 def training_sets(
-    table: CellTable,
-    *,
-    set_size: int,
-    seed: int,
-    epoch: int,
-    split: Split,
-    match: Match,
-    control_sets: bool,
+    table: CodedTable, *, set_size: int, seed: int, epoch: int, split: Split, match: Match, control_sets: bool
 ) -> CellSets:
     """Cut every group of a split into sets of `set_size` cells, each paired with a control, anew in each epoch."""
     num_perts, num_contexts = len(table.perts), len(table.contexts)
@@ -176,7 +169,7 @@ class _Slots(NamedTuple):
     own: NDArray[np.bool_]
 
 
-def _pool_keys(table: CellTable, rows: Int64, level: int) -> Int64:
+def _pool_keys(table: CodedTable, rows: Int64, level: int) -> Int64:
     """Return the pool of each row: its batch at level 0 (-1 if unknown), then its file, screen and context."""
     context = table.context_codes[rows].astype(np.int64)
     in_file = table.file_codes[rows].astype(np.int64) * len(table.contexts) + context
@@ -187,7 +180,7 @@ def _pool_keys(table: CellTable, rows: Int64, level: int) -> Int64:
 
 
 def _controls_for(
-    table: CellTable, pert_rows: Int64, *, controls: Int64, match: Match, slots: _Slots
+    table: CodedTable, pert_rows: Int64, *, controls: Int64, match: Match, slots: _Slots
 ) -> tuple[Int64, NDArray[np.int64]]:
     """Return a control for each slot, and the level of the pool that it came from (see :func:`_pool_keys`)."""
     result = np.full(len(pert_rows), -1, dtype=np.int64)
@@ -218,7 +211,7 @@ def _controls_for(
     return result, level_of
 
 
-def _source(table: CellTable, row: int) -> str:
+def _source(table: CodedTable, row: int) -> str:
     return f"{table.files[table.file_codes[row]]}, context {table.contexts[table.context_codes[row]]!r}"
 
 
@@ -228,14 +221,7 @@ def _start(size: Int64, slots: _Slots) -> Int64:
 
 
 def generation_sets(
-    table: CellTable,
-    *,
-    context: int,
-    target: str,
-    num_cells: int,
-    set_size: int,
-    seed: int,
-    controls: Int64,
+    table: CodedTable, *, context: int, target: str, num_cells: int, set_size: int, seed: int, controls: Int64
 ) -> Int64:
     """Draw the control cells from which the cells of one target are generated."""
     name = table.contexts[context]

@@ -50,7 +50,7 @@ class BatchEffects(NamedTuple):
         )
 
 
-def batch_effects(store: Store, *, seed: int = 0) -> BatchEffects | None:
+def batch_effects(store: Store) -> BatchEffects | None:
     """Measure batch effects on training cells and highly variable genes; return ``None`` if there is one batch."""
     train = (store.split & Split.TRAIN) != 0
     if len(np.unique(store.batch_codes[train & (store.batch_codes >= 0)])) < 2:
@@ -58,7 +58,7 @@ def batch_effects(store: Store, *, seed: int = 0) -> BatchEffects | None:
     shares = []
     for match in ("context", "batch"):
         sets = training_sets(
-            store, set_size=_SET_SIZE, seed=seed, epoch=0, split=Split.TRAIN, match=match, control_sets=False
+            store, set_size=_SET_SIZE, seed=0, epoch=0, split=Split.TRAIN, match=match, control_sets=False
         )[: _NUM_CELLS // _SET_SIZE]
         # a small group repeats its cells within a set
         rows, first = np.unique(sets.pert_rows.reshape(-1), return_index=True)

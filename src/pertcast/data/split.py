@@ -94,11 +94,7 @@ class CodedCells:
     ) -> np.ndarray:
         """Return the rows in any of the splits that have the given codes, ascending."""
         found = (self.split & int(split)) > 0 if split else self.split == 0
-        for codes, wanted in (
-            (self.dataset_codes, dataset),
-            (self.context_codes, context),
-            (self.pert_codes, pert),
-        ):
+        for codes, wanted in ((self.dataset_codes, dataset), (self.context_codes, context), (self.pert_codes, pert)):
             if wanted is not None:
                 found &= codes == wanted
         return np.flatnonzero(found).astype(np.int64)
@@ -252,12 +248,7 @@ def _hold_out_cells(
 
 
 def _split_controls(
-    experiment: Experiment,
-    flags: np.ndarray,
-    controls: np.ndarray,
-    perturbed: np.ndarray,
-    drawer: _Drawer,
-    place: str,
+    experiment: Experiment, flags: np.ndarray, controls: np.ndarray, perturbed: np.ndarray, drawer: _Drawer, place: str
 ) -> list[Problem]:
     """Divide control cells among the splits of this context's perturbed cells, or share them."""
     prepare = experiment.prepare

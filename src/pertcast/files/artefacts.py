@@ -34,6 +34,7 @@ GENERATOR = '<meta name="generator" content="pertcast">'
 """What tells a page of ours."""
 _MADE_BY = '"made_by": "pertcast"'
 _PACKAGES = ("pertcast", "numpy", "scipy", "anndata", "h5py", "torch")
+_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,11 @@ def timestamp() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def hash_file(path: Path, *, chunk_bytes: int = 1 << 22) -> str:
+def hash_file(path: Path) -> str:
     """Return the sha256 of a file, read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(chunk_bytes):
+        while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
 

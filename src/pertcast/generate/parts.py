@@ -41,14 +41,7 @@ from pertcast.submission.controls import choose_controls
 class PartMaker:
     """Make one part after another with one model."""
 
-    def __init__(
-        self,
-        run: Run,
-        store: Store,
-        experiment: Experiment,
-        features: PertFeatures,
-        weights: str,
-    ) -> None:
+    def __init__(self, run: Run, store: Store, experiment: Experiment, features: PertFeatures, weights: str) -> None:
         self._calibration, experiment = calibrated(run, experiment)
         self._run, self._store, self._experiment, self._features = run, store, experiment, features
         self._from_head = experiment.generate.cells == "nb_head"

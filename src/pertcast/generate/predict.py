@@ -170,18 +170,10 @@ class BaselinePredictor:
 class NetworkPredictor:
     """A State Transition network on one device."""
 
-    def __init__(
-        self,
-        run: Run,
-        store: Store,
-        features: PertFeatures,
-        *,
-        device: torch.device | None = None,
-        counts_head: bool = False,
-    ) -> None:
+    def __init__(self, run: Run, store: Store, features: PertFeatures, *, counts_head: bool = False) -> None:
         self._counts_head = counts_head
         self._run, self._store, self._features = run, store, features
-        self._device = device or _own_device()
+        self._device = _own_device()
         self._model: StateTransition | None = None
         self._source = str(run.experiment["model"]["input"])
         # an imported or adapted run has its own genes and batches

@@ -30,7 +30,7 @@ from pertcast.seasons import Season, season
 from pertcast.stats.draws import generator
 
 
-def held_out_folds(experiment: Experiment, *, folds: int, seed: int = 0) -> tuple[list[Experiment], list[str]]:
+def held_out_folds(experiment: Experiment, *, folds: int) -> tuple[list[Experiment], list[str]]:
     """Return one experiment for each fold, and notes for the user."""
     tests = {key: held.test for key, held in experiment.fewshot.items() if held.test}
     if not folds:
@@ -41,7 +41,7 @@ def held_out_folds(experiment: Experiment, *, folds: int, seed: int = 0) -> tupl
         raise ConfigError(
             f"--folds: expected 2 to {len(labels)} (the perturbations that there are to hold out), got {folds}"
         )
-    order = generator(seed, "folds").permutation(len(labels))
+    order = generator(0, "folds").permutation(len(labels))
     fold_of = {labels[place]: number % folds for number, place in enumerate(order)}
     divided = []
     for fold in range(folds):

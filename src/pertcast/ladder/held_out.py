@@ -151,9 +151,7 @@ def reference_scores(
         means = [_mean(store, rows[keys == key], part.target_sum) for key in np.unique(keys)]
         constant = np.mean(means, axis=0).astype(np.float32)
         controls = _log1p(
-            store,
-            store.rows(split=Split.TRAIN, pert=store.control_code, **_codes(store, part)),
-            part.target_sum,
+            store, store.rows(split=Split.TRAIN, pert=store.control_code, **_codes(store, part)), part.target_sum
         )
         side = constant_side(constant, controls, select_perts(truth, part.tested), progress=progress)
         scores["baseline"][part.name] = against_truth(side, truth)

@@ -173,7 +173,7 @@ def _spec(raw: Mapping[str, Any]) -> StateSpec | BaselineSpec:
     values: dict[str, Any] = dict(raw)
     if "kind" in values:
         return read_spec(values)
-    return StateSpec(**{**values, "decoder_widths": tuple(values.get("decoder_widths", ()))})
+    return StateSpec(**{**values, "decoder_widths": tuple(values["decoder_widths"])})
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -39,7 +39,7 @@ class Resamples(NamedTuple):
     units_RU: Floats
 
 
-def draw_resamples(targets: Sequence[str], *, num_seeds: int, num: int = 4000, seed: int = 0) -> Resamples:
+def draw_resamples(targets: Sequence[str], *, num_seeds: int, num: int = 4000) -> Resamples:
     """Draw targets and seeds with replacement.
 
     >>> drawn = draw_resamples(["A", "A", "B"], num_seeds=2, num=100)
@@ -47,8 +47,8 @@ def draw_resamples(targets: Sequence[str], *, num_seeds: int, num: int = 4000, s
     ((100, 3), True)
     """
     names, place = np.unique(np.asarray(targets, dtype=str), return_inverse=True)
-    counts_RN = _counts(len(names), num, generator(seed, "bootstrap", "targets"))
-    return Resamples(_counts(num_seeds, num, generator(seed, "bootstrap", "seeds")), counts_RN[:, place])
+    counts_RN = _counts(len(names), num, generator(0, "bootstrap", "targets"))
+    return Resamples(_counts(num_seeds, num, generator(0, "bootstrap", "seeds")), counts_RN[:, place])
 
 
 def _counts(size: int, num: int, random: np.random.Generator) -> Floats:

@@ -206,10 +206,7 @@ def _compress(source: Path, total: int, stream: IO[bytes], *, level: int, progre
     digest, check_sum, done = hashlib.sha256(), 0, 0
     workers = min(available_cpus(), _MAX_WORKERS)
     compressor = zstandard.ZstdCompressor(level=level, threads=workers, write_checksum=True)
-    with (
-        progress.task("pack", total, "B") as advance,
-        source.open("rb", buffering=0) as uncompressed,
-    ):
+    with progress.task("pack", total, "B") as advance, source.open("rb", buffering=0) as uncompressed:
         writer = compressor.stream_writer(stream, size=total, closefd=False)
         while chunk := uncompressed.read(min(_READ_BYTES, total - done)):
             digest.update(chunk)

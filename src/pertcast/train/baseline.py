@@ -21,14 +21,7 @@ from pertcast.data.features import PertFeatures, save_features
 from pertcast.data.store import Store
 from pertcast.errors import DataError
 from pertcast.files.artefacts import MANIFEST, write_json
-from pertcast.models.baselines import (
-    Baseline,
-    BaselineKind,
-    Examples,
-    examples_of,
-    fit_baseline,
-    predict_effects,
-)
+from pertcast.models.baselines import Baseline, BaselineKind, Examples, examples_of, fit_baseline, predict_effects
 from pertcast.models.baselines.predict import arrays_of
 from pertcast.models.run_folder import save_run
 from pertcast.models.spec import set_size_of

@@ -165,12 +165,7 @@ def identity_of(experiment: Experiment, store_fingerprint: str) -> dict[str, Any
     features = {key: value for key, value in config["features"].items() if key != "path"}
     if experiment.features.path is not None:
         features["file"] = hash_file(experiment.features.path)
-    return {
-        "store": store_fingerprint,
-        "features": features,
-        "model": config["model"],
-        **training_identity(experiment),
-    }
+    return {"store": store_fingerprint, "features": features, "model": config["model"], **training_identity(experiment)}
 
 
 def training_identity(experiment: Experiment) -> dict[str, Any]:

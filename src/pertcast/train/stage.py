@@ -194,11 +194,7 @@ def _notes(plan: TrainingPlan, loop: Loop) -> list[str]:
 
 
 def _write_run(
-    plan: TrainingPlan,
-    loop: Loop,
-    weights: dict[str, Tensor],
-    notes: tuple[str, ...],
-    batches: dict[str, Any] | None,
+    plan: TrainingPlan, loop: Loop, weights: dict[str, Tensor], notes: tuple[str, ...], batches: dict[str, Any] | None
 ) -> None:
     """Write the trained run: weights, and everything that generation needs."""
     reader, state, has_best = plan.reader, loop.state, loop.best is not None

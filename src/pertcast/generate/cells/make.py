@@ -76,12 +76,7 @@ class CellMaker:
     """Make the cells of one part after another."""
 
     def __init__(
-        self,
-        store: Store,
-        config: GenerateConfig,
-        *,
-        cap: int | None = None,
-        shapes: NDArray[np.float64] | None = None,
+        self, store: Store, config: GenerateConfig, *, cap: int | None = None, shapes: NDArray[np.float64] | None = None
     ) -> None:
         self._shapes = shapes
         self._store, self._config, self._cap = store, config, cap
@@ -100,12 +95,7 @@ class CellMaker:
             yield cap_totals(block, self._cap) if self._config.scale == "counts" else block
 
     def made(
-        self,
-        part: Part,
-        rows: NDArray[np.int64],
-        predicted: Iterator[NDArray[np.float32]],
-        *,
-        pool: NDArray[np.int64],
+        self, part: Part, rows: NDArray[np.int64], predicted: Iterator[NDArray[np.float32]], *, pool: NDArray[np.int64]
     ) -> Iterator[sparse.csr_matrix]:
         """Yield the cells of a part, CSR float32."""
         if self._config.cells == "model":
@@ -156,12 +146,7 @@ class CellMaker:
         return totals if part.median_umi is None else totals * (part.median_umi / max(float(np.median(totals)), 1.0))
 
     def _from_head(
-        self,
-        part: Part,
-        rows: NDArray[np.int64],
-        log_fold: NDArray[np.float64],
-        block: slice,
-        pool: NDArray[np.int64],
+        self, part: Part, rows: NDArray[np.int64], log_fold: NDArray[np.float64], block: slice, pool: NDArray[np.int64]
     ) -> sparse.csr_matrix:
         assert self._shapes is not None
         fit = self._fit((part.dataset, part.context), pool)

@@ -21,15 +21,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pertcast.files.resources import available_cpus
-from pertcast.generate.cells.gene_counts import (
-    ALWAYS_ZERO,
-    Gene,
-    Law,
-    aim_at,
-    drawn,
-    mean_unit,
-    sum_of,
-)
+from pertcast.generate.cells.gene_counts import ALWAYS_ZERO, Gene, Law, aim_at, drawn, mean_unit, sum_of
 from pertcast.generate.cells.mean_solver import expect_totals, new_search, solve, typical_cell
 from pertcast.stats.counts import CountsFit
 from pertcast.stats.draws import uniform
@@ -247,13 +239,7 @@ def _norm(target_sum: float, totals: Float) -> Float:
 
 
 def _band(
-    by_gene: sparse.csc_matrix,
-    wanted: Float,
-    fit: CountsFit,
-    part: slice,
-    place: tuple[np.uint64, int],
-    *,
-    real: bool,
+    by_gene: sparse.csc_matrix, wanted: Float, fit: CountsFit, part: slice, place: tuple[np.uint64, int], *, real: bool
 ) -> Band:
     starts = by_gene.indptr[part.start : part.stop + 1].astype(np.int64)
     return Band(

@@ -29,6 +29,8 @@ from pertcast.stats.metrics import compare_effects, knockdown
 
 _SEED = 0
 
+_PLANE_CELLS = 1_500
+
 
 class Group(NamedTuple):
     """Cells of one target in one context; the context is empty if there is only one."""
@@ -196,7 +198,6 @@ class Agreement(NamedTuple):
     """A predicted effect beside a measured one, for one group."""
 
     group: Group
-    predicted_cells: int
     predicted_size: float
     predicted_left: float
     measured_cells: int
@@ -270,7 +271,6 @@ def agreement(predicted: Effects, measured: Effects) -> list[Agreement]:
         rows.append(
             Agreement(
                 group,
-                predicted_cells=predicted.cells.num_cells[place],
                 predicted_size=found.predicted_size,
                 predicted_left=float(predicted.left[place]),
                 measured_cells=measured.cells.num_cells[other],
@@ -302,11 +302,11 @@ def de_tables(cells: Cells) -> dict[Group, DeTable]:
     return tables
 
 
-def fit_plane(cells: Cells, genes: NDArray[np.int64] | None = None, *, num_cells: int = 1_500) -> Plane | None:
+def fit_plane(cells: Cells, genes: NDArray[np.int64] | None = None) -> Plane | None:
     """Return the first two principal components of cells; ``None`` for fewer than three."""
     rows = np.arange(cells.log1p.shape[0])
-    if len(rows) > num_cells:
-        rows = np.sort(generator(0, "report", "plane").choice(rows, num_cells, replace=False))
+    if len(rows) > _PLANE_CELLS:
+        rows = np.sort(generator(0, "report", "plane").choice(rows, _PLANE_CELLS, replace=False))
     used = np.arange(len(cells.genes)) if genes is None else genes
     block = cells.log1p[rows][:, used].toarray().astype(np.float64)
     if min(block.shape) < 3:

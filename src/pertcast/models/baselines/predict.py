@@ -141,8 +141,7 @@ def arrays_of(baseline: Baseline) -> dict[str, NDArray[Any]]:
 
 def read_spec(raw: Mapping[str, Any]) -> BaselineSpec:
     """Return a specification from JSON."""
-    choice = raw["choice"]
-    return BaselineSpec(**{**raw, "choice": Choice(**choice) if isinstance(choice, Mapping) else Choice(*choice)})
+    return BaselineSpec(**{**raw, "choice": Choice(**raw["choice"])})
 
 
 def save_baseline(baseline: Baseline, folder: Path) -> None:

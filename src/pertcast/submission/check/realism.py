@@ -262,7 +262,6 @@ def realism(
     season: str | Season,
     rules: Mapping[str, object] | None = None,
     where: Mapping[str, str] | None = None,
-    seed: int = 0,
     progress: Progress = SILENT,
 ) -> RealismReport:
     """Compare a prediction with real control cells.
@@ -280,8 +279,6 @@ def realism(
     where
         obs column → label that the real cells must have, for a file of several cell lines. Where it is not given and
         the prediction's manifest says which context it is of, cells of that context are taken.
-    seed
-        Key of the halves and samples.
 
     Raises
     ------
@@ -296,11 +293,11 @@ def realism(
         where = _own_context(path, real, named) if where is None else where
         notes += [f"real cells are those with {label!r} in {column!r}" for column, label in where.items()]
         rows_of = real_rows(real, named, contexts, where, notes)
-        picked = {context: pick_rows(labels, contexts == context, named, seed, context) for context in rows_of}
+        picked = {context: pick_rows(labels, contexts == context, named, 0, context) for context in rows_of}
         ours = read_rows(
             made, np.concatenate([rows for pick in picked.values() for rows in pick.all_rows]), None, progress
         )
-        kept = {context: halves_of(rows, seed, context) for context, rows in rows_of.items()}
+        kept = {context: halves_of(rows, 0, context) for context, rows in rows_of.items()}
         theirs = read_rows(real, np.concatenate([half for pair in kept.values() for half in pair]), columns, progress)
     target_sum = common_total(ours) if ours.scale == "log1p" else common_total(theirs)
     found = []
