@@ -67,6 +67,12 @@ def swap(old: str, new: object, every: int = 1) -> Callable[[int, str], object]:
             "the same genes",
             '"G2+G1" = "G1+G2"',
         ),
+        (
+            lambda row, label: {"G1": "G1+G2", "G2": "G2+g1"}.get(label, label),
+            "G2+g1",
+            "the same genes",
+            '"G2+g1" = "G1+G2"',
+        ),
         (swap("G1", LONG), LONG, "too long for a file name", None),
     ],
 )
@@ -125,6 +131,59 @@ def test_a_label_that_is_confirmed_is_kept(tmp_path: Path) -> None:
     assert "CTRL" in cells.keys.perts
 
 
+def two_datasets(tmp_path: Path, **of: Any) -> Experiment:
+    """Return an experiment of two datasets, the second with "CTRL" in place of G1."""
+    files = {"d": write_small_h5ad(tmp_path / "d.h5ad"), "o": write_labels(tmp_path / "o.h5ad", swap("G1", "CTRL"))}
+    columns = {
+        "cell_type": "cell_type",
+        "batch": "batch",
+        "of": {name: {"rename": table} for name, table in of.items()},
+    }
+    datasets = {name: str(path) for name, path in files.items()}
+    return Experiment.model_validate(
+        {"datasets": datasets, "training": dict.fromkeys(datasets, "train"), "columns": columns}
+    )
+
+
+def test_a_rename_of_another_datasets_label_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read_cells(two_datasets(tmp_path, d={"CTRL": "G1"}))
+    places = [problem.place for problem in caught.value.problems]
+    assert places[0] == "[columns.of.d.rename] 'CTRL'"
+    assert "24 cells in o.h5ad" in places[1]
+    assert "CTRL" not in read_cells(two_datasets(tmp_path, o={"CTRL": "G1"})).keys.perts
+
+
+def test_a_label_is_kept_in_the_dataset_that_confirms_it(tmp_path: Path) -> None:
+    assert "CTRL" in read_cells(two_datasets(tmp_path, o={"CTRL": "CTRL"})).keys.perts
+    write_labels(tmp_path / "d.h5ad", swap("G2", "CTRL"))
+    experiment = two_datasets(tmp_path, o={"CTRL": "CTRL"})
+    write_labels(tmp_path / "d.h5ad", swap("G2", "CTRL"))
+    with pytest.raises(DataError) as caught:
+        read_cells(experiment)
+    assert [problem.place for problem in caught.value.problems] == ["perturbation 'CTRL' (24 cells in d.h5ad)"]
+
+
+def test_a_label_that_a_rename_makes_can_be_kept(tmp_path: Path) -> None:
+    path = write_small_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(DataError, match='keep it with "CTRL" = "CTRL"'):
+        read_cells(experiment_of(path, columns={"rename": {"G1": "CTRL"}}))
+    kept = read_cells(experiment_of(path, columns={"rename": {"G1": "CTRL", "CTRL": "CTRL"}}))
+    assert "CTRL" in kept.keys.perts
+    assert "G1" not in kept.keys.perts
+
+
+def test_missing_values_hide_no_other_problem(tmp_path: Path) -> None:
+    labels: dict[str, object] = {"G1": None, "G2": "g3"}
+    path = write_labels(tmp_path / "a.h5ad", lambda row, label: labels.get(label, label))
+    with pytest.raises(DataError) as caught:
+        read_cells(experiment_of(path))
+    said = [str(problem) for problem in caught.value.problems]
+    assert len(said) == 2
+    assert "24 cells have no value" in said[0]
+    assert "another case of 'G3'" in said[1]
+
+
 def test_a_rename_of_nothing_is_an_error(tmp_path: Path) -> None:
     path = write_small_h5ad(tmp_path / "a.h5ad")
     columns = {"rename": {"g1 ": "G1"}, "of": {"d": {"rename": {"G7x": "G7"}}}}
@@ -178,6 +237,18 @@ def test_check_refuses_the_same_labels_in_a_prediction(tmp_path: Path) -> None:
     said = [str(problem) for problem in check(path, season="vcc2025", genes=genes, rules=rules).problems]
     assert any("'g3': it is another case of 'G3'" in text for text in said)
     assert any("no label in 24 cells" in text for text in said)
+
+
+def test_check_refuses_labels_that_prepare_would_refuse(tmp_path: Path) -> None:
+    genes = tmp_path / "genes.csv"
+    genes.write_text("".join(f"G{number}\n" for number in range(20)))
+    path = write_labels(
+        tmp_path / "p.h5ad", lambda row, label: {"G1": "G1+G2", "G2": "G2+g1", "G3": LONG}.get(label, label)
+    )
+    rules = {"num_genes": 20, "num_targets": 3}
+    said = [str(problem) for problem in check(path, season="vcc2025", genes=genes, rules=rules).problems]
+    assert any("'G2+g1': it names the same genes as 'G1+G2'" in text for text in said)
+    assert any("too long for a file name" in text for text in said)
 
 
 @given(st.dictionaries(st.text(max_size=8), st.integers(1, 50), max_size=6))

@@ -119,7 +119,8 @@ class _FileObs:
     perts: pd.Categorical
     contexts: pd.Categorical
     batches: pd.Categorical
-    labels: frozenset[str]
+    labels: frozenset[str]  # As in the file, before they are renamed
+    missing: tuple[Problem, ...]  # Cells without a value
 
 
 def _file_names(files: Sequence[tuple[str, Path]]) -> list[str]:
@@ -139,6 +140,7 @@ def _read_file(experiment: Experiment, dataset: str, path: Path) -> _FileObs:
     columns = experiment.columns.in_dataset(dataset)
     with open_h5ad(path, layer=columns.layer) as reader:
         problems: list[Problem] = []
+        missing: list[Problem] = []
         if not reader.num_cells or not reader.num_genes:
             message = f"expected cells x genes, got {reader.num_cells} x {reader.num_genes}"
             problems.append(Problem(f"{path}, X", message, "leave this file out, or give one with cells"))
@@ -146,18 +148,22 @@ def _read_file(experiment: Experiment, dataset: str, path: Path) -> _FileObs:
             remedy = 'set columns.cell_type = "..." to its column, or columns.context = "H1" if there is one cell type'
             place = f"{path}, obs ({', '.join(reader.obs_columns)})"
             problems.append(Problem(place, "no column gives the cell type", remedy))
-        perts = _column(reader, columns.pert, problems, required=True)
+        perts = _column(reader, columns.pert, problems, missing)
         labels = frozenset(map(str, perts.categories))
         perts = _renamed(perts, {columns.control: experiment.columns.control} | columns.rename)
         contexts = _constant(reader, columns.context or "")
         if columns.cell_type is not None:
-            contexts = _column(reader, columns.cell_type, problems, required=True)
+            contexts = _column(reader, columns.cell_type, problems, missing)
         batches = _constant(reader, None)
         if columns.batch is not None:
-            batches = _column(reader, columns.batch, problems, required=False)
+            # a batch that is not named is unknown
+            batches = _column(reader, columns.batch, problems, [])
+            batches = batches.remove_categories([label for label in batches.categories if is_no_label(label)])
         if problems:
             raise DataError(problems=problems)
-        return _FileObs(reader.num_cells, reader.genes, reader.obs_names(), perts, contexts, batches, labels)
+        return _FileObs(
+            reader.num_cells, reader.genes, reader.obs_names(), perts, contexts, batches, labels, tuple(missing)
+        )
 
 
 def _renamed(perts: pd.Categorical, names: Mapping[str, str]) -> pd.Categorical:
@@ -176,19 +182,16 @@ def _constant(reader: H5adReader, label: str | None) -> pd.Categorical:
     )
 
 
-def _column(reader: H5adReader, column: str, problems: list[Problem], *, required: bool) -> pd.Categorical:
+def _column(reader: H5adReader, column: str, problems: list[Problem], missing: list[Problem]) -> pd.Categorical:
     try:
         values = reader.obs(column)
     except DataError as error:
         problems += error.problems
         return _constant(reader, None)
     values = pd.Categorical(values.astype(object).astype(str)) if values.categories.dtype != object else values
-    if not required:
-        # a batch that is not named is unknown
-        return values.remove_categories([label for label in values.categories if is_no_label(label)])
     empty = np.flatnonzero(values.codes < 0)
     if len(empty):
-        problems.append(
+        missing.append(
             Problem(
                 f"{reader.path}, obs[{column!r}]",
                 f"{len(empty):,} cells have no value, the first is row {empty[0]}",
@@ -220,7 +223,8 @@ def read_cells(experiment: Experiment) -> CellTable:
             problems += error.problems
     if problems:
         raise DataError("the data cannot be read" if len(problems) > 1 else "", problems=problems)
-    problems = [*_rename_problems(experiment, parts), *_label_problems(experiment, files, parts)]
+    problems = [problem for part in parts for problem in part.missing]
+    problems += [*_rename_problems(experiment, files, parts), *_label_problems(experiment, files, parts)]
     if problems:
         raise DataError("labels that are likely mistakes", problems=problems)
     perts, pert_codes = _joined([part.perts for part in parts])
@@ -255,21 +259,28 @@ def _label_problems(
 ) -> list[Problem]:
     """Return every label that is likely a mistake, with its remedy."""
     problems = []
-    renames = [experiment.columns.in_dataset(dataset).rename for dataset, _ in files]
-    kept = {label for rename in renames for label, name in rename.items() if label == name}
+    # a label that a dataset confirms is kept in the files of that dataset alone
+    confirmed = [
+        {label for label, name in experiment.columns.in_dataset(dataset).rename.items() if label == name}
+        for dataset, _ in files
+    ]
     for what, control, columns in (
         ("perturbation", experiment.columns.control, [part.perts for part in parts]),
         ("cell type", None, [part.contexts for part in parts]),
     ):
         cells: Counter[str] = Counter()
+        doubtful: Counter[str] = Counter()
         places: dict[str, list[str]] = {}
-        for (_, path), column in zip(files, columns, strict=True):
+        for (_, path), column, sure in zip(files, columns, confirmed, strict=True):
             for label, number in column.value_counts().items():
                 if number:
                     cells[str(label)] += int(number)
-                    places.setdefault(str(label), []).append(path.name)
-        for label, why, meant in dubious_labels(cells, control=control, kept=kept):
-            where = f"{what} {label!r} ({cells[label]:,} cells in {', '.join(places[label])})"
+                    if str(label) not in sure:
+                        doubtful[str(label)] += int(number)
+                        places.setdefault(str(label), []).append(path.name)
+        kept = cells.keys() - doubtful.keys()
+        for label, why, meant in dubious_labels(cells, control=control, are_perts=control is not None, kept=kept):
+            where = f"{what} {label!r} ({doubtful[label]:,} cells in {', '.join(places[label])})"
             quoted, wanted = (json.dumps(text, ensure_ascii=False) for text in (label, meant))
             remedy = "correct the cell types in the file"
             if control is not None and meant:
@@ -280,17 +291,21 @@ def _label_problems(
     return problems
 
 
-def _rename_problems(experiment: Experiment, parts: Sequence[_FileObs]) -> list[Problem]:
-    """Return the entries of [columns.rename] that match no label."""
+def _rename_problems(
+    experiment: Experiment, files: Sequence[tuple[str, Path]], parts: Sequence[_FileObs]
+) -> list[Problem]:
+    """Return the entries of [columns.rename] that match no label, before or after renaming."""
     problems = []
-    found = {label for part in parts for label in part.labels}
-    tables = {"[columns.rename]": experiment.columns.rename} | {
-        f"[columns.of.{name}.rename]": of.rename for name, of in experiment.columns.of.items()
-    }
-    for place, table in tables.items():
+    labels_of: dict[str, set[str]] = {}
+    for (dataset, _), part in zip(files, parts, strict=True):
+        labels_of.setdefault(dataset, set()).update(part.labels, map(str, part.perts.categories))
+    tables = [("[columns.rename]", experiment.columns.rename, set().union(*labels_of.values()))]
+    for name, of in experiment.columns.of.items():
+        tables.append((f"[columns.of.{name}.rename]", of.rename, labels_of.get(name, set())))
+    for place, table, labels in tables:
         for label in table:
-            if label not in found:
-                near = near_misses(label, sorted(found))
+            if label not in labels:
+                near = near_misses(label, sorted(labels))
                 remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else "remove it"
                 problems.append(Problem(f"{place} {label!r}", "no cell has this label", remedy))
     return problems

@@ -76,8 +76,10 @@ class DubiousLabel(NamedTuple):
     meant: str
 
 
-def dubious_labels(cells: Mapping[str, int], *, control: str | None, kept: Iterable[str] = ()) -> list[DubiousLabel]:
-    """Return every label that is likely a mistake, in alphabetical order."""
+def dubious_labels(
+    cells: Mapping[str, int], *, control: str | None, are_perts: bool = True, kept: Iterable[str] = ()
+) -> list[DubiousLabel]:
+    """Return every label that is likely a mistake, in alphabetical order; cell types have no genes and no files."""
     sure = set(kept)
     found: list[DubiousLabel] = []
     # of several spellings the control is right, else the one of the most cells
@@ -87,7 +89,7 @@ def dubious_labels(cells: Mapping[str, int], *, control: str | None, kept: Itera
     for label in order:
         stripped = label.strip()
         known = spelling.setdefault(stripped.casefold(), stripped)
-        genes = tuple(sorted(gene.strip() for gene in label.split(_SEPARATOR)))
+        genes = tuple(sorted(gene.strip().casefold() for gene in label.split(_SEPARATOR)))
         same_genes = members.setdefault(genes, label)
         if label in sure or label == control:
             continue
@@ -99,8 +101,8 @@ def dubious_labels(cells: Mapping[str, int], *, control: str | None, kept: Itera
             found.append(DubiousLabel(label, f"it is another case of {known!r}", known))
         elif control is not None and is_control_name(label, control):
             found.append(DubiousLabel(label, f"it is another name for the control {control!r}", control))
-        elif control is not None and same_genes != label:
+        elif are_perts and same_genes != label:
             found.append(DubiousLabel(label, f"it names the same genes as {same_genes!r}", same_genes))
-        elif control is not None and (why := too_long(label)):
+        elif are_perts and (why := too_long(label)):
             found.append(DubiousLabel(label, why, ""))
     return sorted(found)

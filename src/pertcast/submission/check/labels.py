@@ -53,7 +53,7 @@ def check_labels(reader: H5adReader, season: Season) -> tuple[Findings, Groups |
         except DataError as error:
             problems += problems_of(error, str(reader.path))
     for column, values in read.items():
-        problems += _empty_problems(reader, column, values)
+        problems += _spelling_problems(reader, column, values, are_perts=column == season.pert_column)
     groups = None
     evidence = "the column is missing or cannot be read"
     if season.pert_column in read:
@@ -82,7 +82,7 @@ def _column(reader: H5adReader, column: str) -> pd.Categorical:
     raise DataError(problems=[Problem(f"{reader.path}, obs", f"expected a column {column!r}, got {there}", remedy)])
 
 
-def _empty_problems(reader: H5adReader, column: str, values: pd.Categorical) -> list[Problem]:
+def _spelling_problems(reader: H5adReader, column: str, values: pd.Categorical, *, are_perts: bool) -> list[Problem]:
     blank = np.array([is_no_label(str(name)) for name in values.categories], dtype=bool)
     rows = np.flatnonzero((values.codes < 0) | np.isin(values.codes, np.flatnonzero(blank)))
     problems = []
@@ -90,13 +90,19 @@ def _empty_problems(reader: H5adReader, column: str, values: pd.Categorical) -> 
         message = f"no label in {counted(len(rows), 'cell')}"
         problems.append(Problem(f"{reader.path}, obs[{column!r}], row {rows[0]}", message, "label every cell"))
     counts = {str(label): int(number) for label, number in values.value_counts().items() if number}
-    dubious = [item for item in dubious_labels(counts, control=None) if not is_no_label(item.label)]
+    dubious = [
+        item for item in dubious_labels(counts, control=None, are_perts=are_perts) if not is_no_label(item.label)
+    ]
     spaced = [item.label for item in dubious if item.label != item.label.strip()]
     if spaced:
         message = f"labels have spaces around them: {named(spaced)}"
         problems.append(Problem(f"{reader.path}, obs[{column!r}]", message, "strip the labels"))
     problems += [
-        Problem(f"{reader.path}, obs[{column!r}]", f"{item.label!r}: {item.why}", f"rename it to {item.meant!r}")
+        Problem(
+            f"{reader.path}, obs[{column!r}]",
+            f"{item.label!r}: {item.why}",
+            f"rename it to {item.meant!r}" if item.meant else "rename it",
+        )
         for item in dubious
         if item.label not in spaced
     ]
