@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pytest
 
@@ -46,15 +47,46 @@ def test_hvgs_are_read_at_the_cost_of_their_own_bytes(
     rows = np.arange(96)
     expected = int((store.log1p(rows)[:, store.hvg] != 0).sum())
     read: list[int] = []
-    gather = RangeFile.gather
+    write = StoredValues.write_log1p
 
-    def counted(self: RangeFile, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        read.append(int((stops - starts).sum()))
-        return gather(self, starts, stops)
+    def counted(self: StoredValues, rows: np.ndarray, *arguments: Any, **named: Any) -> None:
+        read.append(self.read(rows).nnz)
+        write(self, rows, *arguments, **named)
 
-    monkeypatch.setattr(RangeFile, "gather", counted)
+    monkeypatch.setattr(StoredValues, "write_log1p", counted)
     store.log1p(rows, genes=store.hvg)
-    assert read == [expected, expected]
+    assert read == [expected]
+
+
+@pytest.mark.parametrize("factor", [1, 1000, 70_000])
+def test_dense_values_are_those_of_csr_to_the_bit(small_h5ad: Builder, tmp_path: Path, factor: int) -> None:
+    """Small counts are looked up and large ones computed, of all genes, the variable ones, and any others."""
+    path = small_h5ad()
+    cells = ad.read_h5ad(path)
+    cells.X = cells.X.astype(np.float32) * factor
+    cells.write_h5ad(path)
+    store = Store.open(_store(path, tmp_path / "store"))
+    rows = np.array([7, 0, 95, 7, 33])
+    expected = store.csr(rows).toarray()
+    assert expected.max() > 0
+    np.testing.assert_array_equal(store.log1p(rows), expected)
+    for genes in (store.hvg, store.hvg[::-1].copy(), np.array([19, 0, 3])):
+        np.testing.assert_array_equal(store.log1p(rows, genes=genes), expected[:, genes])
+    assert store.log1p(np.zeros(0, dtype=np.int64)).shape == (0, 20)
+
+
+def test_a_row_is_announced_to_the_disk_once_where_the_store_fits_into_memory(
+    small_h5ad: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced: list[int] = []
+    monkeypatch.setattr(RangeFile, "announce", lambda self, starts, stops: announced.append(len(starts)))
+    for memory, expected in ((1 << 40, [3, 3, 1, 1]), (0, [3, 3, 2, 2])):
+        monkeypatch.setattr(pertcast.data.store, "_memory_bytes", lambda memory=memory: memory)
+        store = Store.open(_store(small_h5ad(), tmp_path / "store"))
+        announced.clear()
+        store.csr(np.array([1, 2, 3]))
+        store.csr(np.array([3, 4]))
+        assert announced == expected
 
 
 def test_blocks_of_any_size_give_the_same_files(

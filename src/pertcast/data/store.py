@@ -10,11 +10,13 @@ import hashlib
 import io
 import itertools
 import json
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 from scipy import sparse
 
@@ -22,7 +24,7 @@ from pertcast.data.split import CodedCells, Split
 from pertcast.errors import CheckpointError, DataError, Problem
 from pertcast.files.artefacts import read_manifest
 from pertcast.files.h5ad import RangeFile, row_bands
-from pertcast.files.scales import Scale, normalise_log1p
+from pertcast.files.scales import Scale, normalise_log1p, normalising_factors
 from pertcast.progress import Advance
 
 _LADDER = tuple(np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32, np.float32))
@@ -108,6 +110,7 @@ def _narrowest(values: np.ndarray, place: str) -> np.dtype:
 
 
 HVG_PREFIX = "hvg_"
+_LARGEST_TABLE = 256
 _HVG_BLOCK_VALUES = 1 << 20
 _MOST_GENES = 0.5
 
@@ -123,17 +126,99 @@ class StoredValues:
         self.num_values = len(self._data)
         if len(self._indices) != self.num_values or int(self._indptr[-1]) != self.num_values:
             raise ValueError(f"{prefix}indptr, {prefix}indices and {prefix}data do not fit each other")
+        self._is_announced = np.zeros(len(self._indptr) - 1, dtype=bool)
+        self._fits_memory = self.num_values * (self._data.dtype.itemsize + 2) < _memory_bytes() // 2
 
     def __len__(self) -> int:
         return len(self._indptr) - 1
 
+    def _announce(self, rows: np.ndarray) -> None:
+        """Have the disk read rows ahead; rows of a store that stays in memory need it once."""
+        for file in (self._indices, self._data):
+            file.require_whole()
+        cold = rows[~self._is_announced[rows]] if self._fits_memory else rows
+        if len(cold):
+            for file in (self._indices, self._data):
+                file.announce(self._indptr[cold], self._indptr[cold + 1])
+            self._is_announced[cold] = True
+
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Return the stored values of rows, CSR (len(rows), genes)."""
+        self._announce(rows)
         starts, stops = self._indptr[rows], self._indptr[rows + 1]
         indices = self._indices.gather(starts, stops).astype(np.int32)
         values = self._data.gather(starts, stops)
         indptr = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64)
         return sparse.csr_matrix((values, indices, indptr), shape=(len(rows), self._num_genes), copy=False)
+
+    def write_log1p(
+        self, rows: np.ndarray, factors: np.ndarray | None, out: np.ndarray, *, positions: np.ndarray | None = None
+    ) -> None:
+        """Write the log1p values of rows into `out`, zeros (len(rows), genes), in one compiled pass.
+
+        `factors` normalise counts; without them the values are log1p already. `positions` are the columns of genes in
+        `out`, -1 for those that are not wanted.
+        """
+        self._announce(rows)
+        at = np.zeros(0, dtype=np.int64) if positions is None else positions
+        stored = (self._indptr, self._indices.values, self._data.values)
+        if factors is None:
+            _write_values(*stored, rows, at, out)
+            return
+        # most counts are small: their log1p is looked up, and computed once for each cell
+        num_values = int((self._indptr[rows + 1] - self._indptr[rows]).sum())
+        size = int(np.clip(num_values // max(4 * len(rows), 1), 8, _LARGEST_TABLE))
+        table = np.log1p(np.arange(size, dtype=np.float32) * factors[:, None])
+        if num_large := _write_counts(*stored, rows, at, table, factors, out):
+            large = np.empty((num_large, 2), dtype=np.int64)
+            _find_large(*stored, rows, at, size, large)
+            out[large[:, 0], large[:, 1]] = np.log1p(out[large[:, 0], large[:, 1]])
+
+
+@numba.njit(nogil=True, cache=True)
+def _write_values(indptr: Any, columns: Any, values: Any, rows: Any, positions: Any, out: Any) -> None:
+    for i in range(len(rows)):
+        for k in range(indptr[rows[i]], indptr[rows[i] + 1]):
+            column = positions[columns[k]] if len(positions) else np.int64(columns[k])
+            if column >= 0:
+                out[i, column] = values[k]
+
+
+@numba.njit(nogil=True, cache=True)
+def _write_counts(
+    indptr: Any, columns: Any, values: Any, rows: Any, positions: Any, table: Any, factors: Any, out: Any
+) -> int:
+    """Write log1p of small counts and the normalised value of large ones; return the number of large ones."""
+    num_large = 0
+    size = table.shape[1]
+    for i in range(len(rows)):
+        for k in range(indptr[rows[i]], indptr[rows[i] + 1]):
+            column = positions[columns[k]] if len(positions) else np.int64(columns[k])
+            if column >= 0:
+                count = values[k]
+                if count < size:
+                    out[i, column] = table[i, count]
+                else:
+                    out[i, column] = np.float32(count) * factors[i]
+                    num_large += 1
+    return num_large
+
+
+@numba.njit(nogil=True, cache=True)
+def _find_large(indptr: Any, columns: Any, values: Any, rows: Any, positions: Any, size: int, found: Any) -> None:
+    number = 0
+    for i in range(len(rows)):
+        for k in range(indptr[rows[i]], indptr[rows[i] + 1]):
+            column = positions[columns[k]] if len(positions) else np.int64(columns[k])
+            if column >= 0 and values[k] >= size:
+                found[number, 0], found[number, 1] = i, column
+                number += 1
+
+
+def _memory_bytes() -> int:
+    """Return the main memory of this machine, 0 if the system does not tell."""
+    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    return int(np.prod([os.sysconf(name) for name in names])) if hasattr(os, "sysconf") else 0
 
 
 def worth_a_copy(num_hvgs: int, num_genes: int) -> bool:
@@ -191,14 +276,12 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _dense(block: sparse.csr_matrix) -> np.ndarray:
-    """Return a dense array with torch's alignment, so that torch need not copy it."""
-    size = block.shape[0] * block.shape[1]
-    room = np.empty(size + ALIGNMENT_BYTES // block.dtype.itemsize, dtype=block.dtype)
-    first = (-room.ctypes.data % ALIGNMENT_BYTES) // block.dtype.itemsize
-    dense: np.ndarray = room[first : first + size].reshape(block.shape)
-    block.toarray(out=dense)
-    return dense
+def _aligned_zeros(shape: tuple[int, int]) -> np.ndarray:
+    """Return float32 zeros with torch's alignment, so that torch need not copy them."""
+    size = shape[0] * shape[1]
+    room = np.zeros(size + ALIGNMENT_BYTES // 4, dtype=np.float32)
+    first = (-room.ctypes.data % ALIGNMENT_BYTES) // 4
+    return room[first : first + size].reshape(shape)
 
 
 class Screen(NamedTuple):
@@ -391,24 +474,27 @@ class Store(CodedCells):
         rows = self.rows(split=split, pert=pert)
         return np.asarray(rows[self.screen_codes[rows] == screen])
 
-    def _stored(self, rows: np.ndarray, genes: np.ndarray | None = None) -> sparse.csr_matrix:
-        """Return stored values of rows, of all or some genes."""
+    def _source(self, rows: np.ndarray, genes: np.ndarray | None) -> tuple[np.ndarray, StoredValues, bool]:
+        """Return checked rows, the values to read them from, and whether these are of just the wanted genes."""
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_cells):
             raise IndexError(f"rows from {rows.min()} to {rows.max()} of a store of {self.num_cells} cells")
-        copied = self._hvg_values if genes is not None and np.array_equal(genes, self.hvg) else None
-        try:
-            block = (self._values if copied is None else copied).read(rows)
-        except OSError as error:
-            problem = Problem(str(self.path), f"its values cannot be read ({error})", "run `pertcast prepare` again")
-            raise CheckpointError(problems=[problem]) from error
-        return block if genes is None or copied is not None else block[:, genes]
+        if genes is not None and self._hvg_values is not None and np.array_equal(genes, self.hvg):
+            return rows, self._hvg_values, True
+        return rows, self._values, genes is None
 
-    def _gather(self, rows: np.ndarray, genes: np.ndarray | None = None) -> sparse.csr_matrix:
-        block = self._stored(rows, genes)
-        if self.scale == "log1p":
-            return block
-        return normalise_log1p(block, self.totals[np.asarray(rows)], self.target_sum or 1.0)
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        problem = Problem(str(self.path), f"its values cannot be read ({error})", "run `pertcast prepare` again")
+        return CheckpointError(problems=[problem])
+
+    def _stored(self, rows: np.ndarray, genes: np.ndarray | None = None) -> sparse.csr_matrix:
+        """Return stored values of rows, of all or some genes."""
+        rows, values, is_exact = self._source(rows, genes)
+        try:
+            block = values.read(rows)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return block if is_exact or genes is None else block[:, genes]
 
     def counts(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Return whole counts of rows, CSR float32 (len(rows), genes).
@@ -428,7 +514,10 @@ class Store(CodedCells):
 
         `genes` as in :meth:`log1p`.
         """
-        return self._gather(rows, genes)
+        block = self._stored(rows, genes)
+        if self.scale == "log1p":
+            return block
+        return normalise_log1p(block, self.totals[np.asarray(rows)], self.target_sum or 1.0)
 
     def log1p(self, rows: np.ndarray, *, genes: np.ndarray | None = None) -> np.ndarray:
         """Return log1p values of rows, dense float32 (len(rows), genes), aligned to 64 bytes.
@@ -440,7 +529,20 @@ class Store(CodedCells):
         genes
             Positions of genes, in the order wanted, without repeats; all where not given.
         """
-        return _dense(self.csr(rows, genes=genes))
+        rows, values, is_exact = self._source(rows, genes)
+        dense = _aligned_zeros((len(rows), len(self.genes) if genes is None else len(genes)))
+        positions = None
+        if not is_exact and genes is not None:
+            positions = np.full(len(self.genes), -1, dtype=np.int64)
+            positions[genes] = np.arange(len(genes))
+        factors = None
+        if self.scale == "counts":
+            factors = normalising_factors(self.totals[rows], self.target_sum or 1.0)
+        try:
+            values.write_log1p(rows, factors, dense, positions=positions)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return dense
 
     def embedding(self, rows: np.ndarray, key: str) -> np.ndarray:
         """Return the embeddings of rows, float32 (len(rows), dimensions).

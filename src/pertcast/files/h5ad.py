@@ -447,17 +447,27 @@ class RangeFile:
     def __len__(self) -> int:
         return len(self._values)
 
+    @property
+    def values(self) -> np.ndarray:
+        """The mapped values; :meth:`require_whole` first, since reading past the end of a file kills the process."""
+        return self._values
+
+    def require_whole(self) -> None:
+        """Raise OSError if the file has become shorter since it was opened."""
+        if os.fstat(self._descriptor).st_size < self._num_bytes:
+            raise OSError(f"{self._path} has become shorter than {self._num_bytes:,} bytes")
+
+    def announce(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        """Tell the system which ranges are read next: it reads all at once, and nothing around them."""
+        if hasattr(os, "posix_fadvise"):
+            size = self.dtype.itemsize
+            lengths = ((stops - starts) * size).tolist()
+            for start, length in zip((starts * size + self._offset).tolist(), lengths, strict=True):
+                os.posix_fadvise(self._descriptor, start, length, os.POSIX_FADV_WILLNEED)
+
     def gather(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
         """Return the values of ranges ``[start, stop)``, one after the other."""
-        if os.fstat(self._descriptor).st_size < self._num_bytes:
-            # reading a map past its end would kill the process
-            raise OSError(f"{self._path} has become shorter than {self._num_bytes:,} bytes")
-        if hasattr(os, "posix_fadvise"):
-            # the disk works on all ranges at once, and reads nothing around them: 8 times as fast from a cold store
-            size = self.dtype.itemsize
-            for start, stop in zip((starts * size + self._offset).tolist(), (stops * size).tolist(), strict=True):
-                length = stop + self._offset - start
-                os.posix_fadvise(self._descriptor, start, length, os.POSIX_FADV_WILLNEED)
+        self.require_whole()
         gathered = np.empty(int((stops - starts).sum()), dtype=self.dtype)
         _copy_ranges(self._values, starts, stops, gathered)
         return gathered

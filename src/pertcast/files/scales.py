@@ -246,6 +246,12 @@ def row_sums(values: np.ndarray, indptr: np.ndarray) -> np.ndarray:
     return sums
 
 
+def normalising_factors(totals: np.ndarray, target_sum: float) -> np.ndarray:
+    """Return target_sum / total of each cell, float32; 0 for a cell whose total is 0."""
+    totals = np.asarray(totals, dtype=np.float64)
+    return np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0).astype(np.float32)
+
+
 def normalise_log1p(counts: sparse.csr_matrix, totals: np.ndarray, target_sum: float) -> sparse.csr_matrix:
     """Return log1p(count * target_sum / total of the cell), float32; a cell whose total is 0 stays 0.
 
@@ -253,10 +259,8 @@ def normalise_log1p(counts: sparse.csr_matrix, totals: np.ndarray, target_sum: f
     >>> np.expm1(log1p.toarray()).round(5).tolist()
     [[1.0, 3.0], [0.0, 0.0]]
     """
-    totals = np.asarray(totals, dtype=np.float64)
-    factors = np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0).astype(np.float32)
     values = counts.data.astype(np.float32)
-    values *= np.repeat(factors, np.diff(counts.indptr))
+    values *= np.repeat(normalising_factors(totals, target_sum), np.diff(counts.indptr))
     np.log1p(values, out=values)
     return sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape, copy=False)
 
