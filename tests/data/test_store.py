@@ -20,7 +20,8 @@ from pertcast.config import Experiment
 from pertcast.data.genes import choose_hvgs
 from pertcast.data.prepare import prepare
 from pertcast.data.split import Split
-from pertcast.data.store import GrowingArray, Store, ValueArray
+from pertcast.data.store import Store
+from pertcast.data.store_arrays import GrowingArray, ValueArray
 from pertcast.errors import CheckpointError, DataError
 from pertcast.files.artefacts import Manifest, verify_artefact, write_manifest
 from pertcast.progress import Advance

@@ -11,10 +11,11 @@ import anndata as ad
 import numpy as np
 import pytest
 
-import pertcast.data.store
+import pertcast.data.store_arrays
 from pertcast.config import Experiment
 from pertcast.data.prepare import prepare
-from pertcast.data.store import Store, StoredValues, worth_a_copy, write_hvg_values
+from pertcast.data.store import Store
+from pertcast.data.store_arrays import StoredValues, worth_a_copy, write_hvg_values
 from pertcast.errors import CheckpointError
 from pertcast.files.h5ad import RangeFile
 
@@ -81,7 +82,7 @@ def test_a_row_is_announced_to_the_disk_once_where_the_store_fits_into_memory(
     announced: list[int] = []
     monkeypatch.setattr(RangeFile, "announce", lambda self, starts, stops: announced.append(len(starts)))
     for memory, expected in ((1 << 40, [3, 3, 1, 1]), (0, [3, 3, 2, 2])):
-        monkeypatch.setattr(pertcast.data.store, "_memory_bytes", lambda memory=memory: memory)
+        monkeypatch.setattr(pertcast.data.store_arrays, "_memory_bytes", lambda memory=memory: memory)
         store = Store.open(_store(small_h5ad(), tmp_path / "store"))
         announced.clear()
         store.csr(np.array([1, 2, 3]))
@@ -93,7 +94,7 @@ def test_blocks_of_any_size_give_the_same_files(
     small_h5ad: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _store(small_h5ad(), tmp_path / "whole")
-    monkeypatch.setattr(pertcast.data.store, "_HVG_BLOCK_VALUES", 25)
+    monkeypatch.setattr(pertcast.data.store_arrays, "_HVG_BLOCK_VALUES", 25)
     blocks = _store(small_h5ad(), tmp_path / "blocks")
     for name in ("hvg_indptr.npy", "hvg_indices.npy", "hvg_data.npy"):
         assert (whole / name).read_bytes() == (blocks / name).read_bytes()

@@ -19,7 +19,7 @@ from pertcast.config import STORE_KEYS, Experiment, differences, value_at
 from pertcast.data.experiment import CellTable, read_cells
 from pertcast.data.genes import GeneMap, Moments, choose_hvgs, map_genes
 from pertcast.data.split import CodedCells, Split, assign_split
-from pertcast.data.store import GrowingArray, ValueArray, worth_a_copy, write_hvg_values
+from pertcast.data.store_arrays import GrowingArray, ValueArray, worth_a_copy, write_hvg_values
 from pertcast.errors import CheckpointError, DataError, Problem, Problems
 from pertcast.files.artefacts import MANIFEST, Manifest, atomic_dir, claimed, hash_files, read_manifest, write_manifest
 from pertcast.files.h5ad import H5adReader, open_h5ad, row_bands

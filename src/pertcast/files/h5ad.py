@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import h5py
-import numba
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -34,6 +33,7 @@ from pertcast.files.obs import (
     require_plausible,
     wrong_kind,
 )
+from pertcast.stats.groups import compiled
 
 
 class Entries(NamedTuple):
@@ -473,7 +473,7 @@ class RangeFile:
         return gathered
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _copy_ranges(values: np.ndarray, starts: np.ndarray, stops: np.ndarray, into: np.ndarray) -> None:
     done = 0
     for i in range(len(starts)):
