@@ -290,3 +290,33 @@ def test_the_order_loss_is_finite_at_any_effect_and_not_reached_by_autocast() ->
         assert torch.isfinite(gradient).all()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert order_loss(torch.zeros(1, 3).bfloat16(), direction, torch.ones(1)).dtype == torch.float32
+
+
+def test_the_gradient_of_the_energy_distance_is_its_slope() -> None:
+    pred, real = sets((2, 4, 3), 0, dtype=torch.float64).requires_grad_(), sets((2, 5, 3), 1, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda cells: energy_distance(cells, real), pred)
+    real_with_gradient = real.clone().requires_grad_()
+    energy_distance(pred, real_with_gradient).sum().backward()  # type: ignore[no-untyped-call]
+    assert real_with_gradient.grad is None
+
+
+def test_the_energy_distance_depends_on_the_sets_alone() -> None:
+    pred, real = sets((3, 6, 4), 0, dtype=torch.float64), sets((3, 5, 4), 1, dtype=torch.float64)
+    value = energy_distance(pred, real)
+    assert value.shape == (3,)
+    assert (value > 0).all()
+    order = torch.tensor([3, 1, 5, 0, 4, 2])
+    torch.testing.assert_close(energy_distance(pred[:, order], real), value)
+    torch.testing.assert_close(energy_distance(pred + 7, real + 7), value)
+    torch.testing.assert_close(energy_distance(real, pred), value)
+    torch.testing.assert_close(energy_distance(3 * pred, 3 * real), 3 * value, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(energy_distance(pred, pred), torch.zeros(3, dtype=torch.float64), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_energy_distance_is_computed_in_float32(dtype: torch.dtype) -> None:
+    pred, real = sets((2, 8, 6), 0).to(dtype), sets((2, 8, 6), 1).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = energy_distance(pred, real)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, energy_distance(pred.double(), real.double()).float(), atol=1e-5, rtol=1e-5)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pertcast.errors import SubmissionError
 from pertcast.files.artefacts import hash_file, read_manifest
 from pertcast.files.h5ad import open_h5ad
 from pertcast.files.h5ad_writer import CsrWriter
+from pertcast.progress import Advance
 from pertcast.seasons import SEASONS
 from pertcast.seasons import season as season_of
 from pertcast.submission import pack as packing
@@ -178,3 +180,48 @@ def test_facts_of_values_equal_those_of_a_slow_twin(
         facts = check_values(reader, SEASONS["vcc2025"], SILENT).facts
     assert {name: facts[name] for name in plain_facts(dense)} == plain_facts(dense)
     assert facts["scale"] == ("counts" if kind == "counts" else "log1p")
+
+
+class Tasks:
+    """A progress that keeps what was done, in order."""
+
+    def __init__(self) -> None:
+        self.labels: list[str] = []
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+        self.labels.append(label)
+        yield lambda amount, detail="": None
+
+    def note(self, text: str) -> None: ...
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None: ...
+
+
+@pytest.mark.parametrize("form", ["slim", "wide"])
+def test_pack_checks_first_and_rewrites_only_what_is_not_in_the_packed_form(
+    tmp_path: Path, genes: Path, form: str
+) -> None:
+    path, tasks = write_slim(tmp_path / "p.h5ad"), Tasks()
+    if form == "wide":
+        FORMS["float64"](path)
+    pack(path, tmp_path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes, progress=tasks)
+    assert tasks.labels[0] == "check"
+    assert tasks.labels[-2:] == ["pack", "read back"]
+    assert ("slim down" in tasks.labels) == (form == "wide")
+    assert len(tasks.labels) == 3 + (form == "wide")
+    # a second time nothing is read but the hashes
+    again = Tasks()
+    pack(path, tmp_path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes, progress=again)
+    assert again.labels == []
+
+
+def test_a_prediction_that_is_refused_is_neither_rewritten_nor_compressed(tmp_path: Path, genes: Path) -> None:
+    path, tasks = write_slim(tmp_path / "p.h5ad"), Tasks()
+    with h5py.File(path, "r+") as file:
+        file["X/data"][0] = np.nan
+    with pytest.raises(SubmissionError, match="not packed, "):
+        pack(path, tmp_path / "p.vcc", season=season_of("vcc2025", RULES), genes=genes, progress=tasks)
+    assert tasks.labels == ["check"]
+    assert not (tmp_path / "p.vcc").exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["genes.csv", "p.h5ad"]
