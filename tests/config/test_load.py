@@ -119,7 +119,7 @@ kind = "onehot"
     [
         ('[training]\nb = "train"', "no such dataset; \\[datasets\\] has a"),
         ('[zeroshot]\n"k562" = "test"', 'expected "dataset.cell_type"'),
-        ('[zeroshot]\n"a.k" = "test"\n[fewshot."a.k"]\nval = ["X"]', "in \\[zeroshot\\] and in \\[fewshot\\]"),
+        ('[zeroshot]\n"a.k" = "test"\n[fewshot."a.k"]\nval = ["X"]', "in both \\[zeroshot\\] and \\[fewshot\\]"),
         ('[fewshot."a.k"]\nval = ["non-targeting"]', "control label 'non-targeting' cannot be held out"),
         ('[features]\nkind = "file"', "`path` goes with"),
         ('[features]\npath = "x.pt"\nkind = "file"', "no such file: .*x.pt"),
