@@ -21,6 +21,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from pertcast import __version__
 from pertcast.errors import PertcastError
+from pertcast.files.resources import DISK_FULL
 from pertcast.processes import launched
 
 SetOption = Annotated[
@@ -195,7 +196,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _remedy(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in DISK_FULL:
         return "free some space or give another --out, then try again"
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return "give another --out that you may write, or change its permissions"

@@ -62,7 +62,8 @@ def prefetch(items: Iterable[Item], work: Callable[[Item], Result], *, threads: 
                 pending.pop().cancel()
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The error numbers of a full disk or a used-up quota."""
 _SLACK_BYTES = 1 << 20
 
 
@@ -98,7 +99,7 @@ def require_space(destination: Path, needed: int, *, what: str) -> None:
 
 def describe_write_error(destination: Path, error: Exception) -> str:
     """Return the message for an output that could not be written; HDF5 does not always report a full disk."""
-    full = getattr(error, "errno", None) in _FULL or "no space left" in str(error).lower()
+    full = getattr(error, "errno", None) in DISK_FULL or "no space left" in str(error).lower()
     if not full:
         try:
             full = shutil.disk_usage(_folder_of(destination)).free < _SLACK_BYTES
