@@ -32,20 +32,26 @@ def energy_distance(pred_BSG: Tensor, real_BSG: Tensor) -> Tensor:
         pred_mean_B1G, real_mean_B1G = pred_BSG.mean(1, keepdim=True), real_BTG.mean(1, keepdim=True)
         shift_B1G = pred_mean_B1G - real_mean_B1G
         pred_BSG, real_BTG = pred_BSG - pred_mean_B1G, real_BTG - real_mean_B1G
-        pred_products_BSS, real_products_BTT = pred_BSG @ pred_BSG.mT, real_BTG @ real_BTG.mT
-        pred_squares_BS = pred_products_BSS.diagonal(dim1=1, dim2=2)
+        pred_products_BSS, real_products_BTT = pred_BSG @ pred_BSG.detach().mT, real_BTG @ real_BTG.mT
+        pred_squares_BS = _twice_the_gradient(pred_products_BSS.diagonal(dim1=1, dim2=2))
         real_squares_BT = real_products_BTT.diagonal(dim1=1, dim2=2)
-        within_pred_BSS = pred_squares_BS[:, :, None] + pred_squares_BS[:, None] - 2 * pred_products_BSS
-        within_real_BTT = real_squares_BT[:, :, None] + real_squares_BT[:, None] - 2 * real_products_BTT
         to_pred_BS = pred_squares_BS + 2 * (pred_BSG @ shift_B1G.mT)[..., 0] + shift_B1G.square().sum(-1)
         to_real_BT = real_squares_BT - 2 * (real_BTG @ shift_B1G.mT)[..., 0]
-        between_BST = to_pred_BS[:, :, None] + to_real_BT[:, None] - 2 * pred_BSG @ real_BTG.mT
-        within_B = _distances(within_pred_BSS).mean((1, 2)) + _distances(within_real_BTT).mean((1, 2))
-        return _distances(between_BST).mean((1, 2)) - within_B / 2
+        within_pred_BSS = _distances(pred_squares_BS, pred_squares_BS.detach(), pred_products_BSS)
+        within_real_BTT = _distances(real_squares_BT, real_squares_BT, real_products_BTT)
+        between_BST = _distances(to_pred_BS, to_real_BT, pred_BSG @ real_BTG.mT)
+        within_B = _twice_the_gradient(within_pred_BSS.mean((1, 2))) + within_real_BTT.mean((1, 2))
+        return between_BST.mean((1, 2)) - within_B / 2
 
 
-def _distances(squared_BST: Tensor) -> Tensor:
-    """Return distances of at least 1e-4; at the floor the gradient is 0."""
+def _twice_the_gradient(value: Tensor) -> Tensor:
+    """Return a value of predicted cells among themselves: both sides have one gradient, computed for one side."""
+    return 2 * value - value.detach()
+
+
+def _distances(squares_BS: Tensor, other_squares_BT: Tensor, products_BST: Tensor) -> Tensor:
+    """Return distances of at least 1e-4 from squared lengths and products; at the floor the gradient is 0."""
+    squared_BST = torch.sub(squares_BS[:, :, None] + other_squares_BT[:, None], products_BST, alpha=2)
     return squared_BST.clamp_min(_SQUARED_FLOOR).sqrt()
 
 
