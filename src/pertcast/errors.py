@@ -11,9 +11,31 @@ A validator gathers every :class:`Problem` with its place; its caller raises one
 
 from __future__ import annotations
 
+import pickle
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
+
+READ_ERRORS = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    zlib.error,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+    OverflowError,
+)
+"""What the readers of torch, NumPy and Python raise on files that are cut short or of another kind."""
 
 
 class Problem(NamedTuple):

@@ -39,7 +39,7 @@ class ArcFolder:
     contexts: tuple[str, ...]
     weights: dict[str, Tensor]  # Name → tensor, as arc-state names them
     step: int  # The step that the weights are of
-    is_early: bool = False  # Whether an arc-state before 0.9.32 has trained it, whose cells always attend to each other
+    is_early: bool = False  # Trained by arc-state before 0.9.32, where cells always attend to each other
 
 
 def read_arc_folder(path: Path, *, checkpoint: Path | None = None) -> ArcFolder:

@@ -10,7 +10,6 @@ import hashlib
 import io
 import pickle
 import re
-import struct
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -22,25 +21,9 @@ import numpy as np
 import torch
 from torch._utils import _rebuild_tensor_v2
 
-from pertcast.errors import CheckpointError
+from pertcast.errors import READ_ERRORS, CheckpointError
 from pertcast.files.artefacts import hash_file
 
-# errors that torch's and Python's readers raise on truncated or other files
-_READ_ERRORS = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    struct.error,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-    OverflowError,
-)
 _SCALAR_KINDS = frozenset("biufSU")
 _REMEDY = "only tensors, numbers, names and plain containers are read; give the folder as `state tx train` wrote it"
 
@@ -138,7 +121,7 @@ def _guarded(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; give a folder that `state tx train` wrote") from None
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         text = str(error) or type(error).__name__
         if found := re.search(r"GLOBAL ([\w.]+)", text):
             raise CheckpointError(

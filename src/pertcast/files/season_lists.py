@@ -28,7 +28,7 @@ _NUM_SHOWN = 20
 
 @dataclass(frozen=True)
 class TargetList:
-    """The targets of a submission, in the order of their list."""
+    """The target list of a submission, in the order of its file."""
 
     targets: tuple[str, ...]  # Labels of the targets, controls not among them
     # Cells asked for of each target (in each context), or ``None`` if neither list nor season says

@@ -77,7 +77,7 @@ class Calibration:
     spread: float
     weights: str  # Hash of the run's weights
     num_targets: int  # How many held-out targets it was chosen on
-    before: dict[str, float] = field(default_factory=dict)  # What these score without and with it: metric → mean
+    before: dict[str, float] = field(default_factory=dict)  # Mean of each metric on these targets, without and with it
     after: dict[str, float] = field(default_factory=dict)
     tried: tuple[dict[str, float], ...] = ()  # Every choice that was looked at, with its scores
     notes: tuple[str, ...] = ()  # What was done, in sentences

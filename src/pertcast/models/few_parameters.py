@@ -33,8 +33,8 @@ class Learn:
     # One number that the last layer of a network that predicts a shift is multiplied by, and its bias, both
     # by least squares before anything else learns
     gain: bool = False
-    # The same bias, moved by the error on the line's controls and by what its targets have in common beside
-    # it; found before anything else learns
+    # The same bias. It corrects the error on the line's controls, and then what all targets still get wrong in
+    # common. It is fitted before anything else
     offset: bool = False
     rank: int = 0  # R of the low-rank changes of the backbone's attention matrices; 0 for none
 

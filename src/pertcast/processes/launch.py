@@ -257,7 +257,7 @@ class _Events:
         self._stream, self._opened = stream, 0
 
     def send(self, kind: str, *values: Any) -> None:
-        with suppress(BrokenPipeError):  # the parent is gone; the watch over stdin ends this process
+        with suppress(BrokenPipeError):  # the parent has ended; the thread that reads stdin ends this process
             self._stream.write(json.dumps([kind, *values]) + "\n")
             self._stream.flush()
 

@@ -32,7 +32,7 @@ from pertcast.train.training_effects import TrainingEffects, training_effects
 
 
 class TrainingBase(NamedTuple):
-    """A baseline, and the effects to which a network in training adds its own."""
+    """A baseline, and its effects, to which a network adds its own in training."""
 
     baseline: Baseline  # Fitted on all training effects: what generation uses
     # The row of `left_out_NG` of each context and perturbation of the store, -1 if it is no example

@@ -6,9 +6,6 @@ Every name and vector is checked, and all problems are reported at once.
 from __future__ import annotations
 
 import pickle
-import struct
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pertcast.errors import DataError, Problem
+from pertcast.errors import READ_ERRORS, DataError, Problem
 from pertcast.files.obs import wrong_kind
 
 if TYPE_CHECKING:
@@ -28,22 +25,6 @@ if TYPE_CHECKING:
 
 Vector = NDArray[Any]
 _SHOWN = 8
-# errors that torch's and NumPy's readers raise on truncated or other files
-_READ_ERRORS = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    struct.error,
-    zlib.error,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-)
 
 
 def read_vectors(path: Path) -> dict[str, Vector]:
@@ -88,7 +69,7 @@ def _read_torch(path: Path) -> Iterable[tuple[Any, Any]]:
     except pickle.UnpicklingError:
         # torch's own advice is to load it without protection
         raise DataError(f"{path}: expected {expected}, got other objects; save a dict of plain tensors") from None
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise _unreadable(path, error, expected) from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected {expected}, got a {type(content).__name__}; save a dict")
@@ -97,7 +78,7 @@ def _read_torch(path: Path) -> Iterable[tuple[Any, Any]]:
 
 
 def _as_array(tensor: Tensor) -> Any:
-    """Return a tensor as an array; a tensor without values is returned unchanged, to be refused later."""
+    """Return a tensor as an array; ``None``, which the caller refuses by its name, if it has no plain values."""
     import torch
 
     try:
@@ -115,7 +96,7 @@ def _read_npz(path: Path) -> Iterable[tuple[Any, Any]]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise _unreadable(path, error, expected) from None
     if "gene" not in arrays or "embedding" not in arrays:
         return arrays.items()
