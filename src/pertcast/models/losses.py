@@ -6,7 +6,7 @@ perturbations. Every loss is computed in float32 (float64 stays float64), whatev
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ from torch.nn import functional
 
 # geomloss floors squared distances here; the same floor makes small sets agree with it and stops the gradient at 0.
 _SQUARED_FLOOR = 1e-8
+# Distances up to this one are at the floor: its root is rounded.
+_FLOOR = 1.0001e-4
 # The direction of an effect as short as this is noise; the floor also keeps the gradient finite at effect 0.
 _NORM_FLOOR = 0.1
 
 
-def energy_distance(pred_BSG: Tensor, real_BSG: Tensor) -> Tensor:
+def energy_distance(pred_BSG: Tensor, real_BTG: Tensor) -> Tensor:
     """Return the energy distance between the predicted and the real cells of each set.
 
     >>> pred, real = torch.zeros(1, 2, 1), torch.ones(1, 2, 1)
@@ -27,32 +29,53 @@ def energy_distance(pred_BSG: Tensor, real_BSG: Tensor) -> Tensor:
     """
     with torch.autocast(device_type=pred_BSG.device.type, enabled=False):
         dtype = working_dtype(pred_BSG)
-        pred_BSG, real_BTG = pred_BSG.to(dtype), real_BSG.detach().to(dtype)
-        # Products of cells about their own means lose the fewest digits; the difference of the means comes back below.
-        pred_mean_B1G, real_mean_B1G = pred_BSG.mean(1, keepdim=True), real_BTG.mean(1, keepdim=True)
-        shift_B1G = pred_mean_B1G - real_mean_B1G
-        pred_BSG, real_BTG = pred_BSG - pred_mean_B1G, real_BTG - real_mean_B1G
-        pred_products_BSS, real_products_BTT = pred_BSG @ pred_BSG.detach().mT, real_BTG @ real_BTG.mT
-        pred_squares_BS = _twice_the_gradient(pred_products_BSS.diagonal(dim1=1, dim2=2))
+        cells = pred_BSG.to(dtype), real_BTG.detach().to(dtype)
+        distance_B: Tensor = _EnergyDistance.apply(*cells)  # type: ignore[no-untyped-call]
+        return distance_B
+
+
+class _EnergyDistance(torch.autograd.Function):
+    """The energy distance with its gradient in closed form: one product more, and no pass over single genes.
+
+    The gradient of a distance is the difference of its two cells divided by it. So the gradient of all is a matrix of
+    weights (S, S + T), whose rows sum to 0, times the cells.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pred_BSG: Tensor, real_BTG: Tensor) -> Tensor:
+        num_pred, num_real = pred_BSG.shape[1], real_BTG.shape[1]
+        cells_BCG = torch.cat([pred_BSG, real_BTG], dim=1)
+        # Products of predicted cells about their own mean lose the fewest digits; real cells are further apart.
+        cells_BCG -= pred_BSG.mean(1, keepdim=True)
+        real_BTG = cells_BCG[:, num_pred:]
+        products_BSC = cells_BCG[:, :num_pred] @ cells_BCG.mT
+        real_products_BTT = real_BTG @ real_BTG.mT
+        pred_squares_BS = products_BSC[:, :, :num_pred].diagonal(dim1=1, dim2=2)
         real_squares_BT = real_products_BTT.diagonal(dim1=1, dim2=2)
-        to_pred_BS = pred_squares_BS + 2 * (pred_BSG @ shift_B1G.mT)[..., 0] + shift_B1G.square().sum(-1)
-        to_real_BT = real_squares_BT - 2 * (real_BTG @ shift_B1G.mT)[..., 0]
-        within_pred_BSS = _distances(pred_squares_BS, pred_squares_BS.detach(), pred_products_BSS)
-        within_real_BTT = _distances(real_squares_BT, real_squares_BT, real_products_BTT)
-        between_BST = _distances(to_pred_BS, to_real_BT, pred_BSG @ real_BTG.mT)
-        within_B = _twice_the_gradient(within_pred_BSS.mean((1, 2))) + within_real_BTT.mean((1, 2))
-        return between_BST.mean((1, 2)) - within_B / 2
+        squares_BC = torch.cat([pred_squares_BS, real_squares_BT], dim=1)
+        distances_BSC = _distances(pred_squares_BS, squares_BC, products_BSC)
+        within_real_B = _distances(real_squares_BT, real_squares_BT, real_products_BTT).mean((1, 2))
+        weights_C = distances_BSC.new_full((num_pred + num_real,), 1 / (num_pred * num_real))
+        weights_C[:num_pred] = -0.5 / num_pred**2
+        if ctx.needs_input_grad[0]:
+            # a predicted cell moves on both sides of the distances among predicted cells
+            weights_C[:num_pred] *= 2
+            slopes_BSC = (weights_C / distances_BSC).masked_fill_(distances_BSC <= _FLOOR, 0).neg_()
+            slopes_BSC.diagonal(dim1=1, dim2=2).sub_(slopes_BSC.sum(-1))
+            ctx.save_for_backward(slopes_BSC, cells_BCG)
+            weights_C[:num_pred] /= 2
+        return (distances_BSC @ weights_C).sum(1) - within_real_B / 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        slopes_BSC, cells_BCG = ctx.saved_tensors
+        return (gradients[0][:, None, None] * slopes_BSC) @ cells_BCG, None
 
 
-def _twice_the_gradient(value: Tensor) -> Tensor:
-    """Return a value of predicted cells among themselves: both sides have one gradient, computed for one side."""
-    return 2 * value - value.detach()
-
-
-def _distances(squares_BS: Tensor, other_squares_BT: Tensor, products_BST: Tensor) -> Tensor:
-    """Return distances of at least 1e-4 from squared lengths and products; at the floor the gradient is 0."""
-    squared_BST = torch.sub(squares_BS[:, :, None] + other_squares_BT[:, None], products_BST, alpha=2)
-    return squared_BST.clamp_min(_SQUARED_FLOOR).sqrt()
+def _distances(squares_BS: Tensor, other_squares_BC: Tensor, products_BSC: Tensor) -> Tensor:
+    """Return distances of at least 1e-4 from squared lengths and products."""
+    squared_BSC = torch.sub(squares_BS[:, :, None] + other_squares_BC[:, None], products_BSC, alpha=2)
+    return squared_BSC.clamp_min_(_SQUARED_FLOOR).sqrt_()
 
 
 def pseudobulk_mae(pred_BSG: Tensor, real_BSG: Tensor) -> Tensor:
