@@ -16,7 +16,7 @@ from pertcast.models.spec import spec_for
 from pertcast.models.state import StateTransition
 from pertcast.progress import Progress
 from pertcast.train.devices import open_fabric
-from pertcast.train.loop import make_optimizer
+from pertcast.train.update import make_optimizer
 
 
 def measure(job: Mapping[str, Any], progress: Progress) -> None:

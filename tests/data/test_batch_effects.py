@@ -104,7 +104,7 @@ def test_where_batches_are_alike_or_one_there_is_nothing_to_report(tmp_path: Pat
 def test_forgotten_sets_are_of_no_known_batch_and_others_stay() -> None:
     nothing = torch.zeros(3, 1)
     batch = Batch(nothing, nothing, torch.arange(6).reshape(3, 2), nothing, nothing, None, nothing)
-    assert forget_batches(batch, [False, True, False]).batch_BS.tolist() == [[0, 1], [-1, -1], [4, 5]]
+    assert forget_batches(batch, torch.tensor([False, True, False])).batch_BS.tolist() == [[0, 1], [-1, -1], [4, 5]]
 
 
 def test_the_row_of_the_unknown_batch_learns_where_sets_are_shown_without_theirs(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning_fabric.utilities import move_data_to_device
 from torch import nn
 
 from pertcast.config import Experiment, TrainConfig, load_experiment, rung_overrides
@@ -29,10 +28,10 @@ from pertcast.files.artefacts import verify_artefact
 from pertcast.files.resources import prefetch
 from pertcast.generate import Part, generate
 from pertcast.generate.parts import own_share
-from pertcast.models.heads import SetDropout, dropout_keys, key_dropout
+from pertcast.models.heads import SetDropout, dropout_keys, dropouts_of, key_dropout
 from pertcast.models.run_folder import open_run
 from pertcast.train import train
-from pertcast.train.batches import SetReader, SetStream, StreamState, read_ahead
+from pertcast.train.batches import SetReader, SetStream, StreamState
 from pertcast.train.devices import open_fabric
 from workspace import Workspace, assert_same_metrics, make_workspace, metrics
 
@@ -219,9 +218,9 @@ def test_dropout_of_a_set_is_its_own_in_any_batch() -> None:
     network = nn.Sequential(SetDropout(0.25), nn.Identity(), SetDropout(0.25))
     keys = dropout_keys(0, [("train", 3, place) for place in range(6)])
     values = torch.ones(6, 50, 40)
-    key_dropout(network, keys)
+    key_dropout(dropouts_of(network), keys)
     both = network(values)
-    key_dropout(network, keys[1::2])
+    key_dropout(dropouts_of(network), keys[1::2])
     torch.testing.assert_close(network(values[1::2]), both[1::2], rtol=0, atol=0)
     first = network[0](values[1::2])
     assert first.unique().tolist() == [0, pytest.approx(1 / 0.75)]
@@ -230,7 +229,7 @@ def test_dropout_of_a_set_is_its_own_in_any_batch() -> None:
     # Layers and sets know nothing of each other.
     assert abs(np.corrcoef(dropped)[0, 1]) < 0.05
     assert np.abs(np.corrcoef(dropped[0].reshape(3, -1)) - np.eye(3)).max() < 0.06
-    key_dropout(network, None)
+    key_dropout(dropouts_of(network), None)
     assert not torch.equal(network(values), network(values))
     network.eval()
     assert torch.equal(network(values), values)
@@ -271,14 +270,15 @@ def test_batches_are_the_same_bits_however_they_travel_and_are_read(workspace: W
     store = Store.open(workspace.folder / "store")
     features = load_features(experiment.features, store, targets=())
     taken = []
-    for sparse, threads in ((False, 1), (True, 1), (True, 3)):
-        reader = SetReader(store, experiment, features, sparse=sparse)
-        stream = SetStream(reader.training, StreamState(0, 0))
+    for way in ("dense", "packed", "resident"):
+        reader = SetReader(store, experiment, features)
+        reader.place(torch.device("cpu"), "device" if way == "resident" else "host")
+        if way == "packed":  # what a GPU gets for each batch if its memory does not hold all cells
+            for source in (reader._inputs, reader._genes):
+                source.place(torch.device("cpu"), "packed")
+        stream = SetStream(lambda epoch, reader=reader: reader.codes(reader.training(epoch)), StreamState(0, 0))  # type: ignore[misc]
         pieces = (stream.take(3) for _ in range(7))
-        batches = [
-            (move_data_to_device(batch, "cpu"), place)
-            for batch, place in read_ahead(pieces, reader.read, threads=threads)
-        ]
+        batches = [(reader.batch(codes.device, found), place) for codes, found, place in reader.batches(pieces)]
         assert len(batches) == 7
         taken.append(batches)
     for others in taken[1:]:

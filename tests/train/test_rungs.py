@@ -24,7 +24,7 @@ from pertcast.stats.de import differential_expression
 from pertcast.stats.groups import group_cells
 from pertcast.train.batches import Batch, blur_features
 from pertcast.train.loss_targets import BatchTargets, TrainingTargets, training_targets
-from pertcast.train.loss_terms import loss_terms, total_loss
+from pertcast.train.loss_terms import loss_terms, total_loss, warm_up
 from workspace import make_workspace
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "ladder"
@@ -98,9 +98,9 @@ def test_a_loss_of_an_earlier_version_is_read_where_it_means_the_same() -> None:
 def test_auxiliary_weights_rise_over_the_warm_up_and_energy_does_not() -> None:
     config = LossConfig(energy=2.0, mae=1.0, rank=4.0, warmup_steps=4)
     terms = {"energy": torch.tensor(1.0), "mae": torch.tensor(10.0), "rank": torch.tensor(100.0)}
-    found = [float(total_loss(terms, config, step=step)) for step in (0, 1, 3, 9)]
+    found = [float(total_loss(terms, config, share=warm_up(config, step))) for step in (0, 1, 3, 9)]
     assert found == [2 + 410 / 4, 2 + 410 / 2, 2 + 410, 2 + 410]
-    assert float(total_loss(terms, config, step=None)) == 412
+    assert float(total_loss(terms, config)) == 412
 
 
 def targets_of_store(store: Store) -> TrainingTargets:
@@ -132,7 +132,8 @@ def test_others_are_of_the_same_context_and_never_the_perturbation_itself(store:
     perts = torch.tensor([pert for pert in range(len(store.perts)) if pert != store.control_code])
     contexts = torch.zeros_like(perts)
     keys = [("train", 3, place) for place in range(len(perts))]
-    drawn = truth.draw_others(contexts, perts, num=5, seed=0, keys=keys)
+    groups = [(0, pert) for pert in perts.tolist()]
+    drawn = truth.draw_others(groups, num=5, seed=0, keys=keys)
     assert drawn.shape == (3, 5)
     targets = truth.of(contexts, perts, contexts)
     for place, rows in enumerate(drawn.tolist()):
@@ -140,8 +141,8 @@ def test_others_are_of_the_same_context_and_never_the_perturbation_itself(store:
         assert len({*rows[:2]}) == 2
         for row in rows[:2]:
             assert not torch.equal(truth.effects_NG[row], targets.effect_BG[place])
-    assert torch.equal(drawn, truth.draw_others(contexts, perts, num=5, seed=0, keys=keys))
-    assert torch.equal(drawn[1:], truth.draw_others(contexts[1:], perts[1:], num=5, seed=0, keys=keys[1:]))
+    assert torch.equal(drawn, truth.draw_others(groups, num=5, seed=0, keys=keys))
+    assert torch.equal(drawn[1:], truth.draw_others(groups[1:], num=5, seed=0, keys=keys[1:]))
 
 
 def test_held_out_cells_are_never_read_for_the_truth(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

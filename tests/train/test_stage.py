@@ -29,7 +29,7 @@ from pertcast.errors import CheckpointError, ConfigError, DataError
 from pertcast.files.artefacts import hash_file, verify_artefact
 from pertcast.models.run_folder import open_run
 from pertcast.train import train
-from pertcast.train.batches import SetStream, StreamState, read_ahead
+from pertcast.train.batches import Codes, SetStream, StreamState
 from pertcast.train.precision import resolve_precision
 from training_bench import EXPERIMENT, Watcher, interrupt, lines
 
@@ -405,26 +405,27 @@ def test_tensorboard_is_there_when_asked(bench: Bench, tmp_path: Path) -> None:
     assert verify_artefact(run) == []
 
 
-def numbered_epoch(epoch: int, size: int) -> CellSets:
+def numbered_epoch(epoch: int, size: int) -> Codes:
     numbers = np.arange(size, dtype=np.int32) + 1000 * epoch
     rows = numbers.astype(np.int64)[:, None]
-    return CellSets(numbers, numbers, numbers, rows, rows)
+    return Codes.of(CellSets(numbers, numbers, numbers, rows, rows))
 
 
 @settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 7), min_size=4, max_size=4), takes=st.lists(st.integers(1, 9), max_size=6))
 def test_a_stream_goes_through_every_set_and_goes_on_from_any_place(sizes: list[int], takes: list[int]) -> None:
-    def epoch_sets(epoch: int) -> CellSets:
+    def epoch_sets(epoch: int) -> Codes:
         return numbered_epoch(epoch, sizes[epoch % 4])
 
-    everything = np.concatenate([epoch_sets(epoch).pert for epoch in range(60)])
+    everything = torch.cat([epoch_sets(epoch).host for epoch in range(60)])[:, 0]
     stream, place, done = SetStream(epoch_sets, StreamState(0, 0)), StreamState(0, 0), 0
     for number in takes:
         sets, after = stream.take(number)
         fresh, same = SetStream(epoch_sets, place).take(number)
         assert after == same
-        assert sets.pert.tolist() == fresh.pert.tolist() == everything[done : done + number].tolist()
-        assert sets.pert_rows.shape == (number, 1)
+        assert torch.equal(sets.host, fresh.host)
+        assert torch.equal(sets.host, sets.device)
+        assert sets.host[:, 0].tolist() == everything[done : done + number].tolist()
         place, done = after, done + number
 
 
@@ -433,37 +434,21 @@ def test_an_epoch_without_sets_is_an_error() -> None:
         SetStream(lambda epoch: numbered_epoch(epoch, 0), StreamState(0, 0)).take(1)
 
 
-def test_reading_ahead_keeps_the_order_and_passes_errors_on() -> None:
-    pieces = [(numbered_epoch(epoch, 1), StreamState(epoch, 0)) for epoch in range(5)]
-    assert [place.epoch for _, place in read_ahead(iter(pieces), lambda sets: sets)] == [0, 1, 2, 3, 4]  # type: ignore[arg-type,return-value]
-
-    def fail(sets: CellSets) -> Any:
-        if sets.pert[0] == 2000:
-            raise DataError("broken store")
-        return sets
-
-    seen = []
-    with pytest.raises(DataError, match="broken store"):
-        for _, place in read_ahead(iter(pieces), fail):
-            seen.append(place.epoch)
-    assert seen == [0, 1]
-
-
 def test_validation_cells_never_train(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from pertcast.train.batches import SetReader
 
     store = Store.open(bench.store())
     seen: dict[bool, set[int]] = {True: set(), False: set()}
-    read = SetReader.read
+    read = SetReader.fetch
 
-    def spy(self: SetReader, sets: CellSets) -> Any:
-        rows = {*sets.pert_rows.ravel().tolist(), *sets.control_rows.ravel().tolist()}
+    def spy(self: SetReader, sets: Codes) -> Any:
+        rows = set(sets.host[:, 3:].flatten().tolist())
         flags = set(store.split[sorted(rows)].tolist())
         assert len(flags) == 1
         seen[flags == {int(Split.TRAIN)}] |= rows
         return read(self, sets)
 
-    monkeypatch.setattr(SetReader, "read", spy)
+    monkeypatch.setattr(SetReader, "fetch", spy)
     bench.train(tmp_path / "run")
     assert seen[True] == set(store.rows(split=Split.TRAIN).tolist())
     assert seen[False] == set(store.rows(split=Split.VAL).tolist())

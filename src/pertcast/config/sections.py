@@ -139,7 +139,8 @@ class TrainConfig(Section):
     decay_steps: Annotated[int, Field(ge=0)] = 0
     clip: Annotated[float, Field(ge=0)] = 10.0
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
+    cells: Literal["auto", "device", "host"] = "auto"
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     devices: PositiveInt = 1
     num_nodes: PositiveInt = 1

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -247,27 +249,49 @@ class Store(CodedCells):
         rows = self.rows(split=split, pert=pert)
         return np.asarray(rows[self.screen_codes[rows] == screen])
 
-    def _source(self, rows: np.ndarray, genes: np.ndarray | None) -> tuple[np.ndarray, StoredValues, bool]:
-        """Return checked rows, the values to read them from, and whether these are of just the wanted genes."""
+    def stored_values(self, genes: np.ndarray | None) -> tuple[StoredValues, np.ndarray | None]:
+        """Return stored values that hold some genes, and the wanted place of each of theirs if they hold others, too.
+
+        A place of -1 is of a gene that is not wanted.
+        """
+        if genes is None:
+            return self._values, None
+        if self._hvg_values is not None and np.array_equal(genes, self.hvg):
+            return self._hvg_values, None
+        positions = np.full(len(self.genes), -1, dtype=np.int64)
+        positions[genes] = np.arange(len(genes))
+        return self._values, positions
+
+    def factors(self, rows: np.ndarray | None = None) -> np.ndarray | None:
+        """Return what normalises the counts of rows, or of all cells, float32; ``None`` for log1p values."""
+        if self.scale != "counts":
+            return None
+        factors: np.ndarray = normalising_factors(
+            self.totals if rows is None else self.totals[rows], self.target_sum or 1.0
+        )
+        return factors
+
+    def _checked(self, rows: np.ndarray) -> np.ndarray:
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_cells):
             raise IndexError(f"rows from {rows.min()} to {rows.max()} of a store of {self.num_cells} cells")
-        if genes is not None and self._hvg_values is not None and np.array_equal(genes, self.hvg):
-            return rows, self._hvg_values, True
-        return rows, self._values, genes is None
+        return rows
 
-    def _unreadable(self, error: OSError) -> CheckpointError:
-        problem = Problem(str(self.path), f"its values cannot be read ({error})", "run `pertcast prepare` again")
-        return CheckpointError(problems=[problem])
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turn a failed read into an error that names the store."""
+        try:
+            yield
+        except OSError as error:
+            problem = Problem(str(self.path), f"its values cannot be read ({error})", "run `pertcast prepare` again")
+            raise CheckpointError(problems=[problem]) from error
 
     def _stored(self, rows: np.ndarray, genes: np.ndarray | None = None) -> sparse.csr_matrix:
         """Return stored values of rows, of all or some genes."""
-        rows, values, is_exact = self._source(rows, genes)
-        try:
-            block = values.read(rows)
-        except OSError as error:
-            raise self._unreadable(error) from error
-        return block if is_exact or genes is None else block[:, genes]
+        values, positions = self.stored_values(genes)
+        with self.reading():
+            block = values.read(self._checked(rows))
+        return block if positions is None or genes is None else block[:, genes]
 
     def counts(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Return whole counts of rows, CSR float32 (len(rows), genes).
@@ -302,19 +326,10 @@ class Store(CodedCells):
         genes
             Positions of genes, in the order wanted, without repeats; all where not given.
         """
-        rows, values, is_exact = self._source(rows, genes)
+        rows, (values, positions) = self._checked(rows), self.stored_values(genes)
         dense = _aligned_zeros((len(rows), len(self.genes) if genes is None else len(genes)))
-        positions = None
-        if not is_exact and genes is not None:
-            positions = np.full(len(self.genes), -1, dtype=np.int64)
-            positions[genes] = np.arange(len(genes))
-        factors = None
-        if self.scale == "counts":
-            factors = normalising_factors(self.totals[rows], self.target_sum or 1.0)
-        try:
-            values.write_log1p(rows, factors, dense, positions=positions)
-        except OSError as error:
-            raise self._unreadable(error) from error
+        with self.reading():
+            values.write_log1p(rows, self.factors(rows), dense, positions=positions)
         return dense
 
     def embedding(self, rows: np.ndarray, key: str) -> np.ndarray:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import io
 import itertools
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from scipy import sparse
 
 from pertcast.errors import DataError, Problem
 from pertcast.files.h5ad import RangeFile, row_bands
+from pertcast.files.resources import available_cpus
 from pertcast.progress import Advance
 from pertcast.stats.groups import compiled
 
@@ -106,6 +110,7 @@ HVG_PREFIX = "hvg_"
 _LARGEST_TABLE = 256
 _HVG_BLOCK_VALUES = 1 << 20
 _MOST_GENES = 0.5
+_SHARED_VALUES = 1 << 18
 
 
 class StoredValues:
@@ -153,19 +158,91 @@ class StoredValues:
         `out`, -1 for those that are not wanted.
         """
         self._announce(rows)
-        at = np.zeros(0, dtype=np.int64) if positions is None else positions
+        write_rows((self._indptr, self._indices.values, self._data.values), rows, factors, out, positions=positions)
+
+    def pack(self, rows: np.ndarray, array: Callable[[str, int, np.dtype], np.ndarray]) -> tuple[np.ndarray, ...]:
+        """Copy the stored values of rows into arrays that the caller provides; return starts, columns and values.
+
+        Threads share the rows: a compiled copy needs no interpreter.
+        """
+        self._announce(rows)
+        packed = array("starts", len(rows) + 1, np.dtype(np.int64))
+        packed[0] = 0
+        np.cumsum(self._indptr[rows + 1] - self._indptr[rows], out=packed[1:])
+        columns, values = (
+            array(name, int(packed[-1]), file.dtype)
+            for name, file in (("columns", self._indices), ("values", self._data))
+        )
         stored = (self._indptr, self._indices.values, self._data.values)
-        if factors is None:
-            _write_values(*stored, rows, at, out)
-            return
-        # most counts are small: their log1p is looked up, and computed once for each cell
-        num_values = int((self._indptr[rows + 1] - self._indptr[rows]).sum())
-        size = int(np.clip(num_values // max(4 * len(rows), 1), 8, _LARGEST_TABLE))
-        table = np.log1p(np.arange(size, dtype=np.float32) * factors[:, None])
-        if num_large := _write_counts(*stored, rows, at, table, factors, out):
-            large = np.empty((num_large, 2), dtype=np.int64)
-            _find_large(*stored, rows, at, size, large)
-            out[large[:, 0], large[:, 1]] = np.log1p(out[large[:, 0], large[:, 1]])
+        num_threads = available_cpus() if packed[-1] > _SHARED_VALUES else 1
+        bounds = np.searchsorted(packed, np.linspace(0, packed[-1], num_threads + 1)).tolist()
+        bounds[-1] = len(rows)
+        shares = [
+            _threads().submit(_copy_rows, *stored, rows, first, last, packed, columns, values)
+            for first, last in itertools.pairwise(bounds)
+        ]
+        for share in shares:
+            share.result()
+        return packed, columns, values
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The whole stored values in memory: starts of cells, columns, values."""
+        for file in (self._indices, self._data):
+            file.require_whole()
+        return self._indptr, np.array(self._indices.values), np.array(self._data.values)
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of these arrays."""
+        return int(self._indptr.nbytes + self.num_values * (self._indices.dtype.itemsize + self._data.dtype.itemsize))
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(available_cpus(), thread_name_prefix="pertcast-copy")
+
+
+@compiled
+def _copy_rows(
+    indptr: Any,
+    columns: Any,
+    values: Any,
+    rows: Any,
+    first: int,
+    last: int,
+    starts: Any,
+    to_columns: Any,
+    to_values: Any,
+) -> None:
+    for i in range(first, last):
+        begin, end, to = indptr[rows[i]], indptr[rows[i] + 1], starts[i]
+        to_columns[to : to + end - begin] = columns[begin:end]
+        to_values[to : to + end - begin] = values[begin:end]
+
+
+def write_rows(
+    stored: tuple[np.ndarray, np.ndarray, np.ndarray],
+    rows: np.ndarray,
+    factors: np.ndarray | None,
+    out: np.ndarray,
+    *,
+    positions: np.ndarray | None = None,
+) -> None:
+    """Write log1p values of rows of stored arrays (starts, columns, values) into zeros; see `write_log1p`."""
+    indptr = stored[0]
+    at = np.zeros(0, dtype=np.int64) if positions is None else positions
+    if factors is None:
+        _write_values(*stored, rows, at, out)
+        return
+    # most counts are small: their log1p is looked up, and computed once for each cell
+    num_values = int((indptr[rows + 1] - indptr[rows]).sum())
+    size = int(np.clip(num_values // max(4 * len(rows), 1), 8, _LARGEST_TABLE))
+    table = np.log1p(np.arange(size, dtype=np.float32) * factors[:, None])
+    if num_large := _write_counts(*stored, rows, at, table, factors, out):
+        large = np.empty((num_large, 2), dtype=np.int64)
+        _find_large(*stored, rows, at, size, large)
+        out[large[:, 0], large[:, 1]] = np.log1p(out[large[:, 0], large[:, 1]])
 
 
 @compiled

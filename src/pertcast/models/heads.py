@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,6 +17,7 @@ from torch.nn import functional
 from pertcast.stats.draws import key_hash
 
 _GOLDEN = 0x9E3779B9
+_WORD = (1 << 64) - 1
 # Multipliers of a well-mixing 32-bit hash, as signed numbers.
 # Source: Christopher Wellons, "Prospecting for hash functions", 2018 (lowbias32).
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
@@ -28,6 +30,7 @@ class SetDropout(nn.Module):
         super().__init__()
         self.share = share
         self.keys_B2: Tensor | None = None
+        self.salt = 0
 
     def forward(self, values: Tensor) -> Tensor:
         """Return values of the same shape."""
@@ -35,10 +38,11 @@ class SetDropout(nn.Module):
             return values
         if self.keys_B2 is None:
             return functional.dropout(values, self.share, training=True)
+        keys_B2 = self.keys_B2 ^ self.salt
         places = torch.arange(values[0].numel(), dtype=torch.int32, device=values.device)
-        hashed = places + self.keys_B2[:, :1]
+        hashed = places + keys_B2[:, :1]
         # A shift fills in with the sign; what it filled in is masked out.
-        hashed = hashed.bitwise_xor_((hashed >> 16) & 0xFFFF).mul_(_FIRST).bitwise_xor_(self.keys_B2[:, 1:])
+        hashed = hashed.bitwise_xor_((hashed >> 16) & 0xFFFF).mul_(_FIRST).bitwise_xor_(keys_B2[:, 1:])
         hashed = hashed.bitwise_xor_((hashed >> 15) & 0x1FFFF).mul_(_SECOND)
         return values * (hashed >= round(self.share * 2**32) - 2**31).view(values.shape) * (1 / (1 - self.share))
 
@@ -49,15 +53,22 @@ class SetDropout(nn.Module):
 
 def dropout_keys(seed: int, keys: Sequence[tuple[str | int, ...]]) -> Tensor:
     """Return the keys of some sets as int32 ``(B, 2)``."""
-    words = [key_hash(seed, "dropout", *key) for key in keys]
-    return torch.tensor([[_signed(word), _signed(word >> 32)] for word in words], dtype=torch.int32)
+    words = [key_hash(seed, "dropout", *key) & _WORD for key in keys]
+    return torch.from_numpy(np.array(words, dtype="<u8").view("<i4").reshape(-1, 2))
 
 
-def key_dropout(network: nn.Module, keys_B2: Tensor | None) -> None:
-    """Give every dropout of a network the keys of the next sets; ``None`` removes them."""
+def dropouts_of(network: nn.Module) -> list[SetDropout]:
+    """Return every dropout of a network, each with a salt of its own for the keys of the sets."""
     layers = [module for module in network.modules() if isinstance(module, SetDropout)]
     for number, layer in enumerate(layers):
-        layer.keys_B2 = None if keys_B2 is None else keys_B2 ^ _signed(number * _GOLDEN)
+        layer.salt = _signed(number * _GOLDEN)
+    return layers
+
+
+def key_dropout(layers: Sequence[SetDropout], keys_B2: Tensor | None) -> None:
+    """Give dropouts the keys of the next sets; ``None`` removes them."""
+    for layer in layers:
+        layer.keys_B2 = keys_B2
 
 
 def _signed(word: int) -> int:

@@ -19,6 +19,7 @@ from pertcast.data.prepare import require_same_store
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, ConfigError
 from pertcast.files.artefacts import claimed, hash_file
+from pertcast.files.resources import reused_memory
 from pertcast.models.baselines import BaselineSpec
 from pertcast.models.few_parameters import choose, grow, merge, parse_learn
 from pertcast.models.heads import COUNTS_HEAD_PREFIX, DE_HEAD_PREFIX
@@ -76,7 +77,7 @@ def adapt(run_path: Path, experiment: Experiment, store_path: Path, out: Path, *
     """
     if launched() is not None:
         raise ConfigError("an adaptation runs in one process: start it without torchrun or srun")
-    with claimed(out):
+    with claimed(out), reused_memory():
         return _adapt(run_path, experiment, store_path, out, progress)
 
 

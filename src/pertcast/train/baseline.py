@@ -7,6 +7,7 @@ training perturbations (each in its context), G predicted genes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,10 +43,10 @@ class TrainingBase(NamedTuple):
     feature_PF: NDArray[np.float32]  # Features of the store's perturbations
     control_code: int  # The store's code of the control
 
-    def of(self, sets: CellSets) -> NDArray[np.float32]:
-        """Return the base effect of each set, (B, G): left out for training perturbations, 0 for control cells."""
-        base_BG = np.zeros((len(sets), self.left_out_NG.shape[1]), dtype=np.float32)
-        for place, (context, pert) in enumerate(sets.groups):
+    def of(self, groups: Sequence[tuple[int, int]]) -> NDArray[np.float32]:
+        """Return the base effect of contexts and perturbations, (B, G): left out in training, 0 for control cells."""
+        base_BG = np.zeros((len(groups), self.left_out_NG.shape[1]), dtype=np.float32)
+        for place, (context, pert) in enumerate(groups):
             row = self.row_CP[context, pert]
             if row >= 0:
                 base_BG[place] = self.left_out_NG[row]

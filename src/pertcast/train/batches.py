@@ -1,14 +1,15 @@
-"""Batches for the loop: an endless stream of cell sets with a position, read ahead by threads.
+"""Batches for the loop: an endless stream of cell sets with a position, as numbers; and dense tensors of their cells.
 
-Shapes: B sets, S cells in a set, I input width, F width of a perturbation feature, O output width, G predicted genes.
+Cells stay on the device, or the host reads those of the next batch in a thread. Shapes: B sets, S cells in a set, X
+numbers of a set, I input width, F width of a perturbation feature, O output width, G predicted genes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +18,19 @@ from torch import Tensor
 
 from pertcast.config import Experiment, TrainConfig
 from pertcast.data.cell_sets import CellSets, training_sets
+from pertcast.data.device_cells import room_for_cells
 from pertcast.data.features import PertFeatures
-from pertcast.data.inputs import SparseCells, as_tensor, input_dim, read_inputs
+from pertcast.data.inputs import Values, pinned, source_of
 from pertcast.data.split import Split
 from pertcast.data.store import Store
 from pertcast.errors import ConfigError, DataError
-from pertcast.files.resources import available_cpus, prefetch
+from pertcast.files.resources import prefetch, size_text
+from pertcast.models.heads import dropout_keys
 from pertcast.models.spec import StateSpec, spec_for
 from pertcast.stats.draws import generator
 from pertcast.train.baseline import TrainingBase
 
-_MOST_THREADS = 4
+_NUM_SINGLES = 3
 
 
 class StreamState(NamedTuple):
@@ -57,17 +60,50 @@ class Batch(NamedTuple):
         return self.control_BSI, self.pert_BF, self.batch_BS, self.context_B, self.base_BG
 
 
+@dataclass(frozen=True)
+class Codes:
+    """Some sets as numbers, int64 (B, X): perturbation, context, screen, S perturbed rows, S control rows."""
+
+    host: Tensor
+    device: Tensor  # The same, or their copy on a device where the cells stay
+
+    @classmethod
+    def of(cls, sets: CellSets, device: torch.device | str = "cpu") -> Codes:
+        """Return the numbers of some sets; they go to a device in one copy."""
+        singles = np.stack([sets.pert, sets.context, sets.screen], axis=1)
+        host = torch.from_numpy(np.concatenate([singles, sets.pert_rows, sets.control_rows], axis=1))
+        return cls(host, host.to(device))
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(self.host)
+
+    def __getitem__(self, item: slice | NDArray[np.int64]) -> Codes:
+        """Return some of the sets in order."""
+        return Codes(self.host[item], self.device[item])
+
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """The context and perturbation of each set."""
+        return [(context, pert) for pert, context in self.host[:, :2].tolist()]
+
+
+def _rows(codes_BX: Tensor) -> Tensor:
+    """Return the rows of the perturbed and of the control cells, (2, B * S)."""
+    return codes_BX[:, _NUM_SINGLES:].reshape(len(codes_BX), 2, -1).transpose(0, 1).flatten(1)
+
+
 class SetStream:
     """Sets of one epoch after another; a batch may span two epochs, so no cell is left out."""
 
-    def __init__(self, epoch_sets: Callable[[int], CellSets], place: StreamState) -> None:
+    def __init__(self, epoch_sets: Callable[[int], Codes], place: StreamState) -> None:
         self._epoch_sets = epoch_sets
         self._place = place
-        self._sets: CellSets | None = None
+        self._sets: Codes | None = None
 
-    def take(self, num: int) -> tuple[CellSets, StreamState]:
+    def take(self, num: int) -> tuple[Codes, StreamState]:
         """Return the next sets, and the position after them."""
-        pieces: list[CellSets] = []
+        pieces: list[Codes] = []
         while num:
             if self._sets is None:
                 self._sets = self._epoch_sets(self._place.epoch)
@@ -79,26 +115,27 @@ class SetStream:
             self._place = StreamState(self._place.epoch, self._place.offset + len(piece))
             if self._place.offset >= len(self._sets):
                 self._place, self._sets = StreamState(self._place.epoch + 1, 0), None
-        return _concatenate(pieces), self._place
+        if len(pieces) == 1:
+            return pieces[0], self._place
+        host, device = (
+            torch.cat(parts) for parts in zip(*((piece.host, piece.device) for piece in pieces), strict=True)
+        )
+        return Codes(host, device), self._place
 
 
-def _concatenate(pieces: list[CellSets]) -> CellSets:
-    if len(pieces) == 1:
-        return pieces[0]
-    return CellSets(
-        pert=np.concatenate([piece.pert for piece in pieces]),
-        context=np.concatenate([piece.context for piece in pieces]),
-        screen=np.concatenate([piece.screen for piece in pieces]),
-        pert_rows=np.concatenate([piece.pert_rows for piece in pieces]),
-        control_rows=np.concatenate([piece.control_rows for piece in pieces]),
-    )
+class Fetched(NamedTuple):
+    """What the host has read for a batch; ``None`` is what the device has already."""
+
+    inputs: Values
+    genes: Values
+    base_BG: Tensor | None
 
 
 class SetReader:
     """Turn sets of row numbers into tensors for an experiment's network."""
 
-    def __init__(self, store: Store, experiment: Experiment, features: PertFeatures, *, sparse: bool = False) -> None:
-        self._store, self._experiment, self._is_sparse = store, experiment, sparse
+    def __init__(self, store: Store, experiment: Experiment, features: PertFeatures) -> None:
+        self._store, self._experiment = store, experiment
         self.base: TrainingBase | None = None
         self._pert_PF = torch.from_numpy(features.of(store.perts)).clone()
         self._is_latent = experiment.model.input.startswith("obsm:")
@@ -111,26 +148,43 @@ class SetReader:
         trained = np.unique(store.batch_codes[(store.split & Split.TRAIN) != 0])
         self.untrained_batches = np.setdiff1d(np.arange(len(store.batches)), trained)
         # the last is the unknown batch, whose code is -1
-        self._batch_rows = np.append(np.arange(len(store.batches)), -1)
-        self._batch_rows[self.untrained_batches] = -1
+        batch_rows = np.append(np.arange(len(store.batches)), -1)
+        batch_rows[self.untrained_batches] = -1
+        self._batch_N = torch.from_numpy(batch_rows[store.batch_codes])
+        self._depth_N: Tensor | None = None
+        if store.scale == "counts" and store.target_sum:
+            self._depth_N = torch.from_numpy(store.totals / np.float32(store.target_sum))
         self.output_genes = store.hvg if model.output == "hvg" else np.arange(len(store.genes))
         measured_SG = store.measured_SG
         self._measured_SG = None if measured_SG is None else torch.from_numpy(measured_SG[:, self.output_genes])
-        width = input_dim(store, source=model.input)
+        self._inputs = source_of(store, model.input)
+        # one gather serves both kinds of cells where the network reads what it predicts
+        self._genes = self._inputs if self.reads_what_it_predicts else source_of(store, model.output)
         self.spec: StateSpec = spec_for(
             model,
             num_genes=len(self.output_genes),
-            input_dim=width,
-            output_dim=width if self._is_latent else len(self.output_genes),
+            input_dim=self._inputs.width,
+            output_dim=self._inputs.width if self._is_latent else len(self.output_genes),
             pert_dim=features.dim,
             num_batches=len(store.batches),
             num_contexts=len(store.contexts),
         )
+        self.device, self.is_resident = torch.device("cpu"), False
 
-    @property
-    def threads(self) -> int:
-        """The number of batches to read at once: more for a GPU, which is faster than one thread."""
-        return min(_MOST_THREADS, available_cpus()) if self._is_sparse else 1
+    def place(self, device: torch.device, cells: Literal["auto", "device", "host"]) -> str:
+        """Choose the device of batches and where cells are kept; return a sentence on it."""
+        sources = {id(source): source for source in (self._inputs, self._genes)}.values()
+        size, room = sum(source.num_bytes for source in sources), room_for_cells(device)
+        self.device, self.is_resident = device, cells == "device" or (cells == "auto" and size <= room)
+        for source in sources:
+            source.place(device, "resident" if self.is_resident else "dense" if device.type == "cpu" else "packed")
+        for name in ("_pert_PF", "_batch_N", "_depth_N", "_measured_SG"):
+            if (table := getattr(self, name)) is not None:
+                setattr(self, name, table.to(device))
+        if self.is_resident:
+            return f"cells: {size_text(size)}, all on {device}"
+        why = "" if device.type == "cpu" or cells == "host" else f"; all would need {size_text(size)} on {device}"
+        return f"cells: read from the store for each batch, one batch ahead{why}"
 
     @property
     def reads_what_it_predicts(self) -> bool:
@@ -142,7 +196,7 @@ class SetReader:
         """The root mean square of the features of training perturbations."""
         store = self._store
         trained = np.unique(store.pert_codes[store.rows(split=Split.TRAIN)])
-        features_PF = self._pert_PF[torch.from_numpy(trained[trained != store.control_code].astype(np.int64))]
+        features_PF = self._pert_PF.cpu()[torch.from_numpy(trained[trained != store.control_code].astype(np.int64))]
         return float(features_PF.double().square().mean().sqrt()) if len(features_PF) else 0.0
 
     @property
@@ -160,6 +214,10 @@ class SetReader:
         config = self._experiment.train
         return self._sets(0, Split.VAL, control_sets=False)[: config.max_val_sets]
 
+    def codes(self, sets: CellSets) -> Codes:
+        """Return sets as numbers, where batches are made from them."""
+        return Codes.of(sets, self.device if self.is_resident else "cpu")
+
     def _sets(self, epoch: int, split: Split, *, control_sets: bool) -> CellSets:
         config = self._experiment.train
         return training_sets(
@@ -173,82 +231,103 @@ class SetReader:
         )
 
     def read(self, sets: CellSets) -> Batch:
-        """Return sets as tensors."""
-        store, shape = self._store, sets.pert_rows.shape
-        controls, perturbed = sets.control_rows.reshape(-1), sets.pert_rows.reshape(-1)
-        # both at once: the disk has all requests at hand, and array arithmetic lets go of the interpreter
-        with ThreadPoolExecutor(1, thread_name_prefix="pertcast-controls") as beside:
-            reading = beside.submit(self._inputs, controls, shape)
-            genes_BSG = self._genes(perturbed, shape, self._gene_choice())
-            control_BSI = reading.result()
+        """Return sets as tensors on the reader's device."""
+        codes = self.codes(sets)
+        return self.batch(codes.device, self.fetch(codes))
+
+    def fetch(self, codes: Codes) -> Fetched:
+        """Do the host's part of reading some sets; it may run in a thread."""
+        rows_2R = _rows(codes.host).numpy()
+        inputs, genes = self._wanted(rows_2R)
+        base_BG = None
+        if self.base is not None:
+            base_BG = pinned(torch.from_numpy(self.base.of(codes.groups)))
+            base_BG = base_BG.to(self.device, non_blocking=True) if self.is_resident else base_BG
+        genes_fetched = None if genes is None else self._genes.fetch(genes)
+        return Fetched(self._inputs.fetch(inputs), genes_fetched, base_BG)
+
+    def _wanted(self, rows_2R: Any) -> tuple[Any, Any]:
+        """Return the rows whose inputs are needed and, where that is not the same, those whose genes are."""
+        perturbed_R, control_R = rows_2R
+        if self.reads_what_it_predicts:
+            return rows_2R.reshape(-1), None
+        return (rows_2R.reshape(-1), perturbed_R) if self._is_latent else (control_R, perturbed_R)
+
+    def batch(self, codes_BX: Tensor, fetched: Fetched) -> Batch:
+        """Return sets as tensors on the reader's device, from what :meth:`fetch` returned."""
+        codes_BX = codes_BX.to(self.device, non_blocking=True)
+        pert_B, context_B, screen_B = codes_BX[:, :_NUM_SINGLES].unbind(1)
+        rows_2R = _rows(codes_BX)
+        inputs, genes = self._wanted(rows_2R)
+        shape = (len(codes_BX), self.spec.set_size, -1)
+        read = self._inputs.dense(inputs, fetched.inputs)
+        real, control = read.chunk(2) if len(inputs) > rows_2R.shape[1] else (None, read)
+        genes_BSG = None if genes is None else self._genes.dense(genes, fetched.genes).view(shape)
+        real_BSO = genes_BSG if real is None else real.view(shape)
+        assert real_BSO is not None
         return Batch(
-            control_BSI=control_BSI,
-            pert_BF=_pinned(self._pert_PF[torch.from_numpy(sets.pert.astype(np.int64))]),
-            batch_BS=self._tensor(self._batch_rows[store.batch_codes[controls]], shape),
-            context_B=torch.from_numpy(sets.context.astype(np.int64)),
-            real_BSO=self._inputs(perturbed, shape) if self._is_latent else genes_BSG,
+            control_BSI=control.view(shape),
+            pert_BF=self._pert_PF[pert_B],
+            batch_BS=self._batch_N[rows_2R[1]].view(shape[:2]),
+            context_B=context_B,
+            real_BSO=real_BSO,
             genes_BSG=genes_BSG if self._is_latent else None,
-            pert_B=torch.from_numpy(sets.pert.astype(np.int64)),
-            base_BG=None if self.base is None else _pinned(torch.from_numpy(self.base.of(sets))),
-            screen_B=torch.from_numpy(sets.screen.astype(np.int64)),
-            measured_BG=self.measured(sets),
-            depth_BS=self._tensor(store.totals[perturbed] / np.float32(store.target_sum), shape)
-            if store.scale == "counts" and store.target_sum
-            else None,
+            pert_B=pert_B,
+            base_BG=None if fetched.base_BG is None else fetched.base_BG.to(self.device, non_blocking=True),
+            depth_BS=None if self._depth_N is None else self._depth_N[rows_2R[0]].view(shape[:2]),
+            screen_B=screen_B,
+            measured_BG=self.measured(screen_B),
         )
 
-    def measured(self, sets: CellSets) -> Tensor | None:
+    def measured(self, screen_B: Tensor) -> Tensor | None:
         """Return which predicted genes each set's screen measured, (B, G); ``None`` if all were measured."""
-        return None if self._measured_SG is None else _pinned(self._measured_SG[torch.from_numpy(sets.screen).long()])
+        return None if self._measured_SG is None else self._measured_SG[screen_B]
 
-    def _inputs(self, rows: NDArray[np.int64], shape: tuple[int, ...]) -> Tensor:
-        source = self._experiment.model.input
-        if self._is_sparse and not self._is_latent:
-            return self._genes(rows, shape, self._store.hvg if source == "hvg" else None)
-        return self._tensor(read_inputs(self._store, rows, source=source), shape)
-
-    def _genes(self, rows: NDArray[np.int64], shape: tuple[int, ...], genes: NDArray[np.int64] | None) -> Tensor:
-        if self._is_sparse:
-            # A tensor as soon as the batch has been moved, which everyone does first.
-            return cast("Tensor", SparseCells(self._store.csr(rows, genes=genes), shape))
-        return self._tensor(self._store.log1p(rows, genes=genes), shape)
-
-    def _gene_choice(self) -> NDArray[np.int64] | None:
-        return self.output_genes if len(self.output_genes) < len(self._store.genes) else None
-
-    @staticmethod
-    def _tensor(values: NDArray[np.generic], shape: tuple[int, ...]) -> Tensor:
-        return _pinned(as_tensor(values).reshape(*shape, *values.shape[1:]))
+    def batches(self, stream: Iterator[tuple[Codes, StreamState]]) -> Iterator[tuple[Codes, Fetched, StreamState]]:
+        """Yield each piece of a stream with what the host has read for it, in a thread, one batch ahead."""
+        if self.is_resident:
+            return ((codes, self.fetch(codes), place) for codes, place in stream)
+        return prefetch(stream, lambda piece: (piece[0], self.fetch(piece[0]), piece[1]))
 
 
-def _pinned(tensor: Tensor) -> Tensor:
-    """Return a tensor in pinned memory, from which a GPU copies asynchronously."""
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+class Draws(NamedTuple):
+    """What is drawn for the sets of a step, each from its own key; ``None`` is what the experiment does not need."""
+
+    keys_B2: Tensor | None = None  # Of dropout
+    forgotten_B: Tensor | None = None  # Sets whose batch counts as unknown
+    noise_BF: Tensor | None = None  # Added to perturbation features
+    others_BK: Tensor | None = None  # Training perturbations to rank against; drawn by `TrainingTargets`
+
+    def to(self, device: torch.device) -> Draws:
+        """Return the draws on a device."""
+        return Draws(*(None if value is None else pinned(value).to(device, non_blocking=True) for value in self))
 
 
-def read_ahead(
-    stream: Iterator[tuple[CellSets, StreamState]], read: Callable[[CellSets], Batch], *, threads: int = 1
-) -> Iterator[tuple[Batch, StreamState]]:
-    """Yield ``read(piece)`` for each piece of the stream, reading the next ones in threads."""
-    return prefetch(stream, lambda piece: (read(piece[0]), piece[1]), threads=threads)
-
-
-def augment(batch: Batch, reader: SetReader, config: TrainConfig, keys: Sequence[tuple[str | int, ...]]) -> Batch:
-    """Return a training batch with batch dropout and feature noise."""
+def draws_of(reader: SetReader, config: TrainConfig, keys: Sequence[tuple[str | int, ...]]) -> Draws:
+    """Draw dropout keys, batch dropout and feature noise for the sets of a step."""
+    forgotten_B, noise_BF = None, None
     if config.batch_dropout and reader.spec.unknown_batch:
-        draws = [generator(config.seed, "no batch", *key).random() for key in keys]
-        batch = forget_batches(batch, [draw < config.batch_dropout for draw in draws])
+        shares = [generator(config.seed, "no batch", *key).random() for key in keys]
+        forgotten_B = torch.tensor([share < config.batch_dropout for share in shares])
     if config.feature_noise:
-        width = batch.pert_BF.shape[1]
-        noise_BF = np.stack([generator(config.seed, "feature noise", *key).normal(size=width) for key in keys])
-        noise_BF *= config.feature_noise * reader.feature_size
-        batch = blur_features(batch, torch.from_numpy(noise_BF), control_code=reader.control_code)
+        width = reader.spec.pert_dim
+        noise = np.stack([generator(config.seed, "feature noise", *key).normal(size=width) for key in keys])
+        noise_BF = torch.from_numpy(noise * (config.feature_noise * reader.feature_size)).float()
+    return Draws(dropout_keys(config.seed, keys) if reader.spec.dropout else None, forgotten_B, noise_BF)
+
+
+def augment(batch: Batch, draws: Draws, *, control_code: int) -> Batch:
+    """Return a training batch with batch dropout and feature noise."""
+    if draws.forgotten_B is not None:
+        batch = forget_batches(batch, draws.forgotten_B)
+    if draws.noise_BF is not None:
+        batch = blur_features(batch, draws.noise_BF, control_code=control_code)
     return batch
 
 
-def forget_batches(batch: Batch, forgotten: Sequence[bool]) -> Batch:
+def forget_batches(batch: Batch, forgotten_B: Tensor) -> Batch:
     """Return a batch in which some sets have no known batch (code -1)."""
-    return batch._replace(batch_BS=torch.where(torch.tensor(forgotten)[:, None], -1, batch.batch_BS))
+    return batch._replace(batch_BS=torch.where(forgotten_B[:, None], -1, batch.batch_BS))
 
 
 def blur_features(batch: Batch, noise_BF: Tensor, *, control_code: int) -> Batch:

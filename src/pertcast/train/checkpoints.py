@@ -44,7 +44,7 @@ FEATURES = "features"
 _OPTIMIZER, _BEST, _STATE = "optimizer.safetensors", "best.safetensors", "state.json"
 _NUM_KEPT = 2
 # They change the length, the logging or the devices of a training, not the weights after a step (up to rounding).
-_FREE_KEYS = frozenset({"steps", "checkpoint_every", "loggers", "devices", "num_nodes", "strategy", "compile"})
+_FREE_KEYS = frozenset({"steps", "checkpoint_every", "loggers", "devices", "num_nodes", "strategy", "compile", "cells"})
 
 
 @dataclass

@@ -100,7 +100,7 @@ def _measure(network: StateTransition, reader: SetReader, effects: TrainingEffec
     groups = sets.groups
     number = Counter(groups)
     for part, control_BSI, output_BSO in predict_sets(network, reader, sets):
-        measured_BO = reader.measured(part)
+        measured_BO = reader.measured(torch.from_numpy(part.screen).long())
         if is_shift:
             base_BO = torch.zeros(len(part), 1) if reader.base is None else torch.from_numpy(reader.base.fitted(part))
             output_BSO = control_BSI + base_BO[:, None] + output_BSO

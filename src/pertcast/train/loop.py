@@ -21,18 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
-from pertcast.config import Experiment, TrainConfig
-from pertcast.data.cell_sets import CellSets
+from pertcast.config import Experiment
 from pertcast.data.de_labels import de_labels
 from pertcast.data.features import PertFeatures
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError
-from pertcast.models.heads import dropout_keys, key_dropout
 from pertcast.models.state import StateTransition
 from pertcast.progress import Advance, Progress
-from pertcast.train.batches import Batch, SetReader, SetStream, StreamState, augment, read_ahead
+from pertcast.train.batches import Codes, Fetched, SetReader, SetStream, StreamState, draws_of
 from pertcast.train.checkpoints import (
     METRICS,
     MetricsLog,
@@ -44,9 +42,10 @@ from pertcast.train.checkpoints import (
     save_state,
 )
 from pertcast.train.control_counts import ControlRates
-from pertcast.train.devices import is_sharded, whole, whole_tensors
+from pertcast.train.devices import is_sharded, whole_tensors
 from pertcast.train.loss_targets import TrainingTargets, training_targets
-from pertcast.train.loss_terms import Others, loss_terms, needs_training_targets, total_loss
+from pertcast.train.loss_terms import needs_training_targets, total_loss
+from pertcast.train.update import LateValues, Turn, Update
 from pertcast.train.validation import OfficialMetrics, criterion
 
 
@@ -76,13 +75,6 @@ _SMOOTHING = 0.9
 _LOWEST_SHARE = 0.01
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Return Adam or AdamW, fused if torch supports it."""
-    make = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    fused = device.type in ("cpu", "cuda")
-    return make(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
-
-
 @dataclass(frozen=True)
 class TrainingPlan:
     """What a training needs, resolved once from its experiment."""
@@ -107,11 +99,9 @@ class Loop:
     def __init__(self, plan: TrainingPlan, progress: Progress) -> None:
         self.plan, self.out, self.fabric, self.reader = plan, plan.out, plan.fabric, plan.reader
         self.train, self.loss, self.network = plan.experiment.train, plan.experiment.loss, plan.network
-        compiled: Any = torch.compile(self.network) if self.train.compile else self.network
-        self.model: Any = self.fabric.setup_module(compiled)
-        # after the network is set up: its parameters may have become shards
-        self.optimizer = make_optimizer(self.network, self.train, self.fabric.device)
-        self.fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
+        where = self.reader.place(self.fabric.device, self.train.cells)
+        self.update = Update(self.network, self.reader, self.fabric, (self.train, self.loss), progress.note)
+        self.model, self.optimizer = self.update.model, self.update.optimizer
         saved, notes = self.fabric.broadcast(load_newest(self.out) if self.fabric.is_global_zero else (None, []))
         # weights of the best validated step, on the CPU; of a sharded network, on the first process alone
         self.best = restore(saved, model=self.network, optimizer=self.optimizer) if saved else None
@@ -123,8 +113,11 @@ class Loop:
             self.log = MetricsLog(self.out / METRICS, self.state)
         for note in notes:
             progress.note(note)
+        progress.note(f"{self.fabric.device}: {where}; {self.update.path}")
         self.val_sets = self.reader.validation()
-        self.targets = self._training_targets(progress) if needs_training_targets(self.loss) else None
+        if needs_training_targets(self.loss):
+            self.update.targets = self._training_targets(progress)
+        self._late = LateValues(self.fabric.device)
         self._saved_step = -1
         self._is_whole = True
         self._rates: dict[str, float] = {}
@@ -155,9 +148,10 @@ class Loop:
     def run(self, advance: Advance) -> None:
         """Train until the last step or until validation has not improved for `patience` times."""
         self._saved_step = self.state.step
-        stream = SetStream(self.reader.training, StreamState(self.state.epoch, self.state.offset))
-        batches = read_ahead(self._pieces(stream), self.reader.read, threads=self.reader.threads)
-        with closing(batches), interrupts() as interrupted:  # type: ignore[type-var]
+        place = StreamState(self.state.epoch, self.state.offset)
+        stream = SetStream(lambda epoch: self.reader.codes(self.reader.training(epoch)), place)
+        batches = self.reader.batches(self._pieces(stream))
+        with closing(batches), interrupts() as interrupted, self.update.on_stream():  # type: ignore[type-var]
             try:
                 while True:
                     if self._is_validation_due():
@@ -188,6 +182,7 @@ class Loop:
         return bool(worse) or self.state.step >= self.train.steps
 
     def _checkpoint(self) -> None:
+        self._read_values(everything=True)  # a step that has diverged is not saved
         if self.state.step == self._saved_step:
             return
         weights = self._weights()
@@ -206,14 +201,10 @@ class Loop:
         """Return the weights of the best validated step, or else the last ones."""
         return self.best if self.best is not None else self._weights()
 
-    def _pieces(self, stream: SetStream) -> Iterator[tuple[CellSets, StreamState]]:
+    def _pieces(self, stream: SetStream) -> Iterator[tuple[Codes, StreamState]]:
         while True:
             sets, place = stream.take(self.train.sets_per_step)
-            yield self._own(sets), place
-
-    def _own(self, sets: CellSets) -> CellSets:
-        """Return this process's share of some sets."""
-        return sets[self.fabric.global_rank :: self.fabric.world_size]
+            yield sets[self.fabric.global_rank :: self.fabric.world_size], place
 
     def _places(self, first: int, num: int) -> list[int]:
         """Return the positions in their step of this process's sets."""
@@ -224,91 +215,48 @@ class Loop:
         """Return the signal that any process has received, or 0, so that all stop after the same step."""
         if self.fabric.world_size == 1:
             return signal_number
-        return int(self._gather(torch.tensor([signal_number], device=self.fabric.device)).max())
+        return int(self.update.gather(torch.tensor([signal_number], device=self.fabric.device)).max())
 
-    def _step(self, batches: Iterator[tuple[Batch, StreamState]], advance: Advance) -> None:
-        started = time.perf_counter()
-        step, place = self.state.step, StreamState(self.state.epoch, self.state.offset)
-        learning_rate = self._set_learning_rate(step)
-        totals: dict[str, Tensor] = {}
+    def _step(self, batches: Iterator[tuple[Codes, Fetched, StreamState]], advance: Advance) -> None:
+        started, step = time.perf_counter(), self.state.step
+        turns, place = [], StreamState(self.state.epoch, self.state.offset)
         for turn in range(self.train.accumulate):
-            batch, place = next(batches)
-            places = self._places(turn * self.train.sets_per_step, len(batch.pert_B))
-            keys = [("train", step, number) for number in places]
-            batch = augment(batch, self.reader, self.train, keys)
-            key_dropout(self.network, self.fabric.to_device(dropout_keys(self.train.seed, keys)))
-            with self.fabric.no_backward_sync(self.model, enabled=turn + 1 < self.train.accumulate):
-                terms = {name: value.mean() for name, value in self._terms(batch, keys).items()}
-                loss = total_loss(terms, self.loss, step=step)
-                self.fabric.backward(loss / self.train.accumulate)
-            for name, value in {"loss": loss, **terms}.items():
-                totals[name] = totals.get(name, 0) + value.detach() / self.train.accumulate
-        norm = self._clip()
-        values = self._reduce(totals, "mean")
-        values["grad_norm"] = float(norm)
-        self._require_numbers(step + 1, values)
+            codes, fetched, place = next(batches)
+            keys = [("train", step, number) for number in self._places(turn * self.train.sets_per_step, len(codes))]
+            draws = draws_of(self.reader, self.train, keys)._replace(others_BK=self._others(codes, keys))
+            turns.append(Turn(codes, fetched, draws.to(self.fabric.device)))
+        learning_rate = self._learning_rate(step)
         self._is_whole = False
-        self.fabric_optimizer.step()
-        self.fabric_optimizer.zero_grad()
+        values = self.update.take(turns, step=step, learning_rate=learning_rate)
+        self._late.add(step + 1, learning_rate, values)
         self.state.step, self.state.epoch, self.state.offset = step + 1, *place
-        seconds = max(time.perf_counter() - started, 1e-9)
-        rate = self.train.sets_per_step * self.train.accumulate / seconds
-        self._write("train", {**values, "learning_rate": learning_rate})
         self._is_whole = True
-        loss_now, rate_now = self._smooth("loss", values["loss"]), self._smooth("rate", rate)
-        advance(1, detail=f"loss {loss_now:.4g} · {rate_now:.3g} sets/s")
+        self._read_values()
+        seconds = max(time.perf_counter() - started, 1e-9)
+        rate = self._smooth("rate", self.train.sets_per_step * self.train.accumulate / seconds)
+        advance(1, detail=f"loss {self._rates.get('loss', math.nan):.4g} · {rate:.3g} sets/s")
 
-    def _terms(self, batch: Batch, keys: Sequence[tuple[str | int, ...]]) -> dict[str, Tensor]:
-        """Predict a batch and compute the loss terms of each set; its key draws the perturbations to rank against."""
-        if self.targets is None:
-            batch = self.fabric.to_device(batch)
-            return loss_terms(self.model(*batch.for_network()), batch, self.loss)
-        others_BK = self.targets.draw_others(
-            batch.context_B,
-            batch.pert_B,
-            num=self.loss.rank_negatives if self.loss.rank else 0,
-            seed=self.train.seed,
-            keys=keys,
-        )
-        batch, others_BK = self.fabric.to_device(batch), self.fabric.to_device(others_BK)
-        assert batch.screen_B is not None
-        targets = self.targets.of(batch.context_B, batch.pert_B, batch.screen_B, batch.measured_BG)
-        if self.reader.reads_what_it_predicts:
-            # an effect is relative to the set's own controls; others would add sampling noise
-            targets = targets._replace(reference_mean_BG=batch.control_BSI.float().mean(1))
-        return loss_terms(
-            self.model(*batch.for_network(), targets.reference_mean_BG),
-            batch,
-            self.loss,
-            targets=targets,
-            others=Others(self.targets.effects_NG[others_BK.clamp_min(0)], others_BK >= 0),
-            positive_weight=self.targets.positive_weight
-            if self.loss.de_positive_weight == "balanced"
-            else self.loss.de_positive_weight,
-            gather=self._gather,
-        )
+    def _others(self, codes: Codes, keys: Sequence[tuple[str | int, ...]]) -> Tensor | None:
+        """Draw the perturbations to rank each set against; its key draws them."""
+        if self.update.targets is None:
+            return None
+        num = self.loss.rank_negatives if self.loss.rank else 0
+        return self.update.targets.draw_others(codes.groups, num=num, seed=self.train.seed, keys=keys)
 
-    def _gather(self, rows: Tensor) -> Tensor:
-        """Return the rows of every process, without gradient."""
-        if self.fabric.world_size == 1:
-            return rows
-        gathered = self.fabric.all_gather(rows.detach().contiguous())
-        assert isinstance(gathered, Tensor)
-        return gathered.flatten(0, 1)
+    def _read_values(self, *, everything: bool = False) -> None:
+        """Log the numbers of steps that are old enough, or of all; raise if one is not finite."""
+        for step, learning_rate, numbers in self._late.read(everything=everything):
+            values = dict(zip((*self.update.names, "grad_norm"), numbers, strict=True))
+            self._require_numbers(step, values)
+            self._write("train", step, {**values, "learning_rate": learning_rate})
+            self._smooth("loss", values["loss"])
 
-    def _set_learning_rate(self, step: int) -> float:
-        """Set and return the learning rate of a step: a linear warm-up and an optional linear decay."""
+    def _learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step: a linear warm-up and an optional linear decay."""
         share = min(1.0, (step + 1) / self.train.warmup_steps) if self.train.warmup_steps else 1.0
         if self.train.decay_steps:
             share *= max(_LOWEST_SHARE, 1 - step / self.train.decay_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.train.learning_rate * share
         return self.train.learning_rate * share
-
-    def _clip(self) -> Tensor:
-        limit = self.train.clip or math.inf
-        norm = self.fabric.clip_gradients(self.model, self.fabric_optimizer, max_norm=limit, error_if_nonfinite=False)
-        return whole(norm) if norm is not None else torch.zeros(())
 
     def _require_numbers(self, step: int, values: Mapping[str, float]) -> None:
         wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
@@ -321,24 +269,29 @@ class Loop:
 
     def _validate(self, advance: Advance) -> None:
         """Measure the validation sets without dropout, and keep the weights if they are the best so far."""
+        self._read_values(everything=True)
         sums: dict[str, Tensor] = {}
         self.model.eval()
-        with closing(read_ahead(self._val_pieces(), self.reader.read)) as batches, torch.no_grad():  # type: ignore[type-var]
-            for batch, (_, first) in batches:
+        with closing(self.reader.batches(self._val_pieces())) as batches, torch.no_grad():  # type: ignore[type-var]
+            for codes, fetched, (_, first) in batches:
                 num_real = len(self._own_numbers(first))
-                keys = [("val", place) for place in self._places(first, len(batch.pert_B))]
+                keys = [("val", place) for place in self._places(first, len(codes))]
+                batch = self.reader.batch(codes.device, fetched)
                 # A set that only fills in is called one of control cells, which is no rival to others.
-                batch.pert_B[num_real:] = self.reader.control_code
-                terms = {name: value[:num_real].sum() for name, value in self._terms(batch, keys).items()}
-                for name, value in {"loss": total_loss(terms, self.loss, step=None), **terms}.items():
+                is_real_B = torch.arange(len(codes), device=batch.pert_B.device) < num_real
+                batch = batch._replace(pert_B=torch.where(is_real_B, batch.pert_B, self.reader.control_code))
+                others_BK = self._others(codes, keys)
+                found = self.update.terms(batch, None if others_BK is None else others_BK.to(self.fabric.device))
+                terms = {name: value[:num_real].sum() for name, value in found.items()}
+                for name, value in {"loss": total_loss(terms, self.loss), **terms}.items():
                     sums[name] = sums.get(name, 0) + value
                 advance(0, detail=f"validating, {first:,} of {len(self.val_sets):,} sets")
         values = {name: value / len(self.val_sets) for name, value in self._reduce(sums, "sum").items()}
         self._require_numbers(self.state.step, values)
         if self.plan.official is not None:
-            values |= self.plan.official.measure(self.model, self.fabric)
+            values |= self.plan.official.measure(self.update.predict, self.fabric)
         self.model.train()
-        self._write("val", values)
+        self._write("val", self.state.step, values)
         state = self.state
         measured = criterion(values, "loss" if self.plan.official is None else self.train.select_by)
         state.validated = state.step
@@ -354,13 +307,13 @@ class Loop:
         stop = min(first + self.train.sets_per_step, len(self.val_sets))
         return range(first + self.fabric.global_rank, stop, self.fabric.world_size)
 
-    def _val_pieces(self) -> Iterator[tuple[CellSets, StreamState]]:
+    def _val_pieces(self) -> Iterator[tuple[Codes, StreamState]]:
         """Yield this process's share of each batch; a short share is padded with the batch's first set."""
-        num, step = len(self.val_sets), self.train.sets_per_step
+        codes, num, step = self.reader.codes(self.val_sets), len(self.val_sets), self.train.sets_per_step
         for first in range(0, num, step):
             longest = -(-min(step, num - first) // self.fabric.world_size)
             numbers = [*self._own_numbers(first), first][:longest]
-            yield self.val_sets[np.array(numbers)], StreamState(0, first)
+            yield codes[np.array(numbers)], StreamState(0, first)
 
     def _reduce(self, values: Mapping[str, Tensor], how: str) -> dict[str, float]:
         """Return sums or means over all processes, in one exchange."""
@@ -368,12 +321,12 @@ class Loop:
         assert isinstance(reduced, Tensor)
         return dict(zip(values, reduced.tolist(), strict=True))
 
-    def _write(self, kind: str, values: Mapping[str, float]) -> None:
+    def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         if self.log is not None:
-            self.log.write(kind, self.state.step, values)
+            self.log.write(kind, step, values)
         if self.fabric.loggers:
             named = {f"{kind}/{name}": value for name, value in values.items()}
-            self.fabric.log_dict(named, step=self.state.step)
+            self.fabric.log_dict(named, step=step)
 
     def _smooth(self, name: str, value: float) -> float:
         before = self._rates.get(name, value)

@@ -162,11 +162,11 @@ class TrainingTargets:
         )
 
     def draw_others(
-        self, context_B: Tensor, pert_B: Tensor, *, num: int, seed: int, keys: Sequence[tuple[str | int, ...]]
+        self, groups: Sequence[tuple[int, int]], *, num: int, seed: int, keys: Sequence[tuple[str | int, ...]]
     ) -> Tensor:
         """Draw rows of `effects_NG` of other perturbations of each set's context, (B, num), -1 if too few."""
-        rows_BK = np.full((len(context_B), num), -1, dtype=np.int64)
-        for place, (context, pert, key) in enumerate(zip(context_B.tolist(), pert_B.tolist(), keys, strict=True)):
+        rows_BK = np.full((len(groups), num), -1, dtype=np.int64)
+        for place, ((context, pert), key) in enumerate(zip(groups, keys, strict=True) if num else ()):
             others = np.flatnonzero((self._contexts == context) & (self._perts != pert))
             random = generator(seed, "others", *key)
             drawn = random.choice(others, size=min(num, len(others)), replace=False)

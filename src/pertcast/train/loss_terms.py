@@ -176,8 +176,12 @@ def _rank(
     )
 
 
-def total_loss(terms: Mapping[str, Tensor], config: LossConfig, *, step: int | None) -> Tensor:
-    """Return the weighted sum of the terms."""
-    share = 1.0 if step is None or not config.warmup_steps else min(1.0, (step + 1) / config.warmup_steps)
-    weights = {name: getattr(config, name) * (share if name in _AUXILIARY else 1.0) for name in terms}
-    return torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+def warm_up(config: LossConfig, step: int) -> float:
+    """Return the share of its weight that an auxiliary term has at a step."""
+    return min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+
+
+def total_loss(terms: Mapping[str, Tensor], config: LossConfig, *, share: float | Tensor = 1.0) -> Tensor:
+    """Return the weighted sum of the terms; auxiliary ones have a share of their weight."""
+    parts = [getattr(config, name) * (share if name in _AUXILIARY else 1.0) * value for name, value in terms.items()]
+    return torch.stack(parts).sum()

@@ -17,6 +17,7 @@ from pertcast.data.prepare import require_same_store
 from pertcast.data.store import Store
 from pertcast.errors import ConfigError
 from pertcast.files.artefacts import claimed
+from pertcast.files.resources import reused_memory
 from pertcast.models.run_folder import save_run
 from pertcast.models.state import StateTransition
 from pertcast.processes import launched, run_processes
@@ -84,7 +85,8 @@ def train(experiment: Experiment, store_path: Path, out: Path, *, progress: Prog
         job = {"experiment": experiment.as_json(), "store": str(store_path), "out": str(out)}
         run_processes("pertcast.train.stage:train_share", job, num=num, progress=progress)
         return out
-    with claimed(out) if is_first_process() else nullcontext(), one_process_for_all(num), products(experiment.train):
+    mine = claimed(out) if is_first_process() else nullcontext()
+    with mine, one_process_for_all(num), products(experiment.train), reused_memory():
         return _train(experiment, store_path, out, progress)
 
 
@@ -129,7 +131,7 @@ def _resolve(
     if not fabric.is_global_zero:
         progress = SILENT
     features = run_features(experiment, store, out)
-    reader = SetReader(store, experiment, features, sparse=fabric.device.type == "cuda")
+    reader = SetReader(store, experiment, features)
     genes, kind = reader.output_genes, experiment.model.base
     if kind != "none":
         size = reader.spec.set_size

@@ -26,7 +26,7 @@ from pertcast.models.state import Prediction
 from pertcast.progress import Progress
 from pertcast.stats.draws import generator
 from pertcast.stats.metrics import BEST, Profile, constant_profile, overall, profile_of, score_profiles
-from pertcast.train.batches import SetReader
+from pertcast.train.batches import Batch, SetReader
 from pertcast.train.devices import is_sharded
 from pertcast.train.training_effects import mean_effect, training_effects
 
@@ -85,18 +85,18 @@ class OfficialMetrics:
                 f'and {store.path} has none; list some as val in [fewshot], or set train.select_by = "loss"'
             )
 
-    def measure(self, model: Callable[..., Prediction], fabric: Fabric) -> dict[str, float]:
+    def measure(self, predict: Callable[[Batch], Prediction], fabric: Fabric) -> dict[str, float]:
         """Return ``held_out_`` mae, pds, des and overall, the same on all devices."""
-        values = self._measure(model, fabric) if fabric.is_global_zero else {}
+        values = self._measure(predict) if fabric.is_global_zero else {}
         if is_sharded(fabric) and not fabric.is_global_zero:
-            self._take_part(model, fabric)
+            self._take_part(predict)
         return fabric.broadcast(values)
 
     @torch.no_grad()
-    def _measure(self, model: Callable[..., Prediction], fabric: Fabric) -> dict[str, float]:
+    def _measure(self, predict: Callable[[Batch], Prediction]) -> dict[str, float]:
         scores: list[dict[str, NDArray[np.float64]]] = []
         for truth in self._screens:
-            cells = np.concatenate(list(self._predict(truth, model, fabric)))
+            cells = np.concatenate(list(self._predict(truth, predict)))
             kept = truth.pert_of_cell >= 0
             predicted = _profile(cells[kept], truth.pert_of_cell[kept], truth.controls)
             scores.append(score_profiles(predicted, truth.real, truth.own_gene_P))
@@ -105,18 +105,16 @@ class OfficialMetrics:
         return {_PREFIX + name: value for name, value in {**ours, "overall": overall(ours, base)}.items()}
 
     @torch.no_grad()
-    def _take_part(self, model: Callable[..., Prediction], fabric: Fabric) -> None:
+    def _take_part(self, predict: Callable[[Batch], Prediction]) -> None:
         """Join the first process's calls, as a sharded network needs."""
         for truth in self._screens:
-            for _cells in self._predict(truth, model, fabric):
+            for _cells in self._predict(truth, predict):
                 pass
 
-    def _predict(
-        self, truth: _Truth, model: Callable[..., Prediction], fabric: Fabric
-    ) -> Iterator[NDArray[np.float32]]:
+    def _predict(self, truth: _Truth, predict: Callable[[Batch], Prediction]) -> Iterator[NDArray[np.float32]]:
         for start in range(0, len(truth.sets), self._size):
-            batch = fabric.to_device(self._reader.read(truth.sets[start : start + self._size]))
-            cells_BSG = model(*batch.for_network()).unclipped_BSG
+            batch = self._reader.read(truth.sets[start : start + self._size])
+            cells_BSG = predict(batch).unclipped_BSG
             if batch.measured_BG is not None:
                 cells_BSG = cells_BSG * batch.measured_BG[:, None]
             yield cells_BSG.flatten(0, 1).float().cpu().numpy()
