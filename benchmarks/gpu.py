@@ -46,7 +46,6 @@ num_hvgs = {num_hvgs}
 [model]
 preset = "{preset}"
 [train]
-steps = 1000000
 val_every = 1000000
 checkpoint_every = 1000000
 [generate]
@@ -202,6 +201,8 @@ class Bench:
             return getattr(self, f"_{row.kind}")(row, name, min(left + _START_SECONDS, _LONGEST_SECONDS))
         except _FailedError as error:
             return str(error)
+        except (KeyError, ValueError) as error:
+            return f"failed: its last line is no answer ({error!r})"
 
     def _settings(self, row: Row) -> Iterable[str]:
         sets = f"train.sets_per_step={row.sets or self.setting.sets[0]}"
@@ -257,7 +258,7 @@ class Bench:
         if isinstance(answer, str):
             return [self.name(row), answer]
         has_bars = "H100" in machine["device"] and self.setting == GPU
-        rate = answer["rate"] * (row.sets if row.kind == "train" else 1)
+        rate = answer["rate"] * answer.get("sets", 1)
         said = f"{rate:,.0f}" + (f" (at least {row.at_least:,})" if has_bars and row.at_least else "")
         if row.kind == "peer":
             return [self.name(row), f"{said}, {answer['precision']}"]
@@ -269,6 +270,7 @@ class Bench:
             times = f"{rate / peer['rate']:.2f}" if isinstance(peer, dict) else "not measured"
             times += f" (at least {row.times})" if has_bars else ""
         flops, memory = answer["flops"] * answer["rate"], answer["memory"]
+        product = machine["rates"].get(answer["precision"], machine["rates"][row.precision])
         return [
             self.name(row),
             said,
@@ -278,7 +280,7 @@ class Bench:
             "-" if answer["waiting"] is None else f"{answer['waiting']:.1%}",
             f"{answer['timed']:,}",
             f"{flops / 1e12:.1f}",
-            f"{flops / machine['rates'][row.precision]:.0%}",
+            f"{flops / product:.0%}",
             f"{memory / 2**30:.1f}" if memory else "-",
         ]
 
@@ -293,10 +295,10 @@ class Bench:
             "",
             f"{datetime.now(UTC).date()}, commit {_commit()}; {machine['device']}, {_cores()} cores; Python "
             f"{sys.version.split()[0]}, torch {machine['torch']}",
-            f"`python -m benchmarks.gpu`: `{self.setting.preset}`; trainings in bf16 where nothing else is said, each "
-            f"watched for {self.warm + self.setting.stretch:g} s after its first step and timed in the last "
-            f"{self.setting.stretch:g} s.",
-            f"One product of {self.setting.product:,} x {self.setting.product:,}, TFLOP/s: {rates}.",
+            f"`python -m benchmarks.gpu`: `{self.setting.preset}`; trainings in bf16 unless another is named, with no "
+            f"validation and checkpoints, watched for {self.warm + self.setting.stretch:g} s after the first step and "
+            f"timed in the last {self.setting.stretch:g} s.",
+            f"One product of {machine['size']:,} x {machine['size']:,}, TFLOP/s: {rates}.",
             "",
             *(f"| {' | '.join([*line, *[''] * (len(head) - len(line))])} |" for line in table),
             "",

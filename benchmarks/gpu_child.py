@@ -91,7 +91,9 @@ def _products(size: int, precisions: list[str]) -> dict[str, Any]:
     import torch
 
     has_gpu = torch.cuda.is_available()
+    size = size if has_gpu else min(size, 1024)
     return {
+        "size": size,
         "device": torch.cuda.get_device_name() if has_gpu else f"CPU, {torch.get_num_threads()} thread(s)",
         "gpu": has_gpu,
         "torch": torch.__version__,
@@ -160,9 +162,14 @@ def _run(label: str, seconds: float, arguments: list[str], waits: _Waits) -> tup
 
                 def counted(amount: int, detail: str = "") -> None:
                     advance(amount, detail)
-                    if amount:
-                        mark(amount)
-                    if seconds and marks and marks[-1].time - marks[0].time >= seconds:
+                    if not amount:
+                        return
+                    mark(amount)
+                    is_enough = seconds and marks[-1].time - marks[0].time >= seconds
+                    if is_enough or marks[-1].done == total:
+                        _wait_for_device()
+                        mark(0)
+                    if is_enough:
                         raise _EnoughError
 
                 yield counted
@@ -177,9 +184,6 @@ def _run(label: str, seconds: float, arguments: list[str], waits: _Waits) -> tup
         except SystemExit as ended:
             if ended.code:
                 raise
-    _wait_for_device()
-    if label == "train" and marks:
-        mark(0)
     return marks, notes
 
 
@@ -235,7 +239,8 @@ def _train(seconds: float, stretch: float, arguments: list[str]) -> dict[str, An
         num_batches=len(store.batches),
         num_contexts=len(store.contexts),
     )
-    return {**answer, "flops": network_flops(spec, experiment.train.sets_per_step)}
+    sets = experiment.train.sets_per_step
+    return {**answer, "sets": sets, "precision": experiment.train.precision, "flops": network_flops(spec, sets)}
 
 
 def _generate(arguments: list[str]) -> dict[str, Any]:
