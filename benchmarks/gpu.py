@@ -311,7 +311,7 @@ class Bench:
         for row in rows:
             answer = self.answers.get(row)
             for note in answer.get("notes", ()) if isinstance(answer, dict) else ():
-                if any(word in note for word in ("graph", "cells", "compil")):
+                if any(word in note for word in ("graph", "cells:", "compil")):
                     notes.setdefault(note, []).append(self.name(row))
         said = [f"- {note} ({'; '.join(names)})" for note, names in notes.items()]
         return "\n".join([*lines, "", *said, *(f"- {text}" for text in left_out)]).rstrip() + "\n"

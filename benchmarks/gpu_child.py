@@ -102,23 +102,25 @@ def _products(size: int, precisions: list[str]) -> dict[str, Any]:
 
 
 class _Waits:
-    """How long the main thread has waited for batches; None until it asks for one through `read_ahead`."""
+    """How long the main thread has waited for batches; None until it asks for one in a way that is known here."""
 
     def __init__(self) -> None:
         self.seconds: float | None = None
 
     def listen(self) -> None:
-        """Count in every module that uses `read_ahead`; without such a name, nothing is counted."""
+        """Count in `SetReader.batches`, or in `read_ahead`, whichever this version has."""
         for name in ("batches", "loop", "stage"):
             with suppress(ImportError):
                 import_module(f"pertcast.train.{name}")
-        for module in [module for name, module in sys.modules.items() if name.startswith("pertcast.train")]:
-            if hasattr(module, "read_ahead"):
-                vars(module)["read_ahead"] = self._counted(module.read_ahead)
+        modules = [module for name, module in sys.modules.items() if name.startswith("pertcast.train")]
+        reader: Any = getattr(sys.modules.get("pertcast.train.batches"), "SetReader", None)
+        for owner, name in ((reader, "batches"), *((module, "read_ahead") for module in modules)):
+            if callable(getattr(owner, name, None)):
+                setattr(owner, name, self._counted(getattr(owner, name)))
 
-    def _counted(self, read_ahead: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
+    def _counted(self, reads: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
         def counted(*arguments: Any, **named: Any) -> Iterator[Any]:
-            stream = read_ahead(*arguments, **named)
+            stream = reads(*arguments, **named)
             batches = iter(stream)
             try:
                 while True:
