@@ -1,7 +1,7 @@
 """Measures training and generation at real size on a GPU, beside arc-state's training step; writes one dated table.
 
-Cells are simulated: 18,080 genes, about 7,000 seen in a cell. Each row is one `pertcast train`, as users run it, with
-no synchronisation added, in a process of its own. Its rate is that of the last seconds; the time to its first step is
+Cells are simulated: 18,080 genes, about 7,000 seen in a cell. Each row is one `pertcast train`, as users run it, in a
+process of its own. It is timed once it is under way, with no synchronisation added; the time to its first step is
 counted from the start of the process. FLOPs are those of the network's products and attention, forwards and backwards,
 as torch counts them, without the loss; beside them is their share of what this device does in one large product.
 arc-state's step has its batch on the device already; the faster of its two precisions counts.
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "gpu.md"
 _PRECISIONS = ("bf16", "tf32", "fp32")
-_START_SECONDS = 15.0  # before a first step, and after the last one
+_START_SECONDS = 15.0  # before a first step, and to compile
 _LONGEST_SECONDS = 150.0
 _TOML = """
 [datasets]
@@ -62,7 +62,7 @@ max_cells = 10000000
 
 @dataclass(frozen=True)
 class Setting:
-    """How large everything is, and how long a training is watched."""
+    """How large everything is, and for how long a training is timed."""
 
     preset: str = "state_sm"
     num_genes: int = 18_080
@@ -163,7 +163,7 @@ class Bench:
 
     setting: Setting
     folder: Path
-    warm: float  # seconds between the first step of a training and the stretch that is timed
+    warm: float  # seconds between the first step of a training and the stretch that is timed, at least
     until: float  # on the clock of time.monotonic
     extra: Sequence[str] = ()  # settings for every training
     peer: Path | None = None
@@ -217,7 +217,7 @@ class Bench:
         return [str(folder / "experiment.toml"), *where, *self._settings(row)]
 
     def _train(self, row: Row, name: str, limit: float) -> dict[str, Any]:
-        times = [str(self.warm + self.setting.stretch), str(self.setting.stretch)]
+        times = [str(self.warm), str(self.setting.stretch)]
         command = ["-m", "benchmarks.gpu_child", "train", *times, *self._trains(row, "run")]
         try:
             return self.child(command, name, seconds=limit)
@@ -295,9 +295,9 @@ class Bench:
             "",
             f"{datetime.now(UTC).date()}, commit {_commit()}; {machine['device']}, {_cores()} cores; Python "
             f"{sys.version.split()[0]}, torch {machine['torch']}",
-            f"`python -m benchmarks.gpu`: `{self.setting.preset}`; trainings in bf16 unless another is named, with no "
-            f"validation and checkpoints, watched for {self.warm + self.setting.stretch:g} s after the first step and "
-            f"timed in the last {self.setting.stretch:g} s.",
+            f"`python -m benchmarks.gpu`: `{self.setting.preset}`; trainings in bf16 unless another is named, without "
+            f"validation and checkpoints, timed for {self.setting.stretch:g} s, from {self.warm:g} s after the first "
+            "step and from step 150 on.",
             f"One product of {machine['size']:,} x {machine['size']:,}, TFLOP/s: {rates}.",
             "",
             *(f"| {' | '.join([*line, *[''] * (len(head) - len(line))])} |" for line in table),
@@ -337,7 +337,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prepare-only", action="store_true", help="make the cells in --data, and nothing else")
     parser.add_argument("--small", action="store_true", help="a small network and few genes, on any machine")
     parser.add_argument("--minutes", type=float, default=8, help="skip the rows left after this (default: %(default)s)")
-    parser.add_argument("--warm", type=float, help="seconds between the first step and the stretch that is timed")
+    parser.add_argument(
+        "--warm", type=float, default=4, help="seconds before the stretch that is timed (default: %(default)s)"
+    )
     parser.add_argument("--rows", type=int, nargs="+", help="only these, by number, from 1 on")
     parser.add_argument("--set", action="append", default=[], help="a setting of every training, as for pertcast train")
     parser.add_argument("--peer", type=Path, help="folder with arc-state's packages `state` and `geomloss`")
@@ -353,10 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from pertcast.config import TrainConfig
 
     fields = TrainConfig.model_fields
-    # a network that is compiled in the background takes a while to become so
-    usual = 0.5 if asked.small else 25.0 if fields["compile"].default == "auto" else 7.0
-    warm = usual if asked.warm is None else asked.warm
-    bench = Bench(setting, folder, warm, begun + 60 * asked.minutes, asked.set)
+    bench = Bench(setting, folder, asked.warm, begun + 60 * asked.minutes, asked.set)
     bench.peer, bench.peer_script = (path and path.resolve() for path in (asked.peer, asked.peer_script))
     machine = bench.child(["-m", "benchmarks.gpu_child", "product", str(setting.product), *_PRECISIONS])
     result = asked.result or (RESULT if machine["gpu"] and not asked.small else None)

@@ -1,17 +1,19 @@
 """One measurement of benchmarks/gpu.py, in a process of its own; prints it as one line of JSON.
 
     python -m benchmarks.gpu_child product SIZE PRECISION...    the rate of one large product on this device
-    python -m benchmarks.gpu_child train SECONDS STRETCH ...    `pertcast train ...`, ended SECONDS after its first step
+    python -m benchmarks.gpu_child train WARM STRETCH ...       `pertcast train ...`, ended when it has been timed
     python -m benchmarks.gpu_child generate ...                 `pertcast generate ...`, to its end
 
-The command is the user's, with nothing added to a step. The device is waited for once, at the end of the stretch that
-is timed: the last STRETCH seconds. If the loop is ahead of the device as that begins, the rate comes out too low.
+The command is the user's, with nothing added to a step. STRETCH seconds are timed, and the device is waited for at both
+ends of them only. They begin WARM seconds after the first step, or later: with step 150, since a training may compile
+its steps once it is under way, but after ten times WARM at the latest.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import sys
 import threading
@@ -26,6 +28,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from pertcast.models.spec import StateSpec
     from pertcast.progress import Advance
+
+_FIRST_STEPS = 150
 
 __all__ = ["Mark", "measured_product", "network_flops", "summary"]
 
@@ -138,69 +142,76 @@ class _Waits:
         return counted
 
 
-def _run(label: str, seconds: float, arguments: list[str], waits: _Waits) -> tuple[list[Mark], list[str]]:
-    """Run a command of pertcast; return the marks of the task `label`, and the notes."""
+class _Clock:
+    """Marks of a training until it has been timed, or of a generation."""
+
+    def __init__(self, waits: _Waits, warm: float = math.inf, stretch: float = math.inf) -> None:
+        self._waits, self._warm, self._stretch = waits, warm, stretch
+        self.marks: list[Mark] = []
+        self.start: int | None = None  # the mark that the timed stretch begins with
+
+    def mark(self, amount: int) -> None:
+        """Note that so much more is done; at the end of the stretch, end the training."""
+        done = self.marks[-1].done if self.marks else 0
+        self.marks.append(Mark(time.time(), done + amount, self._waits.seconds or 0.0))
+        seconds = self.marks[-1].time - self.marks[0].time
+        if self.start is None:
+            if seconds >= self._warm and (done >= _FIRST_STEPS or seconds >= 10 * self._warm):
+                self._mark_device()
+                self.start = len(self.marks) - 1
+        elif self.marks[-1].time - self.marks[self.start].time >= self._stretch:
+            self._mark_device()
+            raise _EnoughError
+
+    def _mark_device(self) -> None:
+        _wait_for_device()
+        self.marks.append(self.marks[-1]._replace(time=time.time()))
+
+
+def _run(label: str, arguments: list[str], clock: _Clock) -> list[str]:
+    """Run a command of pertcast with the task `label` on the clock; return the notes."""
     from unittest import mock
 
     from pertcast.cli.app import main
     from pertcast.cli.console import Console
 
-    marks: list[Mark] = []
     notes: list[str] = []
 
-    def mark(amount: int) -> None:
-        done = marks[-1].done if marks else 0
-        marks.append(Mark(time.time(), done + amount, waits.seconds or 0.0))
-
-    class Clock(Console):
+    class Shown(Console):
         @contextmanager
         def task(self, label_: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
             with super().task(label_, total, unit, done) as advance:
-                if label_ != label:
-                    yield advance
-                    return
-                if label == "generate":
-                    mark(0)
+                if label_ == "generate":
+                    clock.mark(0)
 
                 def counted(amount: int, detail: str = "") -> None:
                     advance(amount, detail)
-                    if not amount:
-                        return
-                    mark(amount)
-                    is_enough = seconds and marks[-1].time - marks[0].time >= seconds
-                    if is_enough or marks[-1].done == total:
-                        _wait_for_device()
-                        mark(0)
-                    if is_enough:
-                        raise _EnoughError
+                    if amount:
+                        clock.mark(amount)
 
-                yield counted
+                yield counted if label_ == label else advance
 
         def note(self, text: str) -> None:
             notes.append(text)
             super().note(text)
 
-    with mock.patch("pertcast.cli.console.console", Clock), suppress(_EnoughError):
+    with mock.patch("pertcast.cli.console.console", Shown), suppress(_EnoughError):
         try:
             main(arguments)
         except SystemExit as ended:
             if ended.code:
                 raise
-    return marks, notes
+    return notes
 
 
-def summary(marks: list[Mark], stretch: float) -> dict[str, float]:
-    """Return the rate and the share of waiting in the last `stretch` seconds, and when that rate was first reached."""
-    times = [mark.time for mark in marks]
-    end = marks[-1]
-    start = marks[bisect_left(times, end.time - stretch)]
-    if start.done == end.done:
-        start = marks[0]
+def summary(marks: list[Mark], first: int) -> dict[str, float]:
+    """Return the rate and the share of waiting from the mark `first` to the last, and when that rate was reached."""
+    start, end = marks[first], marks[-1]
     seconds = end.time - start.time
     rate = (end.done - start.done) / seconds
-    full = start.time
-    for mark in marks:
-        later = marks[min(bisect_left(times, mark.time + min(2.0, stretch / 4)), len(marks) - 1)]
+    times, full = [mark.time for mark in marks], start.time
+    for mark in marks[:first]:
+        later = marks[min(bisect_left(times, mark.time + min(2.0, seconds / 4)), len(marks) - 1)]
         if later.time > mark.time and (later.done - mark.done) / (later.time - mark.time) >= 0.9 * rate:
             full = mark.time
             break
@@ -213,11 +224,12 @@ def summary(marks: list[Mark], stretch: float) -> dict[str, float]:
     }
 
 
-def _train(seconds: float, stretch: float, arguments: list[str]) -> dict[str, Any]:
+def _train(warm: float, stretch: float, arguments: list[str]) -> dict[str, Any]:
     waits = _Waits()
     waits.listen()
-    marks, notes = _run("train", seconds, ["train", *arguments], waits)
-    answer: dict[str, Any] = {**summary(marks, stretch), "notes": notes}
+    clock = _Clock(waits, warm, stretch)
+    notes = _run("train", ["train", *arguments], clock)
+    answer: dict[str, Any] = {**summary(clock.marks, clock.start or 0), "notes": notes}
     if waits.seconds is None:
         answer["waiting"] = None
     import torch
@@ -246,7 +258,9 @@ def _train(seconds: float, stretch: float, arguments: list[str]) -> dict[str, An
 
 
 def _generate(arguments: list[str]) -> dict[str, Any]:
-    marks, _ = _run("generate", 0, ["generate", *arguments], _Waits())
+    clock = _Clock(_Waits())
+    _run("generate", ["generate", *arguments], clock)
+    marks = clock.marks
     seconds = marks[-1].time - marks[0].time
     return {"rate": marks[-1].done / seconds, "timed": marks[-1].done, "first_at": marks[1].time}
 
