@@ -72,6 +72,7 @@ class Setting:
     generated: int = 2_000
     umi: float = 54_000
     sets: tuple[int, ...] = (32, 128, 8)
+    warm: float = 4  # seconds between the first step of a training and the stretch that is timed, at least
     stretch: float = 8
     product: int = 8_192
 
@@ -86,6 +87,7 @@ SMALL = Setting(
     generated=40,
     umi=2_000,
     sets=(2,),
+    warm=0.3,
     stretch=1,
     product=256,
 )
@@ -163,7 +165,6 @@ class Bench:
 
     setting: Setting
     folder: Path
-    warm: float  # seconds between the first step of a training and the stretch that is timed, at least
     until: float  # on the clock of time.monotonic
     extra: Sequence[str] = ()  # settings for every training
     peer: Path | None = None
@@ -192,7 +193,7 @@ class Bench:
     def measure(self, row: Row, name: str) -> dict[str, Any] | str:
         """Measure one row, or say in a few words why not."""
         left = self.until - time.monotonic()
-        watched = self.warm + self.setting.stretch if row.kind == "train" else 0.0
+        watched = self.setting.warm + self.setting.stretch if row.kind == "train" else 0.0
         if row.kind == "peer" and (self.peer is None or self.peer_script is None):
             return "not measured"
         if left < watched + _START_SECONDS:
@@ -217,7 +218,7 @@ class Bench:
         return [str(folder / "experiment.toml"), *where, *self._settings(row)]
 
     def _train(self, row: Row, name: str, limit: float) -> dict[str, Any]:
-        times = [str(self.warm), str(self.setting.stretch)]
+        times = [str(self.setting.warm), str(self.setting.stretch)]
         command = ["-m", "benchmarks.gpu_child", "train", *times, *self._trains(row, "run")]
         try:
             return self.child(command, name, seconds=limit)
@@ -296,8 +297,8 @@ class Bench:
             f"{datetime.now(UTC).date()}, commit {_commit()}; {machine['device']}, {_cores()} cores; Python "
             f"{sys.version.split()[0]}, torch {machine['torch']}",
             f"`python -m benchmarks.gpu`: `{self.setting.preset}`; trainings in bf16 unless another is named, without "
-            f"validation and checkpoints, timed for {self.setting.stretch:g} s, from {self.warm:g} s after the first "
-            "step and from step 150 on.",
+            f"validation and checkpoints, timed for {self.setting.stretch:g} s, from {self.setting.warm:g} s after the "
+            "first step and from step 150 on.",
             f"One product of {machine['size']:,} x {machine['size']:,}, TFLOP/s: {rates}.",
             "",
             *(f"| {' | '.join([*line, *[''] * (len(head) - len(line))])} |" for line in table),
@@ -337,9 +338,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prepare-only", action="store_true", help="make the cells in --data, and nothing else")
     parser.add_argument("--small", action="store_true", help="a small network and few genes, on any machine")
     parser.add_argument("--minutes", type=float, default=8, help="skip the rows left after this (default: %(default)s)")
-    parser.add_argument(
-        "--warm", type=float, default=4, help="seconds before the stretch that is timed (default: %(default)s)"
-    )
     parser.add_argument("--rows", type=int, nargs="+", help="only these, by number, from 1 on")
     parser.add_argument("--set", action="append", default=[], help="a setting of every training, as for pertcast train")
     parser.add_argument("--peer", type=Path, help="folder with arc-state's packages `state` and `geomloss`")
@@ -355,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from pertcast.config import TrainConfig
 
     fields = TrainConfig.model_fields
-    bench = Bench(setting, folder, asked.warm, begun + 60 * asked.minutes, asked.set)
+    bench = Bench(setting, folder, begun + 60 * asked.minutes, asked.set)
     bench.peer, bench.peer_script = (path and path.resolve() for path in (asked.peer, asked.peer_script))
     machine = bench.child(["-m", "benchmarks.gpu_child", "product", str(setting.product), *_PRECISIONS])
     result = asked.result or (RESULT if machine["gpu"] and not asked.small else None)

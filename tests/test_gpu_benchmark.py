@@ -26,7 +26,7 @@ def _cells(page: str, name: str) -> list[str]:
 def test_it_trains_and_generates_and_compares_in_one_table(tmp_path: Path) -> None:
     script, result, data = tmp_path / "peer.py", tmp_path / "gpu.md", tmp_path / "data"
     script.write_text(_PEER)
-    given = ["--small", "--data", str(data), "--result", str(result), "--warm", "0.3", "--set", "train.precision=fp32"]
+    given = ["--small", "--data", str(data), "--result", str(result), "--set", "train.precision=fp32"]
     main([*given, "--peer", str(tmp_path), "--peer-script", str(script), "--rows", "1", "3", "5"])
     page = result.read_text()
     ours, peer, generation = (
