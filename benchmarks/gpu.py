@@ -1,51 +1,38 @@
-"""Trains and generates at real size on a GPU; prints FLOP utilisation, sets a second, waiting for cells, peak memory.
+"""Measures training and generation at real size on a GPU, beside arc-state's training step; writes one dated table.
 
-Cells are simulated (18,080 genes, about 7,000 seen in a cell). Each row is one training of `state_sm` at one precision,
-with and without torch.compile; its time is that of the steps after the first quarter. FLOPs are those of the network's
-products and attention, forwards and backwards, as torch counts them, without the loss; utilisation is their share of
-what this device does in one large product at the same precision, measured here, and of its data sheet where known.
+Cells are simulated: 18,080 genes, about 7,000 seen in a cell. Each row is one `pertcast train`, as users run it, in a
+process of its own. It is timed once it is under way, with no synchronisation added; the time to its first step is
+counted from the start of the process. FLOPs are those of the network's products and attention, forwards and backwards,
+as torch counts them, without the loss; beside them is their share of what this device does in one large product.
+arc-state's step has its batch on the device already; the faster of its two precisions counts.
 
-    python -m benchmarks.gpu --out out/gpu             on a GPU, about 15 minutes
-    python -m benchmarks.gpu --out out/gpu --small     anywhere, under a minute: small network, few genes
+    python -m benchmarks.gpu --data out/gpu --peer SITE_PACKAGES --peer-script peer_step.py      on a GPU, 8 minutes
+    python -m benchmarks.gpu --data out/gpu --prepare-only                                       its cells alone
+    python -m benchmarks.gpu --small                                                             anywhere, a minute
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
-import torch
-from benchmarks.simulate import simulate
-from torch.utils.flop_counter import FlopCounterMode
-
-from pertcast.config import load_experiment
-from pertcast.data.prepare import prepare
-from pertcast.data.store import Store
-from pertcast.generate import generate
-from pertcast.models.run_folder import open_run
-from pertcast.models.spec import StateSpec
-from pertcast.models.state import StateTransition
-from pertcast.progress import SILENT, Advance
-from pertcast.train import loop as training_loop
-from pertcast.train import train
-from pertcast.train.batches import read_ahead
-
-__all__ = ["GPU", "SMALL", "Row", "Setting", "measure", "measured_peak", "network_flops", "rows_of", "write_data"]
-
-# Dense products, no sparsity, in FLOP/s; from NVIDIA's data sheets.
-_SHEETS = {
-    "H200": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
-    "H100": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
-    "A100": {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
-}
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "gpu.md"
+_PRECISIONS = ("bf16", "tf32", "fp32")
+_START_SECONDS = 15.0  # before a first step, and to compile
+_LONGEST_SECONDS = 150.0
 _TOML = """
 [datasets]
 simulated = "cells.h5ad"
@@ -59,9 +46,13 @@ num_hvgs = {num_hvgs}
 [model]
 preset = "{preset}"
 [train]
+val_every = 1000000
 checkpoint_every = 1000000
+[generate]
+unpredicted_genes = "control"
 [submission]
 targets = "targets.csv"
+num_controls = 1
 [submission.rules]
 num_genes = {num_genes}
 num_targets = {num_targets}
@@ -71,17 +62,18 @@ max_cells = 10000000
 
 @dataclass(frozen=True)
 class Setting:
-    """How large everything is."""
+    """How large everything is, and for how long a training is timed."""
 
     preset: str = "state_sm"
     num_genes: int = 18_080
     num_hvgs: int = 2_000
     num_targets: int = 30
-    cells_per_target: int = 300
-    generated: int = 1_000
+    cells_per_target: int = 256
+    generated: int = 2_000
     umi: float = 54_000
-    sets_per_step: tuple[int, ...] = (8, 32)
-    steps: int = 60
+    sets: tuple[int, ...] = (32, 128, 8)
+    warm: float = 4  # seconds between the first step of a training and the stretch that is timed, at least
+    stretch: float = 8
     product: int = 8_192
 
 
@@ -94,205 +86,289 @@ SMALL = Setting(
     cells_per_target=40,
     generated=40,
     umi=2_000,
-    sets_per_step=(2,),
-    steps=8,
+    sets=(2,),
+    warm=0.3,
+    stretch=1,
     product=256,
 )
 
 
 class Row(NamedTuple):
-    """What one training and one generation took."""
+    """What one row measures: a training, arc-state's step, or a generation."""
 
-    input: str
-    sets_per_step: int
-    precision: str
-    compiled: bool
-    first_step_seconds: float
-    sets_per_second: float
-    waiting: float
-    flops_per_second: float
-    peak_train_bytes: int
-    generated_per_second: float
+    kind: str  # "train", "peer" or "generate"
+    genes: str  # "hvg" or "genes"
+    sets: int = 0
+    precision: str = "bf16"
+    settings: tuple[str, ...] = ()  # of the training, beside its genes, sets and precision
+    at_least: int = 0  # sets or cells a second, on one H100
+    times: float = 0  # as fast as arc-state's step, at least
+
+
+def rows_of(setting: Setting) -> list[Row]:
+    """Return every row, the most telling first."""
+    from pertcast.config import TrainConfig
+
+    fields = TrainConfig.model_fields
+    compiles = "false" if fields["compile"].default else "true"
+    few, both = setting.sets[0], ("hvg", "genes")
+    trained = {"hvg": Row("train", "hvg", few, at_least=8_000, times=4)}
+    trained["genes"] = Row("train", "genes", few, at_least=2_700, times=2.5)
+    rows = [*trained.values(), *(Row("peer", genes, few) for genes in both), Row("generate", "genes", at_least=10_000)]
+    if len(setting.sets) == 1:
+        return rows
+    _, many, fewest = setting.sets
+    rows += [Row("train", "hvg", many, at_least=11_000), Row("train", "genes", many, at_least=3_500)]
+    if "cells" in fields:
+        rows += [Row("train", genes, few, settings=("train.cells=host",)) for genes in both]
+    rows += [Row("train", genes, fewest) for genes in both]
+    rows.append(Row("train", "hvg", few, settings=(f"train.compile={compiles}",)))
+    return [*rows, *(Row("train", "hvg", few, precision) for precision in ("tf32", "fp32"))]
 
 
 def write_data(out: Path, setting: Setting) -> Path:
-    """Write cells, targets and the experiment; return the experiment's path."""
+    """Write targets, a prepared store and the experiment, unless they are there; return the experiment's path."""
+    from benchmarks.simulate import simulate
+
+    from pertcast.config import load_experiment
+    from pertcast.data.prepare import prepare
+
+    names = ("num_genes", "num_hvgs", "num_targets", "preset")
+    text = _TOML.format(**{name: getattr(setting, name) for name in names})
+    experiment, cells = out / "experiment.toml", out / "cells.h5ad"
+    if experiment.exists():
+        if experiment.read_text() != text:
+            raise SystemExit(f"--data {out}: it holds other data; give another folder")
+        if (out / "store").is_dir() and not cells.exists():
+            return experiment
     out.mkdir(parents=True, exist_ok=True)
+    experiment.write_text(text)
     genes = [f"gene{number}" for number in range(setting.num_genes)]
     targets = genes[:: max(1, setting.num_genes // setting.num_targets)][: setting.num_targets]
-    size = setting.cells_per_target
-    path = out / "cells.h5ad"
-    simulate(path, genes=genes, targets=targets, cells_per_target=size, num_controls=10 * size, umi=setting.umi)
     lines = [f"{target},{setting.generated}\n" for target in targets]
     (out / "targets.csv").write_text("target_gene,n_cells\n" + "".join(lines))
-    names = {"num_genes", "num_hvgs", "num_targets", "preset"}
-    text = _TOML.format(**{name: getattr(setting, name) for name in names})
-    (out / "experiment.toml").write_text(text)
-    return out / "experiment.toml"
+    size = setting.cells_per_target
+    simulate(cells, genes=genes, targets=targets, cells_per_target=size, num_controls=10 * size, umi=setting.umi)
+    prepare(load_experiment(experiment), out / "store")
+    # the store is all that is read from here on; that they are gone says that it is whole
+    cells.unlink()
+    return experiment
 
 
-def network_flops(spec: StateSpec, num_sets: int) -> int:
-    """Return the floating-point operations of a step's products and attention, forwards and backwards."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network = StateTransition(spec)
-        cells = torch.empty(num_sets, spec.set_size, spec.input_dim)
-        codes = torch.empty(num_sets, spec.set_size, dtype=torch.long)
-        prediction = network(cells, torch.empty(num_sets, spec.pert_dim), codes, codes[:, 0])
-        prediction.log1p_BSG.sum().backward()
-    return int(counter.get_total_flops())
+class _FailedError(Exception):
+    """A row that could not be measured, in a few words."""
 
 
-def measured_peak(precision: str, size: int) -> float:
-    """Return the FLOP/s of one large square product on this machine."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+@dataclass
+class Bench:
+    """One run of the benchmark: what it measures with, and what it has measured."""
+
+    setting: Setting
+    folder: Path
+    until: float  # on the clock of time.monotonic
+    extra: Sequence[str] = ()  # settings for every training
+    peer: Path | None = None
+    peer_script: Path | None = None
+    answers: dict[Row, dict[str, Any] | str] = field(default_factory=dict)
+
+    def child(self, arguments: Sequence[str], name: str = "child", *, seconds: float = _LONGEST_SECONDS) -> Any:
+        """Run a Python process; return the JSON of its last line that holds an object, and when it started."""
+        log = self.folder / f"{name}.log"
+        paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        started = time.time()
+        with log.open("w") as file:
+            into = partial(subprocess.run, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+            try:
+                code = into([sys.executable, *arguments], timeout=seconds, check=False).returncode
+            except subprocess.TimeoutExpired as error:
+                raise _FailedError(f"ended after {seconds:.0f} s") from error
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        if code:
+            print("\n".join(lines[-30:]), file=sys.stderr)
+            raise _FailedError(f"failed: {lines[-1][:150] if lines else code}")
+        answers = [line for line in lines if line.startswith("{")]
+        return {"started": started, **json.loads(answers[-1])} if answers else {}
+
+    def measure(self, row: Row, name: str) -> dict[str, Any] | str:
+        """Measure one row, or say in a few words why not."""
+        left = self.until - time.monotonic()
+        watched = self.setting.warm + self.setting.stretch if row.kind == "train" else 0.0
+        if row.kind == "peer" and (self.peer is None or self.peer_script is None):
+            return "not measured"
+        if left < watched + _START_SECONDS:
+            return "skipped: the time is up"
+        try:
+            return getattr(self, f"_{row.kind}")(row, name, min(left + _START_SECONDS, _LONGEST_SECONDS))
+        except _FailedError as error:
+            return str(error)
+        except (KeyError, ValueError) as error:
+            return f"failed: its last line is no answer ({error!r})"
+
+    def _settings(self, row: Row) -> Iterable[str]:
+        sets = f"train.sets_per_step={row.sets or self.setting.sets[0]}"
+        named = (f"model.input={row.genes}", f"model.output={row.genes}", f"train.precision={row.precision}", sets)
+        for setting in (*named, *row.settings, *self.extra):
+            yield from ("--set", setting)
+
+    def _trains(self, row: Row, run: str) -> list[str]:
+        folder = self.folder
+        shutil.rmtree(folder / run, ignore_errors=True)
+        where = ["--store", str(folder / "store"), "--out", str(folder / run)]
+        return [str(folder / "experiment.toml"), *where, *self._settings(row)]
+
+    def _train(self, row: Row, name: str, limit: float) -> dict[str, Any]:
+        times = [str(self.setting.warm), str(self.setting.stretch)]
+        command = ["-m", "benchmarks.gpu_child", "train", *times, *self._trains(row, "run")]
+        try:
+            return self.child(command, name, seconds=limit)
+        finally:
+            shutil.rmtree(self.folder / "run", ignore_errors=True)
+
+    def _peer(self, row: Row, name: str, limit: float) -> dict[str, Any]:
+        genes = self.setting.num_hvgs if row.genes == "hvg" else self.setting.num_genes
+        given = [str(self.peer_script), str(self.peer), "--genes", str(genes), "--sets", str(row.sets)]
+        found = [
+            self.child([*given, "--precision", way], f"{name}-{way}", seconds=limit / 2) for way in ("medium", "bf16")
+        ]
+        best = max(found, key=lambda answer: answer["sets_per_second"])
+        return {"rate": best["sets_per_second"], "precision": best["precision"]}
+
+    def _generate(self, row: Row, name: str, limit: float) -> dict[str, Any]:
+        """Train for one step, which is not measured, and generate."""
+        last = ("--set", "train.steps=1", "--set", "train.compile=false")
+        try:
+            self.child(["-m", "pertcast", "train", *self._trains(row, "trained"), *last], f"{name}-run", seconds=limit)
+            command = ["-m", "benchmarks.gpu_child", "generate", str(self.folder / "trained")]
+            return self.child([*command, "--out", str(self.folder / "parts")], name, seconds=limit)
+        finally:
+            for left in ("trained", "parts"):
+                shutil.rmtree(self.folder / left, ignore_errors=True)
+
+    def name(self, row: Row) -> str:
+        """Return what a row is called in the table."""
+        genes = f"{self.setting.num_hvgs:,} HVGs" if row.genes == "hvg" else f"{self.setting.num_genes:,} genes"
+        if row.kind == "generate":
+            return f"generation, {genes}"
+        words = [f"{row.sets} sets", genes, *row.settings, *([row.precision] if row.precision != "bf16" else [])]
+        return ("arc-state's step, " if row.kind == "peer" else "") + ", ".join(words)
+
+    def cells(self, row: Row, machine: dict[str, Any]) -> list[str]:
+        """Return a row of the table, as far as it goes."""
+        answer = self.answers.get(row, "not yet")
+        if isinstance(answer, str):
+            return [self.name(row), answer]
+        has_bars = "H100" in machine["device"] and self.setting == GPU
+        rate = answer["rate"] * answer.get("sets", 1)
+        said = f"{rate:,.0f}" + (f" (at least {row.at_least:,})" if has_bars and row.at_least else "")
+        if row.kind == "peer":
+            return [self.name(row), f"{said}, {answer['precision']}"]
+        first = f"{answer['first_at'] - answer['started']:.1f}"
+        if row.kind == "generate":
+            return [self.name(row), said, "", first, "", "", f"{answer['timed']:,}"]
+        peer, times = self.answers.get(Row("peer", row.genes, row.sets)), ""
+        if row.times:
+            times = f"{rate / peer['rate']:.2f}" if isinstance(peer, dict) else "not measured"
+            times += f" (at least {row.times})" if has_bars else ""
+        flops, memory = answer["flops"] * answer["rate"], answer["memory"]
+        product = machine["rates"].get(answer["precision"], machine["rates"][row.precision])
+        return [
+            self.name(row),
+            said,
+            times,
+            first,
+            f"{answer['full_at'] - answer['started']:.0f}",
+            "-" if answer["waiting"] is None else f"{answer['waiting']:.1%}",
+            f"{answer['timed']:,}",
+            f"{flops / 1e12:.1f}",
+            f"{flops / product:.0%}",
+            f"{memory / 2**30:.1f}" if memory else "-",
+        ]
+
+    def table(self, rows: Sequence[Row], machine: dict[str, Any], *, left_out: Sequence[str]) -> str:
+        """Return the whole page: the machine, a table of rows, notes."""
+        rates = ", ".join(f"{name} {rate / 1e12:,.1f}" for name, rate in machine["rates"].items())
+        head = ["", "sets or cells/s", "x arc-state", "first, s", "full speed, s", "waiting", "timed"]
+        head += ["TFLOP/s", "of product", "memory, GiB"]
+        table = [head, ["---"] * len(head), *(self.cells(row, machine) for row in rows)]
+        lines = [
+            "# Training and generation on a GPU",
+            "",
+            f"{datetime.now(UTC).date()}, commit {_commit()}; {machine['device']}, {_cores()} cores; Python "
+            f"{sys.version.split()[0]}, torch {machine['torch']}",
+            f"`python -m benchmarks.gpu`: `{self.setting.preset}`; trainings in bf16 unless another is named, without "
+            f"validation and checkpoints, timed for {self.setting.stretch:g} s, from {self.setting.warm:g} s after the "
+            "first step and from step 150 on.",
+            f"One product of {machine['size']:,} x {machine['size']:,}, TFLOP/s: {rates}.",
+            "",
+            *(f"| {' | '.join([*line, *[''] * (len(head) - len(line))])} |" for line in table),
+            "",
+            "first: seconds from the start of the command to its first step or its first target's cells, on a prepared "
+            "store (bar: 5 for a training). full speed: seconds until nine tenths of the rate. waiting: for the reader "
+            "(bar: below 2 %; -: the loop has no reader to wait for). timed: steps, or cells. memory: what torch "
+            "reserved on the device.",
+        ]
+        notes: dict[str, list[str]] = {}
+        for row in rows:
+            answer = self.answers.get(row)
+            for note in answer.get("notes", ()) if isinstance(answer, dict) else ():
+                if any(word in note for word in ("graph", "cells:", "compil")):
+                    notes.setdefault(note, []).append(self.name(row))
+        said = [f"- {note} ({'; '.join(names)})" for note, names in notes.items()]
+        return "\n".join([*lines, "", *said, *(f"- {text}" for text in left_out)]).rstrip() + "\n"
+
+
+def _commit() -> str:
+    asked = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     try:
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        seconds = min(_seconds(lambda: a @ b) for _ in range(10))
-    finally:
-        torch.set_float32_matmul_precision(before)
-    return 2 * size**3 / seconds
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    _wait_for_device()
-    start = time.perf_counter()
-    work()
-    _wait_for_device()
-    return time.perf_counter() - start
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-class _Clock:
-    """A progress that notes when each step ended, and how long the loop had waited for cells by then."""
-
-    def __init__(self) -> None:
-        self.times, self.waited, self.waits = [time.perf_counter()], 0.0, [0.0]
-
-    @contextmanager
-    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:  # noqa: ARG002
-        """Note every advance of training."""
-        if label == "train":
-            self.times = [time.perf_counter()]
-
-        def advance(amount: int, detail: str = "") -> None:  # noqa: ARG001
-            if label == "train" and amount:
-                _wait_for_device()
-                self.times.append(time.perf_counter())
-                self.waits.append(self.waited)
-
-        yield advance
-
-    note, table = SILENT.note, SILENT.table
-
-    def listening(self, read_ahead: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        """Return `read_ahead` such that waiting for it is counted."""
-
-        def timed(*arguments: Any, threads: int = 1) -> Iterator[Any]:
-            stream = read_ahead(*arguments, threads=threads)
-            while True:
-                start = time.perf_counter()
-                try:
-                    item = next(stream)
-                except StopIteration:
-                    return
-                self.waited += time.perf_counter() - start
-                yield item
-
-        return timed
-
-
-def measure(experiment: Path, setting: Setting, row: Row) -> Row:
-    """Train and generate as a row says, and return it with what was measured."""
-    folder = experiment.parent
-    settings = [
-        f"train.steps={setting.steps}",
-        f"train.sets_per_step={row.sets_per_step}",
-        f"train.precision={row.precision}",
-        f"train.compile={str(row.compiled).lower()}",
-        f"model.input={row.input}",
-        f"model.output={row.input}",
-        'generate.unpredicted_genes="control"',
-    ]
-    resolved, clock = load_experiment(experiment, settings), _Clock()
-    store = prepare(resolved, folder / "store")
-    shutil.rmtree(folder / "run", ignore_errors=True)
-    shutil.rmtree(folder / "parts", ignore_errors=True)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with mock.patch.object(training_loop, "read_ahead", clock.listening(read_ahead)):
-        run = train(resolved, store, folder / "run", progress=clock)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    skipped = max(1, setting.steps // 4)
-    seconds = clock.times[-1] - clock.times[skipped]
-    steps = setting.steps - skipped
-    generation = _seconds(lambda: generate(run, folder / "parts"))
-    return row._replace(
-        first_step_seconds=clock.times[1] - clock.times[0],
-        sets_per_second=steps * row.sets_per_step / seconds,
-        waiting=(clock.waits[-1] - clock.waits[skipped]) / seconds,
-        flops_per_second=network_flops(open_run(run).network, row.sets_per_step) * steps / seconds,
-        peak_train_bytes=peak,
-        generated_per_second=setting.num_targets * setting.generated / generation,
-    )
-
-
-def rows_of(setting: Setting, *, compiled: tuple[bool, ...], precisions: tuple[str, ...]) -> Iterator[Row]:
-    """Yield every row to measure."""
-    for source in ("hvg", "genes"):
-        for num_sets in setting.sets_per_step:
-            for precision in precisions:
-                for switch in compiled:
-                    yield Row(source, num_sets, precision, switch, 0, 0, 0, 0, 0, 0)
-
-
-def _print(row: Row, peak: float) -> None:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    sheet = next((rates[row.precision] for model, rates in _SHEETS.items() if model in name), None)
-    of_sheet = f"{row.flops_per_second / sheet:8.1%}" if sheet else f"{'-':>8}"
-    print(
-        f"{row.input:6} {row.sets_per_step:4} {row.precision:5} {'yes' if row.compiled else 'no':>8} "
-        f"{row.first_step_seconds:10.2f} {row.sets_per_second:9.1f} {row.waiting:8.1%} "
-        f"{row.flops_per_second / 1e12:8.3f} {row.flops_per_second / peak:8.1%} {of_sheet} "
-        f"{row.peak_train_bytes / 2**30:9.2f} {row.generated_per_second:9.0f}",
-        flush=True,
-    )
-
-
-def main() -> None:
-    """Measure every row and print it."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure row after row; write the table after each."""
+    begun = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--data", type=Path, help="folder of cells, made if need be, and of runs; default: a new one")
+    parser.add_argument("--prepare-only", action="store_true", help="make the cells in --data, and nothing else")
     parser.add_argument("--small", action="store_true", help="a small network and few genes, on any machine")
-    parser.add_argument("--compile", choices=("yes", "no", "both"), help="default: both on a GPU, no elsewhere")
-    parser.add_argument("--precision", nargs="+", default=["fp32", "tf32", "bf16"])
-    parser.add_argument("--steps", type=int)
-    asked = parser.parse_args()
+    parser.add_argument("--minutes", type=float, default=8, help="skip the rows left after this (default: %(default)s)")
+    parser.add_argument("--rows", type=int, nargs="+", help="only these, by number, from 1 on")
+    parser.add_argument("--set", action="append", default=[], help="a setting of every training, as for pertcast train")
+    parser.add_argument("--peer", type=Path, help="folder with arc-state's packages `state` and `geomloss`")
+    parser.add_argument("--peer-script", type=Path, help="what times arc-state's step and prints JSON")
+    parser.add_argument("--result", type=Path, help=f"the table; default on a GPU: {RESULT.relative_to(ROOT)}")
+    asked = parser.parse_args(arguments)
     setting = SMALL if asked.small else GPU
-    setting = setting if asked.steps is None else replace(setting, steps=asked.steps)
-    choice = asked.compile or ("both" if torch.cuda.is_available() and not asked.small else "no")
-    compiled = {"yes": (True,), "no": (False,), "both": (False, True)}[choice]
-    out = asked.out or Path(tempfile.mkdtemp(prefix="pertcast-gpu-"))
-    experiment = write_data(out, setting)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
-    peaks = {precision: measured_peak(precision, setting.product) for precision in asked.precision}
-    print(f"device: {device}; torch {torch.__version__}; network {setting.preset}; {setting.steps} steps")
-    for precision, peak in peaks.items():
-        print(f"one product of {setting.product} x {setting.product}, {precision}: {peak / 1e12:.2f} TFLOP/s")
-    print(
-        f"{'input':6} {'sets':>4} {'prec.':5} {'compiled':>8} {'1st step s':>10} {'sets/s':>9} {'waiting':>8} "
-        f"{'TFLOP/s':>8} {'of prod.':>8} {'of sheet':>8} {'peak GiB':>9} {'cells/s':>9}"
-    )
-    for row in rows_of(setting, compiled=compiled, precisions=tuple(asked.precision)):
-        _print(measure(experiment, setting, row), peaks[row.precision])
-    cells = Store.open(out / "store").num_cells
-    print(f"cells in the store: {cells:,}; cells/s: generated and written, the network's start included")
+    folder = (asked.data or Path(tempfile.mkdtemp(prefix="pertcast-gpu-"))).resolve()
+    write_data(folder, setting)
+    print(f"cells: {time.monotonic() - begun:.1f} s", flush=True)
+    if asked.prepare_only:
+        return
+    from pertcast.config import TrainConfig
+
+    fields = TrainConfig.model_fields
+    bench = Bench(setting, folder, begun + 60 * asked.minutes, asked.set)
+    bench.peer, bench.peer_script = (path and path.resolve() for path in (asked.peer, asked.peer_script))
+    machine = bench.child(["-m", "benchmarks.gpu_child", "product", str(setting.product), *_PRECISIONS])
+    result = asked.result or (RESULT if machine["gpu"] and not asked.small else None)
+    all_rows = rows_of(setting)
+    rows = [all_rows[number - 1] for number in asked.rows] if asked.rows else all_rows
+    left_out = [] if "cells" in fields else ["This version has no `train.cells`: no rows with cells on the host."]
+    left_out += [f"Every training had {', '.join(asked.set)}."] if asked.set else []
+    for number, row in enumerate(rows, start=1):
+        bench.answers[row] = bench.measure(row, f"row{number}")
+        print(f"{time.monotonic() - begun:5.0f} s | {' | '.join(bench.cells(row, machine))}", flush=True)
+        page = bench.table(rows, machine, left_out=left_out)
+        if result:
+            result.parent.mkdir(parents=True, exist_ok=True)
+            result.write_text(page)
+    print(page)
 
 
 if __name__ == "__main__":
