@@ -45,7 +45,7 @@ from pertcast.train.control_counts import ControlRates
 from pertcast.train.devices import is_sharded, whole_tensors
 from pertcast.train.loss_targets import TrainingTargets, training_targets
 from pertcast.train.loss_terms import needs_training_targets, total_loss
-from pertcast.train.update import LateValues, Turn, Update
+from pertcast.train.update import LateValues, Turn, Update, steps_late
 from pertcast.train.validation import OfficialMetrics, criterion
 
 
@@ -117,7 +117,7 @@ class Loop:
         self.val_sets = self.reader.validation()
         if needs_training_targets(self.loss):
             self.update.targets = self._training_targets(progress)
-        self._late = LateValues(self.fabric.device)
+        self._late = LateValues(steps_late(self.fabric.device))
         self._saved_step = -1
         self._is_whole = True
         self._rates: dict[str, float] = {}

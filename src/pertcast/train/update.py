@@ -257,17 +257,22 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-class LateValues:
-    """Numbers of steps, read some steps later on a GPU, so that no step waits for it."""
+def steps_late(device: torch.device) -> int:
+    """Return how many steps later the numbers of a step are read."""
+    return _STEPS_LATE if device.type == "cuda" else 0
 
-    def __init__(self, device: torch.device) -> None:
-        self._late = _STEPS_LATE if device.type == "cuda" else 0
+
+class LateValues:
+    """Numbers of steps that are read some steps later, so that no step waits for a GPU."""
+
+    def __init__(self, late: int) -> None:
+        self._late = late
         self._pending: deque[tuple[int, float, Tensor, Any]] = deque()
 
     def add(self, step: int, learning_rate: float, values: Tensor) -> None:
         """Have the numbers of a step copied to the host."""
         event = None
-        if self._late:
+        if values.is_cuda:
             values = values.to("cpu", non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
