@@ -1,6 +1,6 @@
 """Reads random cell sets with cell-load, as arc-state trains on them; for the interpreter that has cell-load.
 
-python benchmarks/cell_load_child.py split.toml WORKERS BATCHES
+python benchmarks/cell_load_child.py split.toml WORKERS BATCHES [warm]
 """
 
 import json
@@ -20,7 +20,7 @@ def forget(paths: list[Path]) -> None:
 
 
 def main() -> None:
-    """Set up, forget the files, read batches of eight sets of 128, print the cells and the seconds."""
+    """Set up, read batches of eight sets of 128 (from the disk, unless warm), print the cells and the seconds."""
     import tomllib
 
     from cell_load.data_modules import PerturbationDataModule  # type: ignore[import-not-found]
@@ -51,7 +51,8 @@ def main() -> None:
         # memory is there from then on; workers read ahead, and would be let in before the clock starts
         for _ in range(2):
             next(stream)
-    forget(paths)
+    if sys.argv[4:] != ["warm"]:
+        forget(paths)
     start, cells = time.perf_counter(), 0
     for _ in range(batches):
         batch = next(stream)

@@ -17,16 +17,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from benchmarks.against_state import simulate_data
 from benchmarks.packing import measure, where_and_when
 
 HERE = Path(__file__).parent
 BATCHES = 6
+COPIED_CELLS = 2 * 32 * 128
 LARGE_CELLS = 221_000
-BARS = {"cells per second": 20.0, "open, s": 1.0, "training, GB": 3.0}
+BARS = {"cells per second": 20.0, "of a copy": 0.5, "open, s": 1.0, "training, GB": 3.0}
 
 
 def _child(command: Sequence[str]) -> dict[str, float]:
@@ -58,6 +61,59 @@ def compare(out: Path, python: str, rounds: int) -> tuple[str, float]:
         each = ", ".join(f"{value:,.0f}" for value in values)
         rows.append(f"| {name} | {each} | {medians[name]:,.0f} | {medians['pertcast'] / medians[name]:.1f} |")
     return "\n".join(rows), medians["pertcast"] / medians["cell-load, one process"]
+
+
+def copies(out: Path, python: str, rounds: int) -> tuple[str, float]:
+    """Return a table of GB a second from the page cache, and our reader's share of the rate of a copy."""
+    import torch
+    from scipy import sparse
+
+    from pertcast.data.inputs import CellSource, PackedCells
+    from pertcast.data.store import Store
+    from pertcast.files.resources import available_cpus
+
+    store, random, threads = Store.open(out / "store"), np.random.default_rng(0), available_cpus()
+    source = CellSource(store)
+    source.place(torch.device("cpu"), "packed")
+    values, _ = store.stored_values(None)
+    whole = values.read(np.arange(store.num_cells)).tocsr()
+    matrix = sparse.csr_matrix((whole.data, whole.indices, whole.indptr), shape=whole.shape)
+    batches = [random.integers(0, store.num_cells, COPIED_CELLS) for _ in range(BATCHES)]
+    pool = ThreadPoolExecutor(threads)
+
+    def plain(to: np.ndarray, of: np.ndarray) -> None:
+        bounds = np.linspace(0, len(of), threads + 1).astype(int)
+        list(pool.map(lambda first, last: np.copyto(to[first:last], of[first:last]), bounds[:-1], bounds[1:]))
+
+    def seconds(work: Callable[[np.ndarray], object]) -> float:
+        start = time.perf_counter()
+        for rows in batches:
+            work(rows)
+        return (time.perf_counter() - start) / len(batches)
+
+    packed = source.fetch(batches[0])
+    assert isinstance(packed, PackedCells)
+    size = sum(part.numel() * part.element_size() for part in (packed.cells.columns, packed.cells.values))
+    of, to = np.ones(size, dtype=np.uint8), np.zeros(size, dtype=np.uint8)
+    kinds: dict[str, Callable[[np.ndarray], object]] = {
+        f"NumPy copy of as many bytes, {threads} threads": lambda _rows: plain(to, of),
+        f"pertcast's reader, {threads} threads": source.fetch,
+        "pertcast's reader until now: CSR, normalised": store.csr,
+        "scipy, `X[rows]` in memory": lambda rows: matrix[rows],
+    }
+    found: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(rounds + 1):
+        for name, work in kinds.items():
+            found[name].append(seconds(work))
+    times = {name: statistics.median(each[1:]) for name, each in found.items()}
+    peer = [python, str(HERE / "cell_load_child.py"), str(out / "split.toml"), "0", str(BATCHES), "warm"]
+    cell_load = _child(peer)
+    times["cell-load, one process, dense"] = cell_load["seconds"] / cell_load["cells"] * COPIED_CELLS
+    rows = [f"| {COPIED_CELLS:,} random cells, {size / 1e6:,.0f} MB | ms | GB/s | cells/s |", "|---|---|---|---|"]
+    for name, each in times.items():
+        rows.append(f"| {name} | {1e3 * each:,.0f} | {size / each / 1e9:.2f} | {COPIED_CELLS / each:,.0f} |")
+    plainly, ours, *_ = times.values()
+    return "\n".join(rows), plainly / ours
 
 
 def make_large(out: Path) -> Path:
@@ -121,7 +177,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--only", choices=("sets", "large"))
+    parser.add_argument("--only", choices=("copies", "sets", "large"))
     parser.add_argument("--results", type=Path, default=HERE / "results" / "loader.md")
     given = parser.parse_args()
     out = given.out.absolute()
@@ -131,12 +187,16 @@ def main() -> None:
     if not (out / "store").exists():
         prepare = [sys.executable, "-m", "pertcast", "prepare", str(out / "experiment.toml")]
         subprocess.run([*prepare, "--out", str(out / "store")], check=True, stdout=subprocess.DEVNULL)
-    make_large(out)
+    if given.only != "copies":
+        make_large(out)
     text = f"# Reading cell sets\n\n{where_and_when()}\n{(__doc__ or '').split(os.linesep * 2)[1]}\n"
-    if given.only != "large":
+    if given.only in (None, "copies"):
+        table, ratio = copies(out, given.state_python, given.rounds)
+        text += f"\n{table}\n\nOf the rate of a copy: {ratio:.2f} (bar: at least {BARS['of a copy']:g}).\n"
+    if given.only in (None, "sets"):
         table, ratio = compare(out, given.state_python, given.rounds)
         text += f"\n{table}\n\nRatio of medians: {ratio:.1f} (bar: at least {BARS['cells per second']:g}).\n"
-    if given.only != "sets":
+    if given.only in (None, "large"):
         table, opened, peak = large(out, given.steps)
         text += f"\n{table}\n\nOpened in {opened:.3f} s (bar: under {BARS['open, s']:g} s); "
         text += f"trained in {peak:.2f} GB (bar: below {BARS['training, GB']:g} GB).\n"

@@ -23,27 +23,28 @@ def main() -> None:
     import torch
 
     from pertcast.config import load_experiment
-    from pertcast.data.cell_sets import CellSets
     from pertcast.data.features import load_features
     from pertcast.data.store import Store
-    from pertcast.train.batches import SetReader, SetStream, StreamState, read_ahead
+    from pertcast.train.batches import Codes, SetReader, SetStream, StreamState
 
     experiment_path, folder, batches = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     experiment = load_experiment(experiment_path, ["model.input=genes", "model.output=genes"])
     store = Store.open(folder)
     reader = SetReader(store, experiment, load_features(experiment.features, store, targets=()))
-    stream = SetStream(reader.training, StreamState(0, 0))
+    stream = SetStream(lambda epoch: reader.codes(reader.training(epoch)), StreamState(0, 0))
 
-    def pieces() -> Iterator[tuple[CellSets, StreamState]]:
+    def pieces() -> Iterator[tuple[Codes, StreamState]]:
         for _ in range(batches):
             yield stream.take(SETS)
 
     # memory is there from then on
     for _ in range(2):
-        reader.read(stream.take(SETS)[0])
+        codes, _ = stream.take(SETS)
+        reader.batch(codes.device, reader.fetch(codes))
     forget(list(folder.glob("*.npy")))
     start, cells = time.perf_counter(), 0
-    for batch, _ in read_ahead(pieces(), reader.read):
+    for codes, found, _ in reader.batches(pieces()):
+        batch = reader.batch(codes.device, found)
         for part in (batch.control_BSI, batch.real_BSO):
             if part.is_sparse or part.dtype != torch.float32:
                 raise TypeError("expected dense float32")

@@ -274,8 +274,8 @@ def test_batches_are_the_same_bits_however_they_travel_and_are_read(workspace: W
         reader = SetReader(store, experiment, features)
         reader.place(torch.device("cpu"), "device" if way == "resident" else "host")
         if way == "packed":  # what a GPU gets for each batch if its memory does not hold all cells
-            for source in (reader._inputs, reader._genes):
-                source.place(torch.device("cpu"), "packed")
+            for cells in (reader._inputs, reader._genes):
+                cells.place(torch.device("cpu"), "packed")
         stream = SetStream(lambda epoch, reader=reader: reader.codes(reader.training(epoch)), StreamState(0, 0))  # type: ignore[misc]
         pieces = (stream.take(3) for _ in range(7))
         batches = [(reader.batch(codes.device, found), place) for codes, found, place in reader.batches(pieces)]
@@ -285,7 +285,7 @@ def test_batches_are_the_same_bits_however_they_travel_and_are_read(workspace: W
         for (batch, place), (other, other_place) in zip(taken[0], others, strict=True):
             assert place == other_place
             for one, two in zip(batch, other, strict=True):
-                assert one is two is None or torch.equal(one, two)
+                assert one is two is None or torch.equal(one, two)  # type: ignore[arg-type]
 
 
 @given(num=st.integers(0, 12), threads=st.integers(1, 4), stop=st.integers(0, 12), broken=st.integers(0, 20))

@@ -22,7 +22,7 @@ from pertcast.errors import DataError, Problem
 from pertcast.files.h5ad import RangeFile, row_bands
 from pertcast.files.resources import available_cpus
 from pertcast.progress import Advance
-from pertcast.stats.groups import compiled
+from pertcast.stats.groups import compiled, copy_block
 
 _LADDER = tuple(np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32, np.float32))
 _WIDEN_BLOCK_VALUES = 1 << 22
@@ -216,9 +216,9 @@ def _copy_rows(
     to_values: Any,
 ) -> None:
     for i in range(first, last):
-        begin, end, to = indptr[rows[i]], indptr[rows[i] + 1], starts[i]
-        to_columns[to : to + end - begin] = columns[begin:end]
-        to_values[to : to + end - begin] = values[begin:end]
+        begin, number = indptr[rows[i]], indptr[rows[i] + 1] - indptr[rows[i]]
+        copy_block(to_columns, starts[i], columns, begin, number)
+        copy_block(to_values, starts[i], values, begin, number)
 
 
 def write_rows(

@@ -33,7 +33,7 @@ from pertcast.files.obs import (
     require_plausible,
     wrong_kind,
 )
-from pertcast.stats.groups import compiled
+from pertcast.stats.groups import compiled, copy_block
 
 
 class Entries(NamedTuple):
@@ -477,6 +477,5 @@ class RangeFile:
 def _copy_ranges(values: np.ndarray, starts: np.ndarray, stops: np.ndarray, into: np.ndarray) -> None:
     done = 0
     for i in range(len(starts)):
-        for position in range(starts[i], stops[i]):
-            into[done] = values[position]
-            done += 1
+        copy_block(into, done, values, starts[i], stops[i] - starts[i])
+        done += stops[i] - starts[i]
