@@ -1,9 +1,10 @@
 """Measures the host's work in a training step: everything but the network, which is made as small as it gets.
 
 Each row is one training of a network of width 8 with one layer, in a process of its own; its time is the median between
-two reported steps. On a panel of 64 genes only the loop's own work is left: drawing and reading sets, losses, optimiser
-and bookkeeping. On 2,000 highly variable genes and on all 18,080, a CPU also makes cells dense and computes the energy
-distance. Beside it runs the code of an earlier commit, in turns.
+two reported steps. Sets have 16 cells, not 128: attention and the energy distance take 128 x 128 distances for each
+set, which a GPU does and a CPU would spend the step on (`--set-size 128` shows it). So on a panel of 64 genes only the
+loop's own work is left: drawing and reading sets, losses, optimiser and bookkeeping. On 2,000 highly variable genes and
+on all 18,080, a CPU also makes cells dense. Beside it runs the code of an earlier commit, in turns.
 
     python -m benchmarks.host --out out/host                    both, as a table
     python -m benchmarks.host --out out/host --old none --json  this code alone, as JSON
@@ -47,6 +48,7 @@ heads = 2
 feedforward = 16
 encoder_layers = 1
 decoder_layers = 1
+set_size = {set_size}
 {model}
 [train]
 sets_per_step = {sets}
@@ -68,9 +70,9 @@ class Input(NamedTuple):
 
 
 INPUTS = {
-    "panel": Input(64, 16, 2_000, 200),
-    "hvg": Input(18_080, 2_000, 54_000, 20, 'input = "hvg"\noutput = "hvg"'),
-    "genes": Input(18_080, 2_000, 54_000, 8),
+    "panel": Input(64, 16, 2_000, 400),
+    "hvg": Input(18_080, 2_000, 54_000, 100, 'input = "hvg"\noutput = "hvg"'),
+    "genes": Input(18_080, 2_000, 54_000, 30),
 }
 SETS = (8, 32)
 
@@ -119,10 +121,10 @@ def step_milliseconds(experiment: Path, out: Path) -> float:
     return statistics.median(times[len(times) // 5 :])
 
 
-def measure(source: Path, folder: Path, given: Input, *, sets: int, name: str) -> float:
+def measure(source: Path, folder: Path, given: Input, *, sets: int, set_size: int, name: str) -> float:
     """Return the milliseconds of a step with the code in `source`, measured in a fresh process."""
     experiment = folder / f"{name}-{sets}.toml"
-    text = _TOML.format(num_hvgs=given.num_hvgs, model=given.model, sets=sets, steps=given.steps)
+    text = _TOML.format(num_hvgs=given.num_hvgs, model=given.model, sets=sets, set_size=set_size, steps=given.steps)
     experiment.write_text(text)
     out = folder / f"{name}-{sets}-{time.time_ns()}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(source / "src"), str(ROOT)])}
@@ -149,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for data, stores and runs")
     parser.add_argument("--old", default=OLD, help='commit to compare with, or "none" (default: %(default)s)')
+    parser.add_argument("--set-size", type=int, default=16, help="cells in a set (default: %(default)s)")
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=list(INPUTS))
     parser.add_argument("--rounds", type=int, default=2, help="trainings of each side, in turns (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print a list of rows as JSON instead of a table")
@@ -168,7 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             times: dict[str, list[float]] = {side: [] for side in sources}
             for _ in range(options.rounds):
                 for side, source in sources.items():
-                    times[side].append(measure(source, out / name, INPUTS[name], sets=sets, name=side))
+                    size = options.set_size
+                    times[side].append(measure(source, out / name, INPUTS[name], sets=sets, set_size=size, name=side))
             row = {side: round(statistics.median(measured), 2) for side, measured in times.items()}
             rows.append({"input": name, "sets": sets, **row})
             if not options.json:

@@ -248,10 +248,13 @@ def write_rows(
 @compiled
 def _write_values(indptr: Any, columns: Any, values: Any, rows: Any, positions: Any, out: Any) -> None:
     for i in range(len(rows)):
-        for k in range(indptr[rows[i]], indptr[rows[i] + 1]):
-            column = positions[columns[k]] if len(positions) else np.int64(columns[k])
-            if column >= 0:
-                out[i, column] = values[k]
+        line, first, last = out[i], indptr[rows[i]], indptr[rows[i] + 1]
+        seen, found = columns[first:last], values[first:last]
+        for k in range(len(seen)):
+            if not len(positions):
+                line[seen[k]] = found[k]
+            elif positions[seen[k]] >= 0:
+                line[positions[seen[k]]] = found[k]
 
 
 @compiled
@@ -260,17 +263,23 @@ def _write_counts(
 ) -> int:
     """Write log1p of small counts and the normalised value of large ones; return the number of large ones."""
     num_large = 0
-    size = table.shape[1]
     for i in range(len(rows)):
-        for k in range(indptr[rows[i]], indptr[rows[i] + 1]):
-            column = positions[columns[k]] if len(positions) else np.int64(columns[k])
-            if column >= 0:
-                count = values[k]
-                if count < size:
-                    out[i, column] = table[i, count]
+        # views of one row: their indices need no arithmetic, and unsigned ones no check
+        line, logs, factor, first, last = out[i], table[i], factors[i], indptr[rows[i]], indptr[rows[i] + 1]
+        seen, counts = columns[first:last], values[first:last]
+        if not len(positions):
+            for k in range(len(seen)):
+                if counts[k] < len(logs):
+                    line[seen[k]] = logs[counts[k]]
                 else:
-                    out[i, column] = np.float32(count) * factors[i]
+                    line[seen[k]] = np.float32(counts[k]) * factor
                     num_large += 1
+            continue
+        for k in range(len(seen)):
+            column = positions[seen[k]]
+            if column >= 0:
+                line[column] = logs[counts[k]] if counts[k] < len(logs) else np.float32(counts[k]) * factor
+                num_large += counts[k] >= len(logs)
     return num_large
 
 
@@ -278,11 +287,14 @@ def _write_counts(
 def _find_large(indptr: Any, columns: Any, values: Any, rows: Any, positions: Any, size: int, found: Any) -> None:
     number = 0
     for i in range(len(rows)):
-        for k in range(indptr[rows[i]], indptr[rows[i] + 1]):
-            column = positions[columns[k]] if len(positions) else np.int64(columns[k])
-            if column >= 0 and values[k] >= size:
-                found[number, 0], found[number, 1] = i, column
-                number += 1
+        first, last = indptr[rows[i]], indptr[rows[i] + 1]
+        seen, counts = columns[first:last], values[first:last]
+        for k in range(len(seen)):
+            if counts[k] >= size:
+                column = positions[seen[k]] if len(positions) else np.int64(seen[k])
+                if column >= 0:
+                    found[number, 0], found[number, 1] = i, column
+                    number += 1
 
 
 def _memory_bytes() -> int:

@@ -44,9 +44,11 @@ class _EnergyDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pred_BSG: Tensor, real_BTG: Tensor) -> Tensor:
         num_pred, num_real = pred_BSG.shape[1], real_BTG.shape[1]
-        cells_BCG = torch.cat([pred_BSG, real_BTG], dim=1)
         # Products of predicted cells about their own mean lose the fewest digits; real cells are further apart.
-        cells_BCG -= pred_BSG.mean(1, keepdim=True)
+        mean_B1G = pred_BSG.mean(1, keepdim=True)
+        cells_BCG = pred_BSG.new_empty(len(pred_BSG), num_pred + num_real, pred_BSG.shape[2])
+        torch.sub(pred_BSG, mean_B1G, out=cells_BCG[:, :num_pred])
+        torch.sub(real_BTG, mean_B1G, out=cells_BCG[:, num_pred:])
         real_BTG = cells_BCG[:, num_pred:]
         products_BSC = cells_BCG[:, :num_pred] @ cells_BCG.mT
         real_products_BTT = real_BTG @ real_BTG.mT

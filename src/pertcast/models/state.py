@@ -174,7 +174,7 @@ class StateTransition(nn.Module):
             if base_BG is not None and self.spec.on_base:
                 clipped_effect_BG = clipped_effect(control_BSI, base_BG * is_perturbed_B11[:, 0])
         if self.gene_decoder is None:
-            cells_BSO = functional.relu(output_BSO, inplace=True) if not self.spec.shift else output_BSO
+            cells_BSO = functional.relu(output_BSO) if not self.spec.shift else output_BSO
             prediction = Prediction(cells_BSO, None, confidence_B, clipped_effect_BG=clipped_effect_BG)
         else:
             if self.spec.latent_relu:
