@@ -107,7 +107,7 @@ def _narrowest(values: np.ndarray, place: str) -> np.dtype:
 
 
 HVG_PREFIX = "hvg_"
-_LARGEST_TABLE = 256
+_SMALLEST_TABLE, _LARGEST_TABLE = 64, 256
 _HVG_BLOCK_VALUES = 1 << 20
 _MOST_GENES = 0.5
 _SHARED_VALUES = 1 << 18
@@ -237,7 +237,7 @@ def write_rows(
         return
     # most counts are small: their log1p is looked up, and computed once for each cell
     num_values = int((indptr[rows + 1] - indptr[rows]).sum())
-    size = int(np.clip(num_values // max(4 * len(rows), 1), 8, _LARGEST_TABLE))
+    size = int(np.clip(num_values // max(4 * len(rows), 1), _SMALLEST_TABLE, _LARGEST_TABLE))
     table = np.log1p(np.arange(size, dtype=np.float32) * factors[:, None])
     if num_large := _write_counts(*stored, rows, at, table, factors, out):
         large = np.empty((num_large, 2), dtype=np.int64)

@@ -313,7 +313,7 @@ def draws_of(reader: SetReader, config: TrainConfig, keys: Sequence[tuple[str | 
         width = reader.spec.pert_dim
         noise = np.stack([generator(config.seed, "feature noise", *key).normal(size=width) for key in keys])
         noise_BF = torch.from_numpy(noise * (config.feature_noise * reader.feature_size)).float()
-    return Draws(dropout_keys(config.seed, keys) if reader.spec.dropout else None, forgotten_B, noise_BF)
+    return Draws(dropout_keys(config.seed, keys), forgotten_B, noise_BF)
 
 
 def augment(batch: Batch, draws: Draws, *, control_code: int) -> Batch:

@@ -259,9 +259,10 @@ def _environment(ranks: Ranks | None) -> ClusterEnvironment:
 
 @contextmanager
 def products(config: TrainConfig) -> Iterator[None]:
-    """Set torch's precision of float32 products, and restore it at the end."""
+    """Set torch's precision of float32 products, and restore it at the end; beside bf16 a GPU rounds them to tf32."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    rounded = config.precision == "tf32" or (config.precision == "bf16" and torch.cuda.is_available())
+    torch.set_float32_matmul_precision("high" if rounded else "highest")
     try:
         yield
     finally:
