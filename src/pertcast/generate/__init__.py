@@ -33,6 +33,7 @@ from pertcast.files.artefacts import (
     write_json,
     write_manifest,
 )
+from pertcast.files.resources import reused_memory
 from pertcast.files.season_lists import write_genes
 from pertcast.generate.calibration import calibrated
 from pertcast.generate.parts import PartMaker, own_share, wait_for_others
@@ -168,7 +169,7 @@ def _make_parts(
     todo = [part for part in parts if not maker.is_right(out, part)]
     total = sum(part.num_cells for part in (*parts, *others))
     done = sum(part.num_cells for part in parts) - sum(part.num_cells for part in todo)
-    with progress.task("generate", total, "cells", done=done) as advance:
+    with reused_memory(), progress.task("generate", total, "cells", done=done) as advance:
         maker.make(out, todo, done=lambda part: advance(part.num_cells, detail=part.target))
         wait_for_others(out, others, maker, advance)
 

@@ -28,7 +28,7 @@ from pertcast.files.artefacts import (
     write_manifest,
 )
 from pertcast.files.h5ad_writer import CsrWriter
-from pertcast.files.resources import prefetch
+from pertcast.files.resources import available_cpus, prefetch
 from pertcast.generate.calibration import CalibratedPredictor, calibrated
 from pertcast.generate.cells import CellMaker
 from pertcast.generate.plan import Part, control_rows
@@ -36,6 +36,9 @@ from pertcast.generate.predict import CentredPredictor, CountsHeadPredictor, Pre
 from pertcast.models.run_folder import Run
 from pertcast.progress import Advance
 from pertcast.submission.controls import choose_controls
+
+_MOST_WRITERS = 8
+"""Parts that are made and written at the same time, each in memory of its own."""
 
 
 class PartMaker:
@@ -115,14 +118,15 @@ class PartMaker:
         return same and not verify_artefact(path)
 
     def make(self, out: Path, parts: Sequence[Part], *, done: Callable[[Part], None]) -> None:
-        """Write parts and their manifests one after the other, calling `done` after each."""
+        """Write parts and their manifests, calling `done` after each; other threads predict the next ones."""
         batches = ((part, sets_BS) for part in parts if not part.copied for sets_BS in self._batches(part))
+        threads = 1 if self._cells.keep_predicted else max(1, min(_MOST_WRITERS, available_cpus() // 2))
         with closing(prefetch(batches, lambda item: self._predict(*item))) as predicted:  # type: ignore[type-var]
-            for part in parts:
-                self._write(out, part, self._blocks(part, predicted))
+            jobs = ((part, self._blocks(part, predicted)) for part in parts)
+            for part in prefetch(jobs, lambda job: self._write(out, *job), threads=threads):
                 done(part)
 
-    def _write(self, out: Path, part: Part, blocks: Iterator[sparse.csr_matrix]) -> None:
+    def _write(self, out: Path, part: Part, blocks: Iterator[sparse.csr_matrix]) -> Part:
         path = out / part.file
         path.parent.mkdir(exist_ok=True)
         remove_leftovers(path)
@@ -133,6 +137,7 @@ class PartMaker:
                 del block  # the next one is made without it
             writer.finish(self._obs(part))
         write_manifest(path, Manifest("part", inputs=self.inputs, config=self._settings(part)))
+        return part
 
     def _rows(self, part: Part) -> NDArray[np.int64]:
         """Return the rows of control cells from which the part's cells are copied or made."""
@@ -168,7 +173,7 @@ class PartMaker:
         return (sets_NS[start : start + size] for start in range(0, len(sets_NS), size))
 
     def _blocks(self, part: Part, predicted: Iterator[NDArray[np.float32]]) -> Iterator[sparse.csr_matrix]:
-        """Yield the part's cells as they are written."""
+        """Return the part's cells as they are written."""
         rows = self._rows(part)[: part.num_cells]
         if part.copied:
             return self._cells.copied(rows)
