@@ -39,7 +39,7 @@ from pertcast.generate.calibration import calibrated
 from pertcast.generate.parts import PartMaker, own_share, wait_for_others
 from pertcast.generate.plan import Part, Plan, plan_parts
 from pertcast.generate.predict import bind, is_imported, match_total
-from pertcast.models.run_folder import Run, open_run
+from pertcast.models.run_folder import WEIGHTS, Run, open_run
 from pertcast.processes import launched, run_processes
 from pertcast.progress import SILENT, Progress
 
@@ -113,7 +113,7 @@ def generate(
     plan = dataclasses.replace(plan, notes=(*plan.notes, *total_notes))
     features = _features(run, run_path, experiment, store, plan)
     plan = _with_notes(plan, experiment, features, run, store)
-    weights = hash_file(run_path / "weights.safetensors")
+    weights = read_manifest(run_path, kind="run").files[WEIGHTS]  # opening the run has checked it
     maker = PartMaker(run, store, experiment, features, weights)
     _show(plan, progress)
     _require_parts(out)

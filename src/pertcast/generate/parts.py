@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import closing, suppress
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pandas as pd
@@ -123,10 +125,11 @@ class PartMaker:
         threads = 1 if self._cells.keep_predicted else max(1, min(_MOST_WRITERS, available_cpus() // 2))
         with closing(prefetch(batches, lambda item: self._predict(*item))) as predicted:  # type: ignore[type-var]
             jobs = ((part, self._blocks(part, predicted)) for part in parts)
-            for part in prefetch(jobs, lambda job: self._write(out, *job), threads=threads):
+            stopped = Event()
+            for part in prefetch(jobs, lambda job: self._write(out, *job, stopped), threads=threads, stopped=stopped):
                 done(part)
 
-    def _write(self, out: Path, part: Part, blocks: Iterator[sparse.csr_matrix]) -> Part:
+    def _write(self, out: Path, part: Part, blocks: Iterator[sparse.csr_matrix], stopped: Event) -> Part:
         path = out / part.file
         path.parent.mkdir(exist_ok=True)
         remove_leftovers(path)
@@ -135,6 +138,8 @@ class PartMaker:
             for block in blocks:
                 writer.append(block)
                 del block  # the next one is made without it
+                if stopped.is_set():
+                    raise CancelledError
             writer.finish(self._obs(part))
         write_manifest(path, Manifest("part", inputs=self.inputs, config=self._settings(part)))
         return part

@@ -196,14 +196,14 @@ class NetworkPredictor:
 
     @cached_property
     def _codes(self) -> ControlCodes:
-        width, num_cells = self._network.code_width, self._store.num_cells
-        encode = self._network.encode
-        return ControlCodes(
-            lambda rows: encode(self._read(rows)), width=width, num_cells=num_cells, device=self._device
-        )
+        def encode(cells_CI: NDArray[np.float32]) -> torch.Tensor:
+            return self._network.encode(self._tensor(cells_CI))
 
-    def _read(self, rows_C: NDArray[np.int64]) -> torch.Tensor:
-        return self._tensor(read_inputs(self._store, rows_C, source=self._source, genes=self._input_genes))
+        width, num_cells = self._network.code_width, self._store.num_cells
+        return ControlCodes(self._read, encode, width=width, num_cells=num_cells, device=self._device)
+
+    def _read(self, rows_C: NDArray[np.int64]) -> NDArray[np.float32]:
+        return read_inputs(self._store, rows_C, source=self._source, genes=self._input_genes)
 
     @torch.inference_mode()
     def prediction(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> Prediction:
@@ -217,7 +217,9 @@ class NetworkPredictor:
             self._tensor(batch_BS),
             torch.full((num_sets,), context_code, device=self._device),
             base_BG=None if self._base is None else self._tensor(self._base.of(target, context)).expand(num_sets, -1),
-            control_BSI=self._read(rows_C).reshape(*rows_BS.shape, -1) if self._network.needs_controls else None,
+            control_BSI=self._tensor(self._read(rows_C)).reshape(*rows_BS.shape, -1)
+            if self._network.needs_controls
+            else None,
         )
 
     def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:
