@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from threading import Event
 
@@ -34,7 +34,14 @@ from pertcast.files.resources import available_cpus, prefetch
 from pertcast.generate.calibration import CalibratedPredictor, calibrated
 from pertcast.generate.cells import CellMaker
 from pertcast.generate.plan import Part, control_rows
-from pertcast.generate.predict import CentredPredictor, CountsHeadPredictor, Predictor, make_predictor, shapes_of
+from pertcast.generate.predict import (
+    CentredPredictor,
+    CountsHeadPredictor,
+    Predictor,
+    make_predictor,
+    predicting_threads,
+    shapes_of,
+)
 from pertcast.models.run_folder import Run
 from pertcast.progress import Advance
 from pertcast.submission.controls import choose_controls
@@ -123,7 +130,10 @@ class PartMaker:
         """Write parts and their manifests, calling `done` after each; other threads predict the next ones."""
         batches = ((part, sets_BS) for part in parts if not part.copied for sets_BS in self._batches(part))
         threads = 1 if self._cells.keep_predicted else max(1, min(_MOST_WRITERS, available_cpus() // 2))
-        with closing(prefetch(batches, lambda item: self._predict(*item))) as predicted:  # type: ignore[type-var]
+        with ExitStack() as stack:
+            at_once = stack.enter_context(predicting_threads())
+            ahead = prefetch(batches, lambda item: self._predict(*item), threads=at_once)
+            predicted = stack.enter_context(closing(ahead))  # type: ignore[type-var]
             jobs = ((part, self._blocks(part, predicted)) for part in parts)
             stopped = Event()
             for part in prefetch(jobs, lambda job: self._write(out, *job, stopped), threads=threads, stopped=stopped):
