@@ -219,7 +219,9 @@ class CellMaker:
 
 def dense_to_csr(cells_CG: NDArray[np.float32]) -> sparse.csr_matrix:
     """Convert cells to CSR, faster than SciPy's way over coordinates."""
-    return sparse.csr_matrix(_stored(np.ascontiguousarray(cells_CG)), shape=cells_CG.shape)
+    found = sparse.csr_matrix(_stored(np.ascontiguousarray(cells_CG)), shape=cells_CG.shape)
+    found.has_canonical_format = True
+    return found
 
 
 @compiled
