@@ -25,8 +25,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def prefetch(items: Iterable[Item], work: Callable[[Item], Result], *, threads: int = 1) -> Iterator[Result]:
+def prefetch(
+    items: Iterable[Item], work: Callable[[Item], Result], *, threads: int = 1, stopped: threading.Event | None = None
+) -> Iterator[Result]:
     """Yield ``work(item)`` for each item, in order, computing the next ones in threads.
+
+    `stopped` is set when no more results are wanted: work that takes long may look at it.
 
     >>> list(prefetch(range(4), lambda number: number**2, threads=3))
     [0, 1, 4, 9]
@@ -60,6 +64,8 @@ def prefetch(items: Iterable[Item], work: Callable[[Item], Result], *, threads: 
                 submit()
                 yield result.pop()  # the caller holds the only reference, so it is freed early
         finally:
+            if stopped is not None:
+                stopped.set()
             # Newest first, so that no started task waits for a cancelled one.
             while pending:
                 pending.pop().cancel()

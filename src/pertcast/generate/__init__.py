@@ -33,12 +33,13 @@ from pertcast.files.artefacts import (
     write_json,
     write_manifest,
 )
+from pertcast.files.resources import reused_memory
 from pertcast.files.season_lists import write_genes
 from pertcast.generate.calibration import calibrated
 from pertcast.generate.parts import PartMaker, own_share, wait_for_others
 from pertcast.generate.plan import Part, Plan, plan_parts
 from pertcast.generate.predict import bind, is_imported, match_total
-from pertcast.models.run_folder import Run, open_run
+from pertcast.models.run_folder import WEIGHTS, Run, open_run
 from pertcast.processes import launched, run_processes
 from pertcast.progress import SILENT, Progress
 
@@ -112,7 +113,7 @@ def generate(
     plan = dataclasses.replace(plan, notes=(*plan.notes, *total_notes))
     features = _features(run, run_path, experiment, store, plan)
     plan = _with_notes(plan, experiment, features, run, store)
-    weights = hash_file(run_path / "weights.safetensors")
+    weights = read_manifest(run_path, kind="run").files[WEIGHTS]  # opening the run has checked it
     maker = PartMaker(run, store, experiment, features, weights)
     _show(plan, progress)
     _require_parts(out)
@@ -168,7 +169,7 @@ def _make_parts(
     todo = [part for part in parts if not maker.is_right(out, part)]
     total = sum(part.num_cells for part in (*parts, *others))
     done = sum(part.num_cells for part in parts) - sum(part.num_cells for part in todo)
-    with progress.task("generate", total, "cells", done=done) as advance:
+    with reused_memory(), progress.task("generate", total, "cells", done=done) as advance:
         maker.make(out, todo, done=lambda part: advance(part.num_cells, detail=part.target))
         wait_for_others(out, others, maker, advance)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pandas as pd
@@ -28,14 +30,24 @@ from pertcast.files.artefacts import (
     write_manifest,
 )
 from pertcast.files.h5ad_writer import CsrWriter
-from pertcast.files.resources import prefetch
+from pertcast.files.resources import available_cpus, prefetch
 from pertcast.generate.calibration import CalibratedPredictor, calibrated
 from pertcast.generate.cells import CellMaker
 from pertcast.generate.plan import Part, control_rows
-from pertcast.generate.predict import CentredPredictor, CountsHeadPredictor, Predictor, make_predictor, shapes_of
+from pertcast.generate.predict import (
+    CentredPredictor,
+    CountsHeadPredictor,
+    Predictor,
+    make_predictor,
+    predicting_threads,
+    shapes_of,
+)
 from pertcast.models.run_folder import Run
 from pertcast.progress import Advance
 from pertcast.submission.controls import choose_controls
+
+_MOST_WRITERS = 8
+"""Parts that are made and written at the same time, each in memory of its own."""
 
 
 class PartMaker:
@@ -115,14 +127,19 @@ class PartMaker:
         return same and not verify_artefact(path)
 
     def make(self, out: Path, parts: Sequence[Part], *, done: Callable[[Part], None]) -> None:
-        """Write parts and their manifests one after the other, calling `done` after each."""
+        """Write parts and their manifests, calling `done` after each; other threads predict the next ones."""
         batches = ((part, sets_BS) for part in parts if not part.copied for sets_BS in self._batches(part))
-        with closing(prefetch(batches, lambda item: self._predict(*item))) as predicted:  # type: ignore[type-var]
-            for part in parts:
-                self._write(out, part, self._blocks(part, predicted))
+        threads = 1 if self._cells.keep_predicted else max(1, min(_MOST_WRITERS, available_cpus() // 2))
+        with ExitStack() as stack:
+            at_once = stack.enter_context(predicting_threads())
+            ahead = prefetch(batches, lambda item: self._predict(*item), threads=at_once)
+            predicted = stack.enter_context(closing(ahead))  # type: ignore[type-var]
+            jobs = ((part, self._blocks(part, predicted)) for part in parts)
+            stopped = Event()
+            for part in prefetch(jobs, lambda job: self._write(out, *job, stopped), threads=threads, stopped=stopped):
                 done(part)
 
-    def _write(self, out: Path, part: Part, blocks: Iterator[sparse.csr_matrix]) -> None:
+    def _write(self, out: Path, part: Part, blocks: Iterator[sparse.csr_matrix], stopped: Event) -> Part:
         path = out / part.file
         path.parent.mkdir(exist_ok=True)
         remove_leftovers(path)
@@ -131,8 +148,11 @@ class PartMaker:
             for block in blocks:
                 writer.append(block)
                 del block  # the next one is made without it
+                if stopped.is_set():
+                    raise CancelledError
             writer.finish(self._obs(part))
         write_manifest(path, Manifest("part", inputs=self.inputs, config=self._settings(part)))
+        return part
 
     def _rows(self, part: Part) -> NDArray[np.int64]:
         """Return the rows of control cells from which the part's cells are copied or made."""
@@ -168,7 +188,7 @@ class PartMaker:
         return (sets_NS[start : start + size] for start in range(0, len(sets_NS), size))
 
     def _blocks(self, part: Part, predicted: Iterator[NDArray[np.float32]]) -> Iterator[sparse.csr_matrix]:
-        """Yield the part's cells as they are written."""
+        """Return the part's cells as they are written."""
         rows = self._rows(part)[: part.num_cells]
         if part.copied:
             return self._cells.copied(rows)

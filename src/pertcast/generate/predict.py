@@ -6,8 +6,11 @@ elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -20,10 +23,12 @@ from pertcast.data.split import Split
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError, Problem
 from pertcast.files.obs import near_misses
+from pertcast.generate.control_codes import ControlCodes
 from pertcast.models.baselines import Baseline, BaselineSpec, predict_effects
+from pertcast.models.folded import FoldedNetwork
 from pertcast.models.heads import COUNTS_HEAD_PREFIX, LOG_SHAPES
 from pertcast.models.run_folder import WEIGHTS, Run, load_tensors
-from pertcast.models.state import Prediction, StateTransition
+from pertcast.models.state import Prediction
 from pertcast.processes import launched
 
 _SHOWN = 8
@@ -167,14 +172,32 @@ class BaselinePredictor:
         return control_CO + self._effects.of(target, context)
 
 
+_MOST_AT_ONCE = 4
+
+
+@contextmanager
+def predicting_threads() -> Iterator[int]:
+    """Give the number of threads that predict at the same time, each with its share of torch's own threads.
+
+    Threads that predict cells of their own wait for each other less than threads that share each product.
+    """
+    shared = torch.get_num_threads()
+    number = min(shared, _MOST_AT_ONCE)
+    torch.set_num_threads(shared // number)
+    try:
+        yield number
+    finally:
+        torch.set_num_threads(shared)
+
+
 class NetworkPredictor:
-    """A State Transition network on one device."""
+    """A State Transition network on one device; several threads may predict."""
 
     def __init__(self, run: Run, store: Store, features: PertFeatures, *, counts_head: bool = False) -> None:
         self._counts_head = counts_head
+        self._encoding = Lock()
         self._run, self._store, self._features = run, store, features
         self._device = _own_device()
-        self._model: StateTransition | None = None
         self._source = str(run.experiment["model"]["input"])
         # an imported or adapted run has its own genes and batches
         self._input_genes = run.hvg if is_imported(run) or self._source == "hvg" else None
@@ -187,26 +210,39 @@ class NetworkPredictor:
         prediction = self.prediction(rows_BS, target=target, context=context)
         return prediction.unclipped_BSG.flatten(0, 1).float().cpu().numpy()
 
-    @property
-    def network(self) -> StateTransition:
-        """The network, on its device."""
-        if self._model is None:
-            self._model = self._run.model(counts_head=self._counts_head).to(self._device).eval()
-        return self._model
+    @cached_property
+    def _network(self) -> FoldedNetwork:
+        """The network, on its device; its weights are read here."""
+        return FoldedNetwork(self._run.model(counts_head=self._counts_head).to(self._device))
+
+    @cached_property
+    def _codes(self) -> ControlCodes:
+        def encode(cells_CI: NDArray[np.float32]) -> torch.Tensor:
+            return self._network.encode(self._tensor(cells_CI))
+
+        width, num_cells = self._network.code_width, self._store.num_cells
+        return ControlCodes(self._read, encode, width=width, num_cells=num_cells, device=self._device)
+
+    def _read(self, rows_C: NDArray[np.int64]) -> NDArray[np.float32]:
+        return read_inputs(self._store, rows_C, source=self._source, genes=self._input_genes)
 
     @torch.inference_mode()
     def prediction(self, rows_BS: NDArray[np.int64], *, target: str, context: str) -> Prediction:
         """Return the network's whole prediction for sets of rows of control cells."""
-        inputs_CI = read_inputs(self._store, rows_BS.reshape(-1), source=self._source, genes=self._input_genes)
-        batch_C = self._batch_codes[self._store.batch_codes[rows_BS.reshape(-1)]]
+        rows_C, num_sets = rows_BS.reshape(-1), len(rows_BS)
+        batch_BS = self._batch_codes[self._store.batch_codes[rows_BS]]
         context_code = self._run.contexts.index(context) if context in self._run.contexts else -1
-        num_sets = len(rows_BS)
-        return self.network(
-            self._tensor(inputs_CI).reshape(*rows_BS.shape, -1),
+        with self._encoding:
+            code_CH = self._codes.of(rows_C)
+        return self._network.predict(
+            code_CH.reshape(*rows_BS.shape, -1),
             self._tensor(self._features.of([target])).expand(num_sets, -1),
-            self._tensor(batch_C.reshape(rows_BS.shape)),
+            self._tensor(batch_BS),
             torch.full((num_sets,), context_code, device=self._device),
             base_BG=None if self._base is None else self._tensor(self._base.of(target, context)).expand(num_sets, -1),
+            control_BSI=self._tensor(self._read(rows_C)).reshape(*rows_BS.shape, -1)
+            if self._network.needs_controls
+            else None,
         )
 
     def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:

@@ -166,8 +166,25 @@ class StateTransition(nn.Module):
         output_BSO = self.project_out(hidden_BSH)
         if self.final_down_then_up is not None:
             output_BSO = self.final_down_then_up(output_BSO + control_BSI if self.spec.residual else output_BSO)
+        prediction = self.finish(output_BSO, hidden_BSH, confidence_B, pert_BF, control_BSI, base_BG)
+        if self.de_head is None or control_mean_BG is None:
+            return prediction
+        effect_BG = prediction.log1p_BSG.mean(1) - control_mean_BG
+        return prediction._replace(de_BG=self.de_head(hidden_BSH.mean(1), effect_BG))
+
+    def finish(
+        self,
+        output_BSO: Tensor,
+        hidden_BSH: Tensor,
+        confidence_B: Tensor | None,
+        pert_BF: Tensor,
+        control_BSI: Tensor | None,
+        base_BG: Tensor | None,
+    ) -> Prediction:
+        """Return the prediction from what the head gives; only a shift needs the control cells."""
         clipped_effect_BG = None
         if self.spec.shift:
+            assert control_BSI is not None
             is_perturbed_B11 = (pert_BF != self.control_feature).any(-1)[:, None, None]
             # Unlike relu, clamp_min lets the gradient through at 0, where most values of control cells are.
             output_BSO = (control_BSI + self._with_base(output_BSO, base_BG) * is_perturbed_B11).clamp_min(0)
@@ -182,10 +199,7 @@ class StateTransition(nn.Module):
             prediction = Prediction(output_BSO, functional.relu(self.gene_decoder(output_BSO)), confidence_B)
         if self.counts_head is not None:
             prediction = prediction._replace(counts=self.counts_head(hidden_BSH.mean(1)))
-        if self.de_head is None or control_mean_BG is None:
-            return prediction
-        effect_BG = prediction.log1p_BSG.mean(1) - control_mean_BG
-        return prediction._replace(de_BG=self.de_head(hidden_BSH.mean(1), effect_BG))
+        return prediction
 
     def attend(
         self, basal_BSH: Tensor, pert_BF: Tensor, batch_BS: Tensor | None, context_B: Tensor | None

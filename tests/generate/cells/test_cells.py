@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from scipy import sparse, stats
 
 from pertcast.files.scales import normalise_log1p
-from pertcast.generate.cells import Donors, cap_totals, reweight, round_to_counts, shift, shift_sparing_zeros
+from pertcast.generate.cells import (
+    Donors,
+    cap_totals,
+    dense_to_csr,
+    reweight,
+    round_to_counts,
+    shift,
+    shift_sparing_zeros,
+)
 from pertcast.stats.counts import CountsFit, binomial_quantile, fit_counts, negative_binomial_quantile, normal_quantile
 from pertcast.stats.draws import uniform, uniform_key
 from pertcast.stats.realism import Reference, compare_cells
@@ -378,3 +386,15 @@ def test_real_h1_cells_made_with_no_effect_are_like_other_real_cells(from_fit: b
     assert np.median(np.asarray(made.sum(axis=1))) == pytest.approx(target_sum, rel=0.02)
     if not from_fit:
         assert found.correlation > 0.9 * real.correlation
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.tuples(st.integers(0, 5), st.integers(1, 30)))
+def test_dense_cells_become_the_csr_matrix_that_scipy_makes(seed: int, share: float, shape: tuple[int, int]) -> None:
+    random = np.random.default_rng(seed)
+    cells = (random.random(shape) * (random.random(shape) < share)).astype(np.float32)
+    for given_cells in (cells, np.asfortranarray(cells)):
+        found, expected = dense_to_csr(given_cells), sparse.csr_matrix(cells)
+        assert found.dtype == np.float32
+        for name in ("data", "indices", "indptr"):
+            assert np.array_equal(getattr(found, name), getattr(expected, name))

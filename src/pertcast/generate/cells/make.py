@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,7 @@ class CellMaker:
         self._shapes = shapes
         self._store, self._config, self._cap = store, config, cap
         self._fits: dict[tuple[str, str], CountsFit] = {}
+        self._fitting = Lock()
 
     @property
     def have_a_depth(self) -> bool:
@@ -94,14 +96,31 @@ class CellMaker:
             block = read(rows[first : first + _BLOCK_CELLS])
             yield cap_totals(block, self._cap) if self._config.scale == "counts" else block
 
+    @property
+    def keep_predicted(self) -> bool:
+        """Whether cells are the predicted ones; all others need only the mean of these."""
+        return self._config.cells == "model"
+
     def made(
         self, part: Part, rows: NDArray[np.int64], predicted: Iterator[NDArray[np.float32]], *, pool: NDArray[np.int64]
     ) -> Iterator[sparse.csr_matrix]:
-        """Yield the cells of a part, CSR float32."""
-        if self._config.cells == "model":
-            yield from self._as_predicted(part, rows, predicted)
-            return
-        mean = _mean(predicted, self._store, of_rates=self._config.cells == "nb_head")
+        """Return the cells of a part, CSR float32; where only the predicted mean matters, it is taken at once."""
+        if self.keep_predicted:
+            return self._as_predicted(part, rows, predicted)
+        return self._around(part, rows, self._mean(predicted), pool)
+
+    def _mean(self, predicted: Iterator[NDArray[np.float32]]) -> NDArray[np.float64]:
+        total, number = np.zeros(len(self._store.genes)), 0
+        for cells_CG in predicted:
+            total += cells_CG.sum(axis=0, dtype=np.float64)
+            number += len(cells_CG)
+            del cells_CG  # the next ones are waited for without these
+        mean = total / max(number, 1)
+        return mean if self._config.cells == "nb_head" else np.asarray(np.maximum(mean, 0))
+
+    def _around(
+        self, part: Part, rows: NDArray[np.int64], mean: NDArray[np.float64], pool: NDArray[np.int64]
+    ) -> Iterator[sparse.csr_matrix]:
         num_blocks = -(-len(rows) // _BLOCK_CELLS)
         bounds = np.linspace(0, len(rows), num_blocks + 1).astype(np.int64).tolist()
         for first, stop in itertools.pairwise(bounds):
@@ -191,25 +210,34 @@ class CellMaker:
         return np.searchsorted(names, self._store.batch_codes[rows]).astype(np.int64)
 
     def _fit(self, source: tuple[str, str], pool: NDArray[np.int64]) -> CountsFit:
-        if source not in self._fits:
-            batch, random = self._batches(pool, pool), generator(self._config.seed, "fit of counts", source[1])
-            self._fits[source] = fit_rows(self._store, pool, batch, num_batches=int(batch.max()) + 1, random=random)
-        return self._fits[source]
-
-
-def _mean(predicted: Iterator[NDArray[np.float32]], store: Store, *, of_rates: bool = False) -> NDArray[np.float64]:
-    total, number = np.zeros(len(store.genes)), 0
-    for cells_CG in predicted:
-        total += cells_CG.sum(axis=0, dtype=np.float64)
-        number += len(cells_CG)
-        del cells_CG  # the next ones are waited for without these
-    mean = total / max(number, 1)
-    return mean if of_rates else np.asarray(np.maximum(mean, 0))
+        with self._fitting:
+            if source not in self._fits:
+                batch, random = self._batches(pool, pool), generator(self._config.seed, "fit of counts", source[1])
+                self._fits[source] = fit_rows(self._store, pool, batch, num_batches=int(batch.max()) + 1, random=random)
+            return self._fits[source]
 
 
 def dense_to_csr(cells_CG: NDArray[np.float32]) -> sparse.csr_matrix:
     """Convert cells to CSR, faster than SciPy's way over coordinates."""
-    stored_CG = cells_CG != 0
-    indptr = np.concatenate([[0], np.cumsum(np.count_nonzero(stored_CG, axis=1))])
-    columns_CG = np.broadcast_to(np.arange(cells_CG.shape[1], dtype=np.int32), cells_CG.shape)
-    return sparse.csr_matrix((cells_CG[stored_CG], columns_CG[stored_CG], indptr), shape=cells_CG.shape)
+    found = sparse.csr_matrix(_stored(np.ascontiguousarray(cells_CG)), shape=cells_CG.shape)
+    found.has_canonical_format = True
+    return found
+
+
+@compiled
+def _stored(cells: Any) -> Any:
+    """Return the values that are not 0, their columns, and where rows start."""
+    starts = np.zeros(len(cells) + 1, dtype=np.int64)
+    for row in range(len(cells)):
+        number = 0
+        for column in range(cells.shape[1]):
+            number += cells[row, column] != 0
+        starts[row + 1] = starts[row] + number
+    # a 0 is written, too, and the next value takes its place: this is faster than a branch
+    values, columns = np.empty(starts[-1] + 1, dtype=cells.dtype), np.empty(starts[-1] + 1, dtype=np.int32)
+    place = 0
+    for row in range(len(cells)):
+        for column in range(cells.shape[1]):
+            values[place], columns[place] = cells[row, column], column
+            place += cells[row, column] != 0
+    return values[:place], columns[:place], starts
