@@ -41,6 +41,8 @@ def test_a_file_says_what_it_does_and_is_one_idea(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "__main__.py"], ids=name_of)
 def test_exports_are_sorted_and_there(path: Path) -> None:
+    if path.name == "gather_kernel.py":
+        pytest.importorskip("triton", reason="Triton comes with torch for GPUs")
     module = importlib.import_module(module_name(path))
     exported = getattr(module, "__all__", ())
     assert list(exported) == sorted(exported, key=lambda name: (not name.isupper(), not name[:1].isupper(), name))
@@ -128,7 +130,8 @@ def test_a_function_has_at_most_seven_arguments() -> None:
         if path.parent.name == "cli":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and "compiled" not in map(ast.unparse, node.decorator_list):
+            kernels = {"compiled", "triton.jit"}
+            if isinstance(node, ast.FunctionDef) and kernels.isdisjoint(map(ast.unparse, node.decorator_list)):
                 names = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
                 if len(set(names) - {"self", "cls"}) > 7:
                     long.append(f"{name_of(path)}: {node.name}")
