@@ -45,10 +45,7 @@ class _EnergyDistance(torch.autograd.Function):
     def forward(ctx: Any, pred_BSG: Tensor, real_BTG: Tensor) -> Tensor:
         num_pred, num_real = pred_BSG.shape[1], real_BTG.shape[1]
         # Products of predicted cells about their own mean lose the fewest digits; real cells are further apart.
-        mean_B1G = pred_BSG.mean(1, keepdim=True)
-        cells_BCG = pred_BSG.new_empty(len(pred_BSG), num_pred + num_real, pred_BSG.shape[2])
-        torch.sub(pred_BSG, mean_B1G, out=cells_BCG[:, :num_pred])
-        torch.sub(real_BTG, mean_B1G, out=cells_BCG[:, num_pred:])
+        cells_BCG = _joined(pred_BSG, real_BTG, pred_BSG.mean(1, keepdim=True))
         real_BTG = cells_BCG[:, num_pred:]
         products_BSC = cells_BCG[:, :num_pred] @ cells_BCG.mT
         real_products_BTT = real_BTG @ real_BTG.mT
@@ -72,6 +69,17 @@ class _EnergyDistance(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         slopes_BSC, cells_BCG = ctx.saved_tensors
         return (gradients[0][:, None, None] * slopes_BSC) @ cells_BCG, None
+
+
+def _joined(pred_BSG: Tensor, real_BTG: Tensor, mean_B1G: Tensor) -> Tensor:
+    """Return both kinds of cells about a mean, (B, S + T, G), in one pass."""
+    if torch.compiler.is_compiling():
+        return torch.cat([pred_BSG - mean_B1G, real_BTG - mean_B1G], dim=1)
+    num_pred = pred_BSG.shape[1]
+    cells_BCG = pred_BSG.new_empty(len(pred_BSG), num_pred + real_BTG.shape[1], pred_BSG.shape[2])
+    torch.sub(pred_BSG, mean_B1G, out=cells_BCG[:, :num_pred])
+    torch.sub(real_BTG, mean_B1G, out=cells_BCG[:, num_pred:])
+    return cells_BCG
 
 
 def _distances(squares_BS: Tensor, other_squares_BC: Tensor, products_BSC: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +85,7 @@ class Update:
         self._loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]] = self._total
         self._is_compiled = False
         self._can_compile = self._is_single
-        self._can_capture = self._is_single and fabric.device.type == "cuda" and self._train.accumulate == 1
+        self._can_capture = not self._obstacle()
         self._num_eager = 0
         self._graph: tuple[Any, Turn, Tensor] | None = None
         self._stream: Any = None
@@ -93,20 +93,36 @@ class Update:
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
+    def _obstacle(self) -> str:
+        """Return why a step is not one CUDA graph, or nothing."""
+        obstacles = {
+            "several devices": not self._is_single,
+            f"a {self._fabric.device.type} has no CUDA graphs": self._fabric.device.type != "cuda",
+            "cells come from the host": not self._reader.is_resident,
+            "train.accumulate is above 1": self._train.accumulate > 1,
+            "loss.nb asks for sizes": bool(self._loss.nb),
+        }
+        return next((name for name, is_there in obstacles.items() if is_there), "")
+
     @property
     def path(self) -> str:
         """A sentence on how updates run."""
         kind = "fused kernels" if self._compiles_at(self._train.steps) else "eager operations"
-        if self._can_capture and self._reader.is_resident:
-            return f"steps: one CUDA graph of {kind}"
-        return f"steps: {kind}, launched one by one"
+        obstacle = self._obstacle()
+        return f"steps: {kind}, one by one ({obstacle})" if obstacle else f"steps: one CUDA graph of {kind}"
 
-    def on_stream(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
         """Run everything on one stream, on which a graph may be captured."""
         if self._stream is None:
-            return nullcontext()
+            yield
+            return
         self._stream.wait_stream(torch.cuda.current_stream())
-        return torch.cuda.stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
     def take(self, turns: Sequence[Turn], *, step: int, learning_rate: float) -> Tensor:
         """Update the weights; return the loss, its terms (see `names`) and the gradient's norm on the device."""
@@ -117,9 +133,7 @@ class Update:
                 group["lr"] = learning_rate
         self._share.fill_(warm_up(self._loss, step))
         self._choose_kernels(step)
-        if not self._can_capture or not self._reader.is_resident:
-            return self._update(turns)
-        if self._graph is None and self._num_eager < _EAGER_UPDATES:
+        if not self._can_capture or (self._graph is None and self._num_eager < _EAGER_UPDATES):
             self._num_eager += 1
             return self._update(turns)
         return self._replay(turns[0])
