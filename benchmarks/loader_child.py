@@ -31,7 +31,7 @@ def main() -> None:
     experiment = load_experiment(experiment_path, ["model.input=genes", "model.output=genes"])
     store = Store.open(folder)
     reader = SetReader(store, experiment, load_features(experiment.features, store, targets=()))
-    stream = SetStream(lambda epoch: reader.codes(reader.training(epoch)), StreamState(0, 0))
+    stream = SetStream(reader.training, StreamState(0, 0))
 
     def pieces() -> Iterator[tuple[Codes, StreamState]]:
         for _ in range(batches):

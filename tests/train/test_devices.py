@@ -276,7 +276,7 @@ def test_batches_are_the_same_bits_however_they_travel_and_are_read(workspace: W
         if way == "packed":  # what a GPU gets for each batch if its memory does not hold all cells
             for cells in (reader._inputs, reader._genes):
                 cells.place(torch.device("cpu"), "packed")
-        stream = SetStream(lambda epoch, reader=reader: reader.codes(reader.training(epoch)), StreamState(0, 0))  # type: ignore[misc]
+        stream = SetStream(reader.training, StreamState(0, 0))
         pieces = (stream.take(3) for _ in range(7))
         batches = [(reader.batch(codes.device, found), place) for codes, found, place in reader.batches(pieces)]
         assert len(batches) == 7

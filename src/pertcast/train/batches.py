@@ -7,6 +7,7 @@ numbers of a set, I input width, F width of a perturbation feature, O output wid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -68,11 +69,15 @@ class Codes:
     device: Tensor  # The same, or their copy on a device where the cells stay
 
     @classmethod
-    def of(cls, sets: CellSets, device: torch.device | str = "cpu") -> Codes:
-        """Return the numbers of some sets; they go to a device in one copy."""
+    def of(cls, sets: CellSets) -> Codes:
+        """Return the numbers of some sets on the host."""
         singles = np.stack([sets.pert, sets.context, sets.screen], axis=1)
-        host = torch.from_numpy(np.concatenate([singles, sets.pert_rows, sets.control_rows], axis=1))
-        return cls(host, host.to(device))
+        host = pinned(torch.from_numpy(np.concatenate([singles, sets.pert_rows, sets.control_rows], axis=1)))
+        return cls(host, host)
+
+    def to(self, device: torch.device) -> Codes:
+        """Return them with a copy on a device."""
+        return Codes(self.host, self.host.to(device, non_blocking=True))
 
     def __len__(self) -> int:
         """Return B."""
@@ -94,21 +99,32 @@ def _rows(codes_BX: Tensor) -> Tensor:
 
 
 class SetStream:
-    """Sets of one epoch after another; a batch may span two epochs, so no cell is left out."""
+    """Sets of one epoch after another; a batch may span two epochs, so no cell is left out.
 
-    def __init__(self, epoch_sets: Callable[[int], Codes], place: StreamState) -> None:
-        self._epoch_sets = epoch_sets
+    A thread draws the next epoch. Its numbers go to the device in one copy, by the thread that takes them.
+    """
+
+    def __init__(
+        self, epoch_sets: Callable[[int], CellSets], place: StreamState, device: torch.device | str = "cpu"
+    ) -> None:
+        self._epoch_sets, self._device = epoch_sets, torch.device(device)
         self._place = place
         self._sets: Codes | None = None
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="pertcast-epoch")
+        self._next = self._draw(place.epoch)
+
+    def _draw(self, epoch: int) -> Future[Codes]:
+        return self._ahead.submit(lambda: Codes.of(self._epoch_sets(epoch)))
 
     def take(self, num: int) -> tuple[Codes, StreamState]:
         """Return the next sets, and the position after them."""
         pieces: list[Codes] = []
         while num:
             if self._sets is None:
-                self._sets = self._epoch_sets(self._place.epoch)
+                self._sets = self._next.result().to(self._device)
                 if not len(self._sets):
                     raise DataError("no cell sets to train on: the store has no training cells; correct [training]")
+                self._next = self._draw(self._place.epoch + 1)
             piece = self._sets[self._place.offset : self._place.offset + num]
             pieces.append(piece)
             num -= len(piece)
@@ -214,9 +230,14 @@ class SetReader:
         config = self._experiment.train
         return self._sets(0, Split.VAL, control_sets=False)[: config.max_val_sets]
 
+    @property
+    def codes_device(self) -> torch.device:
+        """Where the numbers of sets are needed."""
+        return self.device if self.is_resident else torch.device("cpu")
+
     def codes(self, sets: CellSets) -> Codes:
         """Return sets as numbers, where batches are made from them."""
-        return Codes.of(sets, self.device if self.is_resident else "cpu")
+        return Codes.of(sets).to(self.codes_device)
 
     def _sets(self, epoch: int, split: Split, *, control_sets: bool) -> CellSets:
         config = self._experiment.train

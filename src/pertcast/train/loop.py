@@ -149,7 +149,7 @@ class Loop:
         """Train until the last step or until validation has not improved for `patience` times."""
         self._saved_step = self.state.step
         place = StreamState(self.state.epoch, self.state.offset)
-        stream = SetStream(lambda epoch: self.reader.codes(self.reader.training(epoch)), place)
+        stream = SetStream(self.reader.training, place, self.reader.codes_device)
         batches = self.reader.batches(self._pieces(stream))
         with closing(batches), interrupts() as interrupted, self.update.on_stream():  # type: ignore[type-var]
             try:

@@ -40,17 +40,18 @@ class Turn(NamedTuple):
     draws: Draws
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Return Adam or AdamW, fused if torch supports it, and such that a CUDA graph may hold its step."""
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, device: torch.device, *, for_graph: bool = False
+) -> torch.optim.Optimizer:
+    """Return Adam or AdamW, fused if torch supports it; a CUDA graph can hold its step if asked."""
     make = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    is_cuda = device.type == "cuda"
-    rate: Any = torch.tensor(config.learning_rate, device=device) if is_cuda else config.learning_rate
+    rate: Any = torch.tensor(config.learning_rate, device=device) if for_graph else config.learning_rate
     return make(
         model.parameters(),
         lr=rate,
         weight_decay=config.weight_decay,
         fused=device.type in ("cpu", "cuda"),
-        capturable=is_cuda,
+        capturable=for_graph,
     )
 
 
@@ -77,7 +78,8 @@ class Update:
             compiled: Any = torch.compile(network) if self._train.compile is True else network
             self.model = fabric.setup_module(compiled)
         # after the network is set up: its parameters may have become shards
-        self.optimizer = make_optimizer(network, self._train, fabric.device)
+        in_graph = self._is_single and fabric.device.type == "cuda"
+        self.optimizer = make_optimizer(network, self._train, fabric.device, for_graph=in_graph)
         self._stepper: Any = self.optimizer if self._is_single else fabric.setup_optimizers(self.optimizer)
         self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._dropouts = dropouts_of(network)
