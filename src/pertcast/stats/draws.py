@@ -21,11 +21,9 @@ def key_hash(seed: int, *key: str | int) -> int:
     >>> key_hash(0, "a", "bc") == key_hash(0, "ab", "c")
     False
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for part in (seed, *key):
-        text = f"{type(part).__name__}:{part}".encode()
-        digest.update(len(text).to_bytes(8, "little") + text)
-    return int.from_bytes(digest.digest(), "little")
+    texts = [f"{type(part).__name__}:{part}".encode() for part in (seed, *key)]
+    content = b"".join([len(text).to_bytes(8, "little") + text for text in texts])
+    return int.from_bytes(hashlib.blake2b(content, digest_size=16).digest(), "little")
 
 
 def generator(seed: int, *key: str | int) -> np.random.Generator:

@@ -260,7 +260,11 @@ class Update:
     def _clip(self) -> Tensor:
         limit = self._train.clip or math.inf
         if self._is_single:
-            return nn.utils.clip_grad_norm_(self._parameters, limit)
+            # as torch's clip_grad_norm_, without its loops over parameters
+            gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+            total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            torch._foreach_mul_(gradients, (limit / (total + 1e-6)).clamp(max=1.0))
+            return total
         norm = self._fabric.clip_gradients(self.model, self._stepper, max_norm=limit, error_if_nonfinite=False)
         return whole(norm) if norm is not None else torch.zeros(())
 
