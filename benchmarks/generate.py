@@ -95,11 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.set_up_only:
         set_up(out, given.shared.resolve())
         return
-    if not (out / "wide-run" / "manifest.json").exists():
-        once = [sys.executable, "-m", "benchmarks.generate", "--shared", str(given.shared), "--out", str(out)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
-        subprocess.run([*once, "--set-up-only"], check=True, env=environment)
     sources = {given.old: old_source(given.old, out / "old"), "this": ROOT}
+    if not (out / "wide-run" / "manifest.json").exists():
+        # the earlier code writes the runs, which this one reads, too
+        once = [sys.executable, "-m", "benchmarks.generate", "--shared", str(given.shared), "--out", str(out)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(out / "old" / "src"), str(ROOT)])}
+        subprocess.run([*once, "--set-up-only"], check=True, env=environment)
 
     def clean() -> None:
         shutil.rmtree(out / "parts", ignore_errors=True)
