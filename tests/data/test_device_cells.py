@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,17 @@ def test_cells_get_to_a_device_in_three_ways_with_the_same_bits(workspace: Works
     np.testing.assert_array_equal(found[0].numpy(), store.log1p(rows, genes=chosen))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_a_view_with_other_highly_variable_genes_reads_those(workspace: Workspace) -> None:
+    """As `adapt` sees a new line's store: with the highly variable genes of the run."""
+    store = Store.open(workspace.folder / "store")
+    rows = np.arange(20)
+    others = np.setdiff1d(np.arange(len(store.genes)), store.hvg)[: len(store.hvg)]
+    view = replace(store, hvg=others)
+    source = CellSource(view, genes=view.hvg)
+    for found in (view.log1p(rows, genes=view.hvg), source.dense(torch.from_numpy(rows), source.fetch(rows)).numpy()):
+        np.testing.assert_array_equal(found, store.log1p(rows)[:, others])
 
 
 def test_a_store_that_became_shorter_is_an_error_before_cells_go_to_the_device(

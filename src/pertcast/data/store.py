@@ -133,6 +133,7 @@ class Store(CodedCells):
     notes: tuple[str, ...] = field(repr=False)
     _values: StoredValues = field(repr=False)
     _hvg_values: StoredValues | None = field(repr=False)
+    _copied_genes: np.ndarray = field(repr=False)  # Of `_hvg_values`; a view of the store may have other HVGs
     _embeddings: dict[str, np.ndarray] = field(repr=False)
 
     @classmethod
@@ -182,6 +183,7 @@ class Store(CodedCells):
             _hvg_values=_values(path, len(hvg), prefix=HVG_PREFIX)
             if f"{HVG_PREFIX}data.npy" in manifest.files
             else None,
+            _copied_genes=hvg,
             _embeddings={key: _load(path, f"embedding_{key}", mapped=True) for key in facts["embedding_keys"]},
         )
         cells = {store.num_cells, len(store._values), *([len(store._hvg_values)] if store._hvg_values else [])}
@@ -256,7 +258,7 @@ class Store(CodedCells):
         """
         if genes is None:
             return self._values, None
-        if self._hvg_values is not None and np.array_equal(genes, self.hvg):
+        if self._hvg_values is not None and np.array_equal(genes, self._copied_genes):
             return self._hvg_values, None
         positions = np.full(len(self.genes), -1, dtype=np.int64)
         positions[genes] = np.arange(len(genes))

@@ -21,7 +21,7 @@ from pertcast.config import Experiment, TrainConfig
 from pertcast.data.cell_sets import CellSets, training_sets
 from pertcast.data.device_cells import room_for_cells
 from pertcast.data.features import PertFeatures
-from pertcast.data.inputs import Values, pinned, source_of
+from pertcast.data.inputs import Values, Way, pinned, source_of
 from pertcast.data.split import Split
 from pertcast.data.store import Store
 from pertcast.errors import ConfigError, DataError
@@ -192,8 +192,15 @@ class SetReader:
         sources = {id(source): source for source in (self._inputs, self._genes)}.values()
         size, room = sum(source.num_bytes for source in sources), room_for_cells(device)
         self.device, self.is_resident = device, cells == "device" or (cells == "auto" and size <= room)
-        for source in sources:
-            source.place(device, "resident" if self.is_resident else "dense" if device.type == "cpu" else "packed")
+        way: Way = "resident" if self.is_resident else "dense" if device.type == "cpu" else "packed"
+        try:
+            for source in sources:
+                source.place(device, way)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"[train] cells: all cells take {size_text(size)}, and {device} has less free; "
+                'set train.cells to "auto" or "host"'
+            ) from error
         for name in ("_pert_PF", "_batch_N", "_depth_N", "_measured_SG"):
             if (table := getattr(self, name)) is not None:
                 setattr(self, name, table.to(device))
