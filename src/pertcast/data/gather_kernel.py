@@ -1,6 +1,7 @@
-"""One GPU kernel: gather stored rows, normalise and write them dense. It needs Triton, so it is imported late."""
+"""One GPU kernel: gather stored rows, normalise and write them dense. It needs Triton, so it is imported late.
 
-from __future__ import annotations
+Annotations stay objects here, since Triton reads them.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def _gather(  # type: ignore[no-untyped-def]
         tl.store(out + slot * num_genes + column, value, mask=wanted)
 
 
-def gather(cells: StoredCells, rows_R: Tensor, dense_RG: Tensor, positions_G: Tensor | None) -> None:
+def gather(cells: "StoredCells", rows_R: Tensor, dense_RG: Tensor, positions_G: Tensor | None) -> None:
     """Write log1p values of rows into `dense_RG`, which holds zeros."""
     masks: dict[str, Any] = {
         name: 0xFFFF if tensor.element_size() == 2 else 0x7FFFFFFF

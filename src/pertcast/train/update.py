@@ -91,7 +91,7 @@ class Update:
         self._num_eager = 0
         self._graph: tuple[Any, Turn, Tensor] | None = None
         self._stream: Any = None
-        if fabric.device.type == "cuda":
+        if self._can_capture:
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
