@@ -22,7 +22,7 @@ from pertcast.data.features import open_features
 from pertcast.data.prepare import prepare
 from pertcast.data.store import Store
 from pertcast.data.store_arrays import StoredValues
-from pertcast.errors import CheckpointError
+from pertcast.errors import CheckpointError, ConfigError
 from pertcast.files.h5ad import RangeFile
 from pertcast.models.state import StateTransition
 from pertcast.stats.draws import key_hash
@@ -222,6 +222,39 @@ def test_late_numbers_change_no_line_and_a_diverged_step_reaches_no_checkpoint(
     with pytest.raises(CheckpointError, match=r"step [1-4]: .*(nan|inf).*no checkpoint yet"):
         train(wild, store, tmp_path / "wild")
     assert not list((tmp_path / "wild").glob("checkpoints/step_*"))
+
+
+@pytest.mark.parametrize("fails_in", ["forward", "backward"])
+def test_what_torch_cannot_compile_runs_eagerly_with_a_note_or_is_an_error_where_asked_for(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_in: str
+) -> None:
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx: Any, value: torch.Tensor) -> torch.Tensor:
+            if fails_in == "forward":
+                raise RuntimeError("no compiler")
+            return value.clone()
+
+        @staticmethod
+        def backward(_ctx: Any, *_gradients: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no compiler")
+
+    def broken(function: Any, **_: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            loss, terms = function(*arguments)
+            return Fails.apply(loss), terms  # type: ignore[no-untyped-call]
+
+        return run
+
+    store, watcher = workspace.folder / "store", Watcher()
+    plain = train(experiment_of(workspace), store, tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ConfigError, match=r"train.*compile.*no compiler"):
+        train(experiment_of(workspace, "train.compile=true"), store, tmp_path / "asked")
+    monkeypatch.setattr(update.Update, "_compiles_at", lambda self, step: step >= 5 and self._can_compile)
+    run = train(experiment_of(workspace), store, tmp_path / "auto", progress=watcher)
+    assert any("eager operations, because torch cannot compile" in note for note in watcher.notes)
+    assert (run / "metrics.jsonl").read_text() == (plain / "metrics.jsonl").read_text()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

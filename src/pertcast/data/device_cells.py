@@ -147,7 +147,7 @@ class PinnedBuffers:
         return self._turn
 
     def array(self, turn: int, name: str, size: int, dtype: np.dtype) -> NDArray[Any]:
-        """Return a buffer of a set as an array of at least this size, cut to it."""
+        """Return a buffer as an array of this size; the buffer grows if it is too small."""
         num_bytes = max(size, 1) * dtype.itemsize
         if len(self._buffers[turn].get(name, ())) < num_bytes:
             grown = 1 << math.ceil(math.log2(num_bytes))

@@ -47,7 +47,7 @@ from pertcast.progress import Advance
 from pertcast.submission.controls import choose_controls
 
 _MOST_WRITERS = 8
-"""Parts that are made and written at the same time, each in memory of its own."""
+"""No more parts are made at the same time, since each needs memory of its own."""
 
 
 class PartMaker:

@@ -44,7 +44,7 @@ class _EnergyDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pred_BSG: Tensor, real_BTG: Tensor) -> Tensor:
         num_pred, num_real = pred_BSG.shape[1], real_BTG.shape[1]
-        # Products of predicted cells about their own mean lose the fewest digits; real cells are further apart.
+        # Products of cells far from 0 lose digits, and predicted cells are near one another: take off their mean.
         cells_BCG = _joined(pred_BSG, real_BTG, pred_BSG.mean(1, keepdim=True))
         real_BTG = cells_BCG[:, num_pred:]
         products_BSC = cells_BCG[:, :num_pred] @ cells_BCG.mT

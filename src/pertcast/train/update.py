@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pertcast.config import LossConfig, TrainConfig
 from pertcast.data.device_cells import has_triton
+from pertcast.errors import ConfigError
 from pertcast.models.heads import dropouts_of, key_dropout
 from pertcast.models.state import Prediction, StateTransition
 from pertcast.train.batches import Batch, Codes, Draws, Fetched, SetReader, augment
@@ -161,11 +162,7 @@ class Update:
             )
             key_dropout(self._dropouts, turn.draws.keys_B2)
             with self._waiting(number + 1 < len(turns)):
-                loss, terms = self._run_loss(batch, turn.draws.others_BK)
-                part = loss if len(turns) == 1 else loss / len(turns)
-                part.backward() if self._is_single else self._fabric.backward(part)  # type: ignore[no-untyped-call]
-            self.names = ["loss", *terms]
-            totals = totals + torch.stack([loss.detach(), *(value.detach() for value in terms.values())])
+                totals = totals + self._add_gradient(batch, turn.draws.others_BK, 1 / len(turns))
         totals = totals / len(turns)
         norm = self._clip()
         self._stepper.step()
@@ -174,15 +171,29 @@ class Update:
             totals = self._fabric.all_reduce(totals, reduce_op="mean")
         return torch.cat([totals, norm.to(totals).reshape(1)])
 
-    def _run_loss(self, batch: Batch, others_BK: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _add_gradient(self, batch: Batch, others_BK: Tensor | None, weight: float) -> Tensor:
+        """Add to the gradient of a step; return the loss and its terms."""
         try:
-            return self._loss_of(batch, others_BK, self._share)
-        except Exception as error:
-            if not self._is_compiled or self._train.compile is True or isinstance(error, torch.OutOfMemoryError):
+            return self._differentiate(batch, others_BK, weight)
+        except RuntimeError as error:  # torch's errors of compilation are of this kind; others come again below
+            if not self._is_compiled or isinstance(error, torch.OutOfMemoryError):
                 raise
-            self._note(f"steps: not compiled, because torch cannot ({_first_line(error)})")
+            why = f"torch cannot compile network and losses ({_first_line(error)})"
+            if self._train.compile is True:
+                raise ConfigError(f'[train] compile: {why}; set it to "auto" or false') from error
+            self._note(f"steps: eager operations, because {why}")
             self._loss_of, self._is_compiled, self._can_compile = self._total, False, False
-            return self._total(batch, others_BK, self._share)
+            self._stepper.zero_grad()
+            return self._differentiate(batch, others_BK, weight)
+
+    def _differentiate(self, batch: Batch, others_BK: Tensor | None, weight: float) -> Tensor:
+        loss, terms = self._loss_of(batch, others_BK, self._share)
+        if self._is_single:
+            (loss * weight).backward()  # type: ignore[no-untyped-call]
+        else:
+            self._fabric.backward(loss * weight)
+        self.names = ["loss", *terms]
+        return torch.stack([loss.detach(), *(value.detach() for value in terms.values())])
 
     def _replay(self, turn: Turn) -> Tensor:
         """Put a turn into the graph's tensors, capture the graph first if there is none, and launch it."""

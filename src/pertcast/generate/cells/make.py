@@ -98,7 +98,7 @@ class CellMaker:
 
     @property
     def keep_predicted(self) -> bool:
-        """Whether cells are the predicted ones; all others need only the mean of these."""
+        """Whether the network's own cells are written; every other way needs only their mean."""
         return self._config.cells == "model"
 
     def made(
