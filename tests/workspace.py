@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from conftest import PRECISION, SMALL_GENES, write_small_h5ad
+from pertcast.config import load_experiment
+from pertcast.data.prepare import prepare
 
 EXPERIMENT = f"""
 [datasets]
@@ -92,6 +94,13 @@ def make_workspace(folder: Path) -> Workspace:
     workspace.experiment.write_text(EXPERIMENT)
     workspace.genes.write_text("".join(f"{gene}\n" for gene in SMALL_GENES))
     workspace.targets.write_text(TARGETS)
+    return workspace
+
+
+def prepared_workspace(folder: Path) -> Workspace:
+    """Write the same, and its store."""
+    workspace = make_workspace(folder)
+    prepare(load_experiment(workspace.experiment), workspace.folder / "store")
     return workspace
 
 

@@ -14,20 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from pertcast.config import load_experiment
 from pertcast.data.device_cells import PinnedBuffers, StoredCells
 from pertcast.data.inputs import CellSource
-from pertcast.data.prepare import prepare
 from pertcast.data.store import Store
 from pertcast.errors import CheckpointError
-from workspace import Workspace, make_workspace
+from workspace import Workspace, prepared_workspace
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = make_workspace(tmp_path_factory.mktemp("cells") / "w")
-    prepare(load_experiment(workspace.experiment), workspace.folder / "store")
-    return workspace
+    return prepared_workspace(tmp_path_factory.mktemp("cells") / "w")
 
 
 COUNTS: dict[Any, int] = {np.uint8: 255, np.uint16: 65_535, np.uint32: 1 << 20, np.float32: 9}
@@ -81,6 +77,24 @@ def test_the_kernel_of_the_gpu_gives_the_same(kind: type) -> None:
     rows = np.random.default_rng(0).integers(0, 300, size=500)
     found = cells.to("cuda").dense(torch.from_numpy(rows).to("cuda"), 2000)
     np.testing.assert_allclose(found.cpu().numpy(), expected(cells, matrix, rows.tolist()), rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernel itself")
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.float32])
+def test_the_kernel_gives_the_same_in_tritons_interpreter(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton", reason="Triton comes with torch for GPUs")
+    from pertcast.data.gather_kernel import gather
+
+    cells, matrix = stored(7, 1500, kind, 1)
+    rows, genes = [6, 0, 3, 3], np.array([7, 1200, 3])
+    positions = np.full(1500, -1, dtype=np.int64)
+    positions[genes] = np.arange(3)
+    wanted = expected(cells, matrix, rows)
+    for width, chosen, places in ((1500, slice(None), None), (3, genes, torch.from_numpy(positions))):
+        found = torch.zeros(len(rows), width)
+        gather(cells, torch.tensor(rows), found, places)
+        np.testing.assert_allclose(found.numpy(), wanted[:, chosen], rtol=2e-6, atol=2e-7)
 
 
 @pytest.mark.parametrize("genes", [None, "hvg", "others"])

@@ -21,7 +21,6 @@ from torch import nn
 
 from pertcast.config import Experiment, TrainConfig, load_experiment, rung_overrides
 from pertcast.data.features import load_features
-from pertcast.data.prepare import prepare
 from pertcast.data.store import Store
 from pertcast.errors import ConfigError
 from pertcast.files.artefacts import verify_artefact
@@ -33,7 +32,7 @@ from pertcast.models.run_folder import open_run
 from pertcast.train import train
 from pertcast.train.batches import SetReader, SetStream, StreamState
 from pertcast.train.devices import open_fabric
-from workspace import Workspace, assert_same_metrics, make_workspace, metrics
+from workspace import Workspace, assert_same_metrics, metrics, prepared_workspace
 
 EVERY_TERM = (
     *rung_overrides("c4"),
@@ -72,9 +71,7 @@ class Interrupter:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = make_workspace(tmp_path_factory.mktemp("devices") / "w")
-    prepare(load_experiment(workspace.experiment), workspace.folder / "store")
-    return workspace
+    return prepared_workspace(tmp_path_factory.mktemp("devices") / "w")
 
 
 def experiment_of(workspace: Workspace, *overrides: str) -> Experiment:

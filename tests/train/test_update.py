@@ -17,6 +17,7 @@ import torch
 from scipy import sparse
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import SMALL_GENES, write_small_h5ad
 from pertcast.config import Experiment, load_experiment
 from pertcast.data.features import open_features
 from pertcast.data.prepare import prepare
@@ -31,14 +32,12 @@ from pertcast.train.batches import SetReader
 from pertcast.train.loop import Loop
 from pertcast.train.update import LateValues
 from training_bench import EXPERIMENT, Watcher, lines
-from workspace import Workspace, make_workspace
+from workspace import Workspace, prepared_workspace
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = make_workspace(tmp_path_factory.mktemp("cells") / "w")
-    prepare(load_experiment(workspace.experiment), workspace.folder / "store")
-    return workspace
+    return prepared_workspace(tmp_path_factory.mktemp("cells") / "w")
 
 
 def experiment_of(workspace: Workspace, *overrides: str) -> Experiment:
@@ -95,6 +94,36 @@ def test_fifty_steps_have_the_losses_of_a_plain_loop(workspace: Workspace, tmp_p
         expected.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["two panels", "log1p", "embedding", "shift on a base", "every term"])
+def test_cells_on_the_device_train_as_those_of_the_host_on_all_kinds_of_data(tmp_path: Path, kind: str) -> None:
+    scale = "log1p" if kind == "log1p" else "counts"
+    cells = ad.read_h5ad(write_small_h5ad(tmp_path / "small.h5ad", scale=scale))
+    cells.obsm["X_small"] = cells.X.toarray()[:, :5]
+    cells.write_h5ad(tmp_path / "small.h5ad")
+    text = EXPERIMENT
+    if kind == "two panels":
+        write_small_h5ad(tmp_path / "other.h5ad", genes=SMALL_GENES[:15], seed=1)
+        text = text.replace('small = "small.h5ad"', 'small = "small.h5ad"\nother = "other.h5ad"')
+        (tmp_path / "genes.csv").write_text("".join(f"{gene}\n" for gene in SMALL_GENES))
+        text = text.replace(
+            "[prepare]", '[submission]\ngenes = "genes.csv"\nrules.num_genes = 20\n[prepare]\nmissing_genes = "zero"'
+        )
+        text = text.replace('small = "train"', 'small = "train"\nother = "train"')
+    (tmp_path / "experiment.toml").write_text(text)
+    overrides = {
+        "embedding": ("model.input=obsm:X_small",),
+        "shift on a base": ("model.residual=shift", "model.base=mean"),
+        "every term": ("loss.mae=10", "loss.de=0.2", "loss.rank=1", "model.batch_embedding=true", "train.accumulate=2"),
+    }.get(kind, ())
+    runs = []
+    for where in ("host", "device"):
+        experiment = load_experiment(tmp_path / "experiment.toml", [*overrides, f"train.cells={where}"])
+        store = prepare(experiment, tmp_path / "store")
+        assert (Store.open(store).measured_SG is not None) == (kind == "two panels")
+        runs.append(train(experiment, store, tmp_path / where))
+    assert (runs[0] / "metrics.jsonl").read_text() == (runs[1] / "metrics.jsonl").read_text()
 
 
 def many_genes(folder: Path, num_genes: int) -> Path:
