@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -163,11 +164,14 @@ def counted_calls(counts: Counter[str]) -> Iterator[None]:
     def count(_frame: Any, event: str, _argument: Any) -> None:
         counts[event] += 1
 
+    gc.collect()
+    gc.disable()  # a collection calls what others have registered for it, at a time of its own
     sys.setprofile(count)
     try:
         yield
     finally:
         sys.setprofile(None)
+        gc.enable()
 
 
 def host_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_genes: int) -> tuple[Counter[str], int, int]:
